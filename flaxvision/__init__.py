@@ -1,0 +1,21 @@
+"""Computer vision for JAX: pure Flax Linen models whose numbers can be trusted."""
+
+from flaxvision import data, layers, losses, metrics, models, train
+from flaxvision.registry import ModelInfo, create_model, list_models, model_info
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ModelInfo",
+    "checkpoint",
+    "create_model",
+    "data",
+    "layers",
+    "list_models",
+    "losses",
+    "metrics",
+    "model_info",
+    "models",
+    "plot",
+    "train",
+]

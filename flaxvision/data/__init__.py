@@ -1,0 +1,58 @@
+"""Sources of labelled images, their checks, and the batches that a run reads.
+
+Importing this package loads numpy and nothing heavier: Grain, TFDS, Pillow and scikit-learn are imported by the
+functions that need them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flaxvision.data import augment
+    from flaxvision.data.arrays import ArraySource, Source, stratified_split
+    from flaxvision.data.folder import FolderSource
+    from flaxvision.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
+    from flaxvision.data.sources import load
+    from flaxvision.data.tfds import TfdsSource
+    from flaxvision.data.validation import validate
+
+_HOME = {
+    "ArraySource": "arrays",
+    "EvalBatches": "pipeline",
+    "FolderSource": "folder",
+    "Source": "arrays",
+    "TfdsSource": "tfds",
+    "TrainBatches": "pipeline",
+    "eval_batches": "pipeline",
+    "load": "sources",
+    "stratified_split": "arrays",
+    "train_batches": "pipeline",
+    "validate": "validation",
+}
+
+__all__ = [
+    "ArraySource",
+    "EvalBatches",
+    "FolderSource",
+    "Source",
+    "TfdsSource",
+    "TrainBatches",
+    "augment",
+    "eval_batches",
+    "load",
+    "stratified_split",
+    "train_batches",
+    "validate",
+]
+
+
+def __getattr__(name: str):
+    if name == "augment":
+        return importlib.import_module(f"{__name__}.augment")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

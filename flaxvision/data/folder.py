@@ -1,0 +1,165 @@
+"""A folder of class folders as a source."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxvision.data.arrays import check_split, stratified_split
+from flaxvision.data.decode import check_channels, check_image_size, decode_image
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_VAL = ("val", "valid", "validation")
+_SUBFOLDERS = {"train": ("train", "training"), "test": ("test", *_VAL), "val": (*_VAL, "test")}
+
+
+class FolderSource:
+    """Pictures on disk, decoded when they are asked for.
+
+    Args:
+        root: Folder that the paths are relative to.
+        paths: [N] paths relative to `root`.
+        label: [N] class indices.
+        classes: Names of the classes.
+        name: What to call the source.
+        image_size: Height and width of every image in pixels; see `flaxvision.data.decode.decode_image`.
+        channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        ValueError: When `channels` or `image_size` is out of range.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[str],
+        label: np.ndarray,
+        classes: Sequence[str],
+        name: str,
+        *,
+        image_size: int | None = 224,
+        channels: int = 3,
+    ):
+        check_channels(channels)
+        check_image_size(image_size)
+        self.root, self.paths, self.label = Path(root), tuple(paths), np.asarray(label, np.int32)
+        self.classes, self.name = tuple(classes), name
+        self.image_size, self.channels = image_size, channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        path = self.root / self.paths[index]
+        image = decode_image(path, channels=self.channels, image_size=self.image_size)
+        return {"image": image, "label": self.label[index]}
+
+    def __repr__(self) -> str:
+        return f"FolderSource({self.name!r}, {len(self)} images of {len(self.classes)} classes)"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the name, the decoding and every relative path with its size and label."""
+        digest = hashlib.blake2b(f"{self.name}/{self.image_size}/{self.channels}".encode(), digest_size=16)
+        for path, label in zip(self.paths, self.label, strict=True):
+            digest.update(f"/{path}/{(self.root / path).stat().st_size}/{label}".encode())
+        return digest.hexdigest()
+
+    def verify(self, *, progress: bool = True) -> None:
+        """Decodes every file once.
+
+        Args:
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: Naming the files that cannot be decoded.
+        """
+        from tqdm import tqdm
+
+        def damage(path: str) -> str | None:
+            try:
+                decode_image(self.root / path, channels=self.channels)
+            except ValueError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="flaxvision-verify") as pool:
+            results = pool.map(damage, self.paths)
+            bar = tqdm(results, f"checking {self.name}", len(self), disable=not progress, unit="file", leave=False)
+            damaged = [message for message in bar if message is not None]
+        if damaged:
+            more = f" (and {len(damaged) - 5} more)" if len(damaged) > 5 else ""
+            raise ValueError(f"{len(damaged)} of {len(self)} images are damaged: " + "; ".join(damaged[:5]) + more)
+
+
+def load_folder(
+    folder: Path, split: str, *, seed: int = 0, image_size: int | None = 224, channels: int = 3
+) -> FolderSource:
+    """Opens one split of a folder of class folders.
+
+    A subfolder `train` (or `training`) is the training part, `test` or `val` (`valid`, `validation`) the held-out part;
+    each stands in for the other. Where there is only one part, or the class folders lie in the folder itself, 20 % of
+    each class are held out. Classes are the sorted names of the training part's folders. Files whose names do not end
+    like an image's are not looked at.
+
+    Args:
+        folder: The folder.
+        split: "train", "test" or "val".
+        seed: Seed of the split where the folder has none.
+        image_size: As in `FolderSource`.
+        channels: As in `FolderSource`.
+
+    Raises:
+        ValueError: When there are no class folders, one of them holds no image, or the held-out part has a class that
+            the training part lacks; the path is named.
+    """
+    check_split(str(folder), split, tuple(_SUBFOLDERS))
+    parts = {part: _first_folder(folder, names) for part, names in _SUBFOLDERS.items()}
+    if parts["train"] is None and parts["test"] is not None:
+        raise ValueError(f"{folder}: it holds {parts['test'].name}, but no subfolder train")
+    train_root = parts["train"] or folder
+    classes = _class_names(train_root)
+    name = f"{folder.resolve().name}/{split}"
+    root = parts[split] if parts["test"] is not None else train_root
+    assert root is not None
+    if unknown := sorted(set(_class_names(root)) - set(classes)):
+        raise ValueError(f"{root / unknown[0]}: the training part {train_root} has no such class")
+    paths, label = _list_images(root, classes)
+    if parts["test"] is None:
+        train, held_out = stratified_split(label, seed=seed, keys=paths)
+        chosen = train if split == "train" else held_out
+        paths, label = [paths[i] for i in chosen], label[chosen]
+    return FolderSource(root, paths, label, classes, name, image_size=image_size, channels=channels)
+
+
+def _first_folder(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+
+def _class_names(root: Path) -> list[str]:
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"{root}: no class folders; it must hold one folder of images per class")
+    return names
+
+
+def _list_images(root: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    paths, label = [], []
+    for k, name in enumerate(classes):
+        if not (root / name).is_dir():
+            continue
+        found = sorted(
+            path.relative_to(root).as_posix()
+            for path in (root / name).rglob("*")
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+        if not found:
+            raise ValueError(f"{root / name}: no images in this class folder; it must hold at least one")
+        paths += found
+        label += [k] * len(found)
+    return paths, np.array(label, np.int32)

@@ -1,0 +1,38 @@
+"""Layers that two or more models share and Linen lacks."""
+
+from flaxvision.layers.convolution import Conv, ConvTranspose, DepthwiseConv, SeparableConv
+from flaxvision.layers.neurons import RBF, digit_codes, heaviside, random_codes, sign
+from flaxvision.layers.normalization import local_response_norm
+from flaxvision.layers.pooling import (
+    TrainableAvgPool,
+    adaptive_avg_pool,
+    avg_pool,
+    depthwise_avg_pool,
+    depthwise_max_pool,
+    global_avg_pool,
+    global_max_pool,
+    l2_norm_pool,
+    max_pool,
+)
+
+__all__ = [
+    "RBF",
+    "Conv",
+    "ConvTranspose",
+    "DepthwiseConv",
+    "SeparableConv",
+    "TrainableAvgPool",
+    "adaptive_avg_pool",
+    "avg_pool",
+    "depthwise_avg_pool",
+    "depthwise_max_pool",
+    "digit_codes",
+    "global_avg_pool",
+    "global_max_pool",
+    "heaviside",
+    "l2_norm_pool",
+    "local_response_norm",
+    "max_pool",
+    "random_codes",
+    "sign",
+]

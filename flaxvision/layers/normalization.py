@@ -1,0 +1,54 @@
+"""Local response normalization."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def local_response_norm(
+    x: jax.Array, *, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
+) -> jax.Array:
+    """Divides each activation by a power of its neighbouring channels' energy.
+
+    `y_i = x_i / (k + alpha * sum_j x_j^2) ** beta`, the sum over the `size` channels
+    `i - size // 2 <= j <= i + (size - 1) // 2` that exist: equation of Krizhevsky, Sutskever and Hinton 2012, section
+    3.3, with its figures as defaults. `size` is the full width and alpha is not divided by it. An odd size is
+    symmetric; an even one reaches one channel further down than up (size 4: two below, itself, one above).
+
+    The other conventions, with `b`, `a` standing for their own beta and alpha:
+
+    * Geron's equation 14-2 (radius r, sum from `i - r/2` to `i + r/2`): `size = 2 * (r // 2) + 1`, alpha, beta, k as
+      they are; its AlexNet (r=2, alpha=2e-5, beta=0.75, k=1) is `size=3, alpha=2e-5, beta=0.75, k=1`.
+    * `tf.nn.local_response_normalization(depth_radius, bias, alpha, beta)`: `size = 2 * depth_radius + 1, k = bias`.
+    * `torch.nn.LocalResponseNorm(size, alpha, beta, k)` and Caffe's ACROSS_CHANNELS: `alpha = a / size`, the rest as it
+      is, even sizes included.
+
+    Args:
+        x: `[..., C]`, channels last. Sums are float32 under bfloat16 and float16.
+        size: number of neighbouring channels, the channel itself included.
+        alpha: weight of the sum of squares.
+        beta: exponent.
+        k: added to the sum; with `k = 0` a neighbourhood of zeros gives NaN.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Raises:
+        ValueError: `size` below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    return _normalized(x, size, float(alpha), float(beta), float(k))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _normalized(x: jax.Array, size: int, alpha: float, beta: float, k: float) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    lead = ((0, 0, 0),) * (x.ndim - 1)
+    square = lax.pad(jnp.square(wide), jnp.zeros((), wide.dtype), (*lead, (size // 2, (size - 1) // 2, 0)))
+    depth = x.shape[-1]
+    energy = functools.reduce(lax.add, [lax.slice_in_dim(square, i, i + depth, axis=-1) for i in range(size)])
+    base = k + alpha * energy
+    return (wide * base**-beta).astype(x.dtype)

@@ -1,0 +1,385 @@
+"""Pooling over one to three spatial dimensions, over channels, and over everything.
+
+Arrays are channels last, `[N, *spatial, C]`. On the CPU the pools take a separable form that XLA vectorises; elsewhere
+they are plain `lax.reduce_window`. Both give the same values and the same gradients, ties included.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Pads = tuple[tuple[int, int], ...]
+
+# On the CPU windows of at most so many elements are folded at once, larger ones axis by axis (measured, 2x2 to 7x7).
+_FEW = 9
+
+
+def max_pool(
+    x: jax.Array,
+    window_shape: int | Sequence[int],
+    strides: int | Sequence[int] | None = None,
+    padding: str | Sequence[tuple[int, int]] = "VALID",
+    *,
+    ceil_mode: bool = False,
+) -> jax.Array:
+    """Takes the maximum of every window; padding never wins over a number.
+
+    Where a window holds its maximum more than once, the whole gradient goes to the first place in row-major order. A
+    NaN makes its windows NaN. A window of nothing but padding gives the dtype's least value (-inf for floats). The
+    figures are those of `keras.layers.MaxPooling*`, `tf.nn.max_pool` and, with `ceil_mode`, `torch.nn.MaxPool*`.
+
+    Args:
+        x: `[N, *spatial, C]` with one to three spatial dimensions, floating point or integer.
+        window_shape: extent of the window, one number for all spatial dimensions or one each.
+        strides: steps between windows, the window's own extent by default (as Keras and torch; Linen's default is 1).
+        padding: "SAME", "VALID" or one `(low, high)` pair for each spatial dimension.
+        ceil_mode: round the output's extent up instead of down, as torch: a last window that hangs over the high end
+            counts if it starts inside the input or the low padding.
+
+    Returns:
+        `[N, *pooled, C]` of the dtype of `x`.
+
+    Raises:
+        ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
+    """
+    window, steps, pads, _ = _geometry(x, window_shape, strides, padding, ceil_mode)
+    return _max_windows(x, window, steps, pads)
+
+
+def avg_pool(
+    x: jax.Array,
+    window_shape: int | Sequence[int],
+    strides: int | Sequence[int] | None = None,
+    padding: str | Sequence[tuple[int, int]] = "VALID",
+    *,
+    count_include_pad: bool = True,
+    ceil_mode: bool = False,
+) -> jax.Array:
+    """Takes the mean of every window.
+
+    `count_include_pad=True`, the default, divides by the window's size as Linen and torch do by default; `False`
+    divides by the number of real elements, as `keras.layers.AveragePooling*` and `tf.nn.avg_pool` do. With `ceil_mode`,
+    what hangs over the padded input never counts, as in `torch.nn.AvgPool*`. A window without a counted element gives
+    0. Sums are float32 under bfloat16 and float16; integers give float32.
+
+    Args:
+        x: `[N, *spatial, C]` with one to three spatial dimensions.
+        window_shape: extent of the window, one number for all spatial dimensions or one each.
+        strides: steps between windows, the window's own extent by default (Linen's default is 1).
+        padding: "SAME", "VALID" or one `(low, high)` pair for each spatial dimension.
+        count_include_pad: whether padding counts in the divisor.
+        ceil_mode: round the output's extent up instead of down, see `max_pool`.
+
+    Returns:
+        `[N, *pooled, C]` of the dtype of `x`.
+
+    Raises:
+        ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
+    """
+    window, steps, pads, asked = _geometry(x, window_shape, strides, padding, ceil_mode)
+    total = _sum_windows(_accumulated(x), window, steps, pads)
+    for axis, (extent, k, s, pad, real) in enumerate(
+        zip(x.shape[1:-1], window, steps, pads, asked, strict=True), start=1
+    ):
+        start = np.arange(total.shape[axis]) * s - pad[0]
+        low, high = (-real[0], extent + real[1]) if count_include_pad else (0, extent)
+        count = np.minimum(start + k, high) - np.maximum(start, low)
+        scale = np.where(count > 0, 1 / np.maximum(count, 1), 0)
+        if (scale == scale[0]).all():
+            total = total * jnp.asarray(scale[0], total.dtype)
+        else:
+            total = total * jnp.asarray(_along(scale, axis, total.ndim), total.dtype)
+    return total.astype(_result_dtype(x))
+
+
+def l2_norm_pool(
+    x: jax.Array,
+    window_shape: int | Sequence[int],
+    strides: int | Sequence[int] | None = None,
+    padding: str | Sequence[tuple[int, int]] = "VALID",
+    *,
+    ceil_mode: bool = False,
+) -> jax.Array:
+    """Takes the Euclidean norm of every window, the square root of its sum of squares.
+
+    Equals `torch.nn.LPPool*d` with `norm_type=2`. The gradient at a window of zeros is 0 (the norm has none there).
+    Sums are float32 under bfloat16 and float16; integers give float32.
+
+    Args:
+        x: `[N, *spatial, C]` with one to three spatial dimensions.
+        window_shape: extent of the window, one number for all spatial dimensions or one each.
+        strides: steps between windows, the window's own extent by default.
+        padding: "SAME", "VALID" or one `(low, high)` pair for each spatial dimension; padding is 0.
+        ceil_mode: round the output's extent up instead of down, see `max_pool`.
+
+    Returns:
+        `[N, *pooled, C]` of the dtype of `x`.
+
+    Raises:
+        ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
+    """
+    window, steps, pads, _ = _geometry(x, window_shape, strides, padding, ceil_mode)
+    square = _sum_windows(jnp.square(_accumulated(x)), window, steps, pads)
+    empty = square == 0
+    # Two selections: the derivative of sqrt at 0 is infinite, and infinity times 0 would be NaN.
+    return jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, square))).astype(_result_dtype(x))
+
+
+def adaptive_avg_pool(x: jax.Array, output_size: int | Sequence[int]) -> jax.Array:
+    """Takes the means of a fixed number of bins, whatever the input's extent.
+
+    Bin `i` of `M` over an extent `H` runs from `floor(i H / M)` to `ceil((i + 1) H / M)` (exclusive), the rule of
+    `torch.nn.AdaptiveAvgPool*`: bins may overlap by one, and `M` may exceed `H`. Keras' AdaptiveAveragePooling does so
+    too. Sums are float32 under bfloat16 and float16; integers give float32.
+
+    Args:
+        x: `[N, *spatial, C]` with one to three spatial dimensions.
+        output_size: number of bins, one number for all spatial dimensions or one each.
+
+    Returns:
+        `[N, *output_size, C]` of the dtype of `x`.
+
+    Raises:
+        ValueError: a wrong rank or an output size below 1.
+    """
+    spatial = _spatial(x)
+    bins = _each("output_size", output_size, len(spatial))
+    y = _accumulated(x)
+    for axis, (extent, m) in enumerate(zip(spatial, bins, strict=True), start=1):
+        if extent % m == 0:
+            y = y.reshape(*y.shape[:axis], m, extent // m, *y.shape[axis + 1 :]).mean(axis + 1)
+        else:
+            edges = [(i * extent // m, -((i + 1) * extent // -m)) for i in range(m)]
+            y = jnp.stack([lax.slice_in_dim(y, a, b, axis=axis).mean(axis) for a, b in edges], axis)
+    return y.astype(_result_dtype(x))
+
+
+def depthwise_max_pool(x: jax.Array, window: int) -> jax.Array:
+    """Takes the maximum of every `window` consecutive channels.
+
+    Equals `tf.nn.max_pool(x, (1, 1, 1, window), (1, 1, 1, window), "VALID")`. The gradient of a tie goes to the first
+    channel, and a NaN makes its group NaN, as in `max_pool`.
+
+    Args:
+        x: `[..., C]`.
+        window: channels to a group.
+
+    Returns:
+        `[..., C / window]` of the dtype of `x`.
+
+    Raises:
+        ValueError: `C` is not a multiple of `window`.
+    """
+    grouped = _groups(x, window)
+    return functools.reduce(_first_larger, [grouped[..., i] for i in range(window)])
+
+
+def depthwise_avg_pool(x: jax.Array, window: int) -> jax.Array:
+    """Takes the mean of every `window` consecutive channels.
+
+    Equals `tf.nn.avg_pool(x, (1, 1, 1, window), (1, 1, 1, window), "VALID")`. Sums are float32 under bfloat16 and
+    float16; integers give float32.
+
+    Args:
+        x: `[..., C]`.
+        window: channels to a group.
+
+    Returns:
+        `[..., C / window]` of the dtype of `x`.
+
+    Raises:
+        ValueError: `C` is not a multiple of `window`.
+    """
+    return _groups(_accumulated(x), window).mean(-1).astype(_result_dtype(x))
+
+
+def global_avg_pool(x: jax.Array) -> jax.Array:
+    """Takes the mean of every feature map: `[N, *spatial, C]` to `[N, C]`.
+
+    Equals `keras.layers.GlobalAveragePooling*`. Sums are float32 under bfloat16 and float16; integers give float32.
+
+    Raises:
+        ValueError: not one to three spatial dimensions.
+    """
+    spatial = _spatial(x)
+    return _accumulated(x).mean(tuple(range(1, 1 + len(spatial)))).astype(_result_dtype(x))
+
+
+def global_max_pool(x: jax.Array) -> jax.Array:
+    """Takes the maximum of every feature map: `[N, *spatial, C]` to `[N, C]`.
+
+    Equals `keras.layers.GlobalMaxPooling*`. A tie shares its gradient equally, as `tf.reduce_max` does.
+
+    Raises:
+        ValueError: not one to three spatial dimensions.
+    """
+    return x.max(tuple(range(1, 1 + len(_spatial(x)))))
+
+
+class TrainableAvgPool(nn.Module):
+    """LeNet-5's sub-sampling layer: the window's sum times a coefficient plus a bias, one of each per feature map.
+
+    LeCun, Bottou, Bengio and Haffner 1998, section II.B (layers S2 and S4); the squashing function comes after it. The
+    coefficient starts at one over the window's size, so that an untrained layer is an average pool.
+
+    Attributes:
+        window_shape: extent of the window, one number for all spatial dimensions or one each.
+        strides: steps between windows, the window's own extent by default.
+        padding: "SAME", "VALID" or `(low, high)` pairs; padding is 0.
+        dtype: of the computation, by default promoted from the input and the parameters.
+        param_dtype: of the parameters `coefficient [C]` and `bias [C]`.
+        coefficient_init: initializer of the coefficient; None for one over the window's size.
+        bias_init: initializer of the bias.
+    """
+
+    window_shape: int | Sequence[int] = 2
+    strides: int | Sequence[int] | None = None
+    padding: str | Sequence[tuple[int, int]] = "VALID"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    coefficient_init: Callable[..., jax.Array] | None = None
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[N, *spatial, C]` to `[N, *pooled, C]`."""
+        window, steps, pads, _ = _geometry(x, self.window_shape, self.strides, self.padding, False)
+        initializer = self.coefficient_init or nn.initializers.constant(1 / math.prod(window))
+        coefficient = self.param("coefficient", initializer, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (x.shape[-1],), self.param_dtype)
+        x, coefficient, bias = nn.dtypes.promote_dtype(x, coefficient, bias, dtype=self.dtype)
+        total = _sum_windows(_accumulated(x), window, steps, pads).astype(x.dtype)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return total * coefficient.reshape(shape) + bias.reshape(shape)
+
+
+def _spatial(x: jax.Array) -> tuple[int, ...]:
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"x must be [N, *spatial, C] with one to three spatial dimensions, got the shape {x.shape}")
+    return x.shape[1:-1]
+
+
+def _each(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    values = (value,) * rank if isinstance(value, int | np.integer) else tuple(value)
+    if len(values) != rank or any(v < 1 for v in values):
+        raise ValueError(f"{name} must be a positive number or {rank} of them, got {value!r}")
+    return values
+
+
+def _geometry(x, window_shape, strides, padding, ceil_mode) -> tuple[tuple[int, ...], tuple[int, ...], Pads, Pads]:
+    """Checks the arguments; the last two results are the pads to apply, and those before `ceil_mode` widened them."""
+    spatial = _spatial(x)
+    window = _each("window_shape", window_shape, len(spatial))
+    steps = window if strides is None else _each("strides", strides, len(spatial))
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f'padding must be "SAME", "VALID" or (low, high) pairs, got {padding!r}')
+        asked = tuple(lax.padtype_to_pads(spatial, window, steps, padding))
+    else:
+        if len(padding) != len(spatial) or any(np.shape(p) != (2,) or min(p) < 0 for p in padding):
+            raise ValueError(
+                f"padding must be {len(spatial)} (low, high) pairs, none negative, one for each spatial dimension, "
+                f"got {padding!r}"
+            )
+        asked = tuple((int(low), int(high)) for low, high in padding)
+    if any(n + sum(p) < k for n, k, p in zip(spatial, window, asked, strict=True)):
+        raise ValueError(f"window_shape {window} exceeds the input's extent {spatial} padded by {asked}")
+    pads = asked
+    if ceil_mode:
+        pads = tuple(map(_ceil_pads, spatial, window, steps, asked))
+    return window, steps, pads, asked
+
+
+def _ceil_pads(extent: int, window: int, step: int, pad: tuple[int, int]) -> tuple[int, int]:
+    low, high = pad
+    outputs = -((extent + low + high - window) // -step) + 1
+    if (outputs - 1) * step >= extent + low:
+        outputs -= 1
+    return low, max((outputs - 1) * step + window - extent - low, 0)
+
+
+def _accumulated(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _result_dtype(x: jax.Array) -> Any:
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32
+
+
+def _along(values: np.ndarray, axis: int, ndim: int) -> np.ndarray:
+    return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def _groups(x: jax.Array, window: int) -> jax.Array:
+    depth = x.shape[-1]
+    if window < 1 or depth % window:
+        raise ValueError(f"the depth of x must be a multiple of window, got depth {depth} and window {window}")
+    return x.reshape(*x.shape[:-1], depth // window, window)
+
+
+def _first_larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The larger of the two, `a` where they are equal, NaN where either is."""
+    larger = b > a
+    if jnp.issubdtype(a.dtype, jnp.floating):
+        larger |= b != b
+    return jnp.where(larger, b, a)
+
+
+# Compiled once per shape also outside a jit; inside one it changes nothing.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _max_windows(x: jax.Array, window: tuple[int, ...], steps: tuple[int, ...], pads: Pads) -> jax.Array:
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    least = np.array(-np.inf if floating else jnp.iinfo(x.dtype).min, x.dtype)
+    # Where windows overlap, axis by axis saves comparisons; where they do not, it only adds a pass over memory.
+    at_once = window == steps and math.prod(window) <= _FEW
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: _fold_windows(_first_larger, _padded(x, least, pads), window, steps, at_once),
+        default=lambda x: lax.reduce_window(x, least, lax.max, *_full_rank(window, steps, pads)),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _sum_windows(x: jax.Array, window: tuple[int, ...], steps: tuple[int, ...], pads: Pads) -> jax.Array:
+    zero = np.zeros((), x.dtype)
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: _fold_windows(lax.add, _padded(x, zero, pads), window, steps, math.prod(window) <= _FEW),
+        default=lambda x: lax.reduce_window(x, zero, lax.add, *_full_rank(window, steps, pads)),
+    )
+
+
+def _fold_windows(fold, x: jax.Array, window: tuple[int, ...], steps: tuple[int, ...], at_once: bool) -> jax.Array:
+    """Folds every window in row-major order, all axes at once or one after the other."""
+    if at_once:
+        elements = [x]
+        for axis, (k, s) in enumerate(zip(window, steps, strict=True), start=1):
+            elements = [place for element in elements for place in _places(element, axis, k, s)]
+        return functools.reduce(fold, elements)
+    # The last axis first: so the first place in row-major order wins a tie, as in `lax.reduce_window`'s gradient.
+    for axis in reversed(range(1, x.ndim - 1)):
+        x = functools.reduce(fold, _places(x, axis, window[axis - 1], steps[axis - 1]))
+    return x
+
+
+def _places(x: jax.Array, axis: int, window: int, step: int) -> list[jax.Array]:
+    """The first, second, ... element of every window along `axis`."""
+    reach = ((x.shape[axis] - window) // step) * step + 1
+    return [lax.slice_in_dim(x, i, i + reach, step, axis) for i in range(window)]
+
+
+def _full_rank(window: tuple[int, ...], steps: tuple[int, ...], pads: Pads):
+    return (1, *window, 1), (1, *steps, 1), ((0, 0), *pads, (0, 0))
+
+
+def _padded(x: jax.Array, value: np.ndarray, pads: Pads) -> jax.Array:
+    if not any(map(any, pads)):
+        return x
+    return lax.pad(x, value, ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))

@@ -1,0 +1,167 @@
+"""LeNet-5, as printed and as taught.
+
+Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied to document recognition", Proceedings of
+the IEEE, 1998, section II.B. Layer names follow the paper: C convolution, S subsampling, F fully connected.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxvision.layers import RBF, Conv, TrainableAvgPool, avg_pool, digit_codes, random_codes
+from flaxvision.layers.lowering import conv_general_dilated
+from flaxvision.registry import register
+
+Dtype = Any
+
+# Table I of the paper: which of S2's six maps each of C3's sixteen maps sees.
+C3_INPUTS = (
+    (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5),
+    (0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5), (0, 3, 4, 5), (0, 1, 4, 5), (0, 1, 2, 5),
+    (0, 1, 3, 4), (1, 2, 4, 5), (0, 2, 3, 5),
+    (0, 1, 2, 3, 4, 5),
+)  # fmt: skip
+
+
+def scaled_tanh(x: jax.Array) -> jax.Array:
+    """The paper's squashing function, `1.7159 tanh(2x/3)` (equation 6 and appendix A)."""
+    return 1.7159 * jnp.tanh(x * (2 / 3))
+
+
+def _uniform_by_fan_in(fan_in: int):
+    # Appendix A: uniform between -2.4/F and 2.4/F, F the number of inputs of the unit.
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -2.4 / fan_in, 2.4 / fan_in)
+
+    return init
+
+
+class PartialConv(nn.Module):
+    """A VALID convolution in which each output map sees only some of the input maps.
+
+    Only the connections that exist have parameters: `kernel` is `[kh, kw, connections]`.
+
+    Attributes:
+        connections: For each output map, the input maps that it sees.
+        kernel_size: Height and width of the window.
+        dtype: Of the computation.
+        param_dtype: Of the parameters.
+    """
+
+    connections: tuple[tuple[int, ...], ...]
+    kernel_size: tuple[int, int]
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x [N, H, W, C]` to `[N, H - kh + 1, W - kw + 1, len(connections)]`."""
+        source = np.concatenate([np.asarray(c) for c in self.connections])
+        target = np.repeat(np.arange(len(self.connections)), [len(c) for c in self.connections])
+        window = int(np.prod(self.kernel_size))
+
+        def init(key, shape, dtype):
+            fan_in = window * np.asarray([len(self.connections[t]) for t in target], np.float32)
+            return jax.random.uniform(key, shape, dtype, -1, 1) * (2.4 / fan_in).astype(dtype)
+
+        kernel = self.param("kernel", init, (*self.kernel_size, len(source)), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (len(self.connections),), self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        dense = jnp.zeros((*self.kernel_size, x.shape[-1], len(self.connections)), kernel.dtype)
+        dense = dense.at[:, :, source, target].set(kernel)
+        x = conv_general_dilated(x, dense, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return x + bias.reshape((1, 1, 1, -1))
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 as printed: trainable subsampling, a partly connected C3, a fixed RBF output layer.
+
+    The logits are the negative of the RBF units' squared distances (equation 7), so that the largest logit is the
+    nearest code; `flaxvision.losses.lenet_map` is the paper's criterion (equation 9) on them. Wants 32x32 pixels, of
+    which the paper sets the background to -0.1 and the ink to 1.175.
+
+    Deviation: the subsampling layers end in the same squashing function as the others, where the paper says sigmoid.
+
+    Attributes:
+        num_classes: Outputs. Ten use the digits' bitmap codes, any other number seeded random codes; 0 gives the 84
+            features of F6.
+        dtype: Of the computation.
+        param_dtype: Of the parameters.
+    """
+
+    num_classes: int = 10
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images `[N, 32, 32, C]` to logits `[N, num_classes]` float32."""
+        del train
+        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        _check_size(x)
+        init = _uniform_by_fan_in(25 * x.shape[-1])
+        x = scaled_tanh(Conv(6, (5, 5), padding="VALID", kernel_init=init, name="c1", **policy)(x))
+        x = scaled_tanh(TrainableAvgPool(name="s2", **policy)(x))
+        x = scaled_tanh(PartialConv(C3_INPUTS, (5, 5), name="c3", **policy)(x))
+        x = scaled_tanh(TrainableAvgPool(name="s4", **policy)(x))
+        x = scaled_tanh(Conv(120, (5, 5), padding="VALID", kernel_init=_uniform_by_fan_in(400), name="c5", **policy)(x))
+        x = x.reshape((x.shape[0], -1))
+        x = scaled_tanh(nn.Dense(84, kernel_init=_uniform_by_fan_in(120), name="f6", **policy)(x))
+        x = x.astype(jnp.float32)
+        if not self.num_classes:
+            return x
+        codes = digit_codes() if self.num_classes == 10 else random_codes(self.num_classes, 84)
+        return -RBF(self.num_classes, codes=codes, name="output")(x)
+
+
+class LeNet5Modern(nn.Module):
+    """LeNet-5 as usually taught: C3 fully connected, plain average pools, a linear output, tanh.
+
+    Attributes:
+        num_classes: Outputs; 0 gives the 84 features of F6.
+        dtype: Of the computation.
+        param_dtype: Of the parameters.
+    """
+
+    num_classes: int = 10
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images `[N, 32, 32, C]` to logits `[N, num_classes]` float32."""
+        del train
+        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": nn.initializers.glorot_uniform()}
+        conv5 = functools.partial(Conv, kernel_size=(5, 5), padding="VALID", **policy)
+        _check_size(x)
+        x = avg_pool(jnp.tanh(conv5(6, name="c1")(x)), 2)
+        x = avg_pool(jnp.tanh(conv5(16, name="c3")(x)), 2)
+        x = jnp.tanh(conv5(120, name="c5")(x))
+        x = x.reshape((x.shape[0], -1))
+        x = jnp.tanh(nn.Dense(84, name="f6", **policy)(x))
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, name="output", **policy)(x)
+        return x.astype(jnp.float32)
+
+
+def _check_size(x: jax.Array) -> None:
+    if x.ndim != 4 or x.shape[1:3] != (32, 32):
+        raise ValueError(f"LeNet-5 wants images [N, 32, 32, C]; got {x.shape}. Pad 28x28 digits by 2 on each side.")
+
+
+_PAPER = {
+    "task": "classification",
+    "paper": "LeCun et al. 1998, Gradient-based learning applied to document recognition",
+    "year": 1998,
+    "input_size": (32, 32),
+    "channels": 1,
+}
+# 32x32 MNIST as the paper normalises it: background -0.1, ink 1.175.
+register(LeNet5, "lenet5", params=60_000, mean=(0.1 / 1.275,), std=(1 / 1.275,), **_PAPER)
+register(LeNet5Modern, "lenet5_modern", params=61_706, mean=(0.1 / 1.275,), std=(1 / 1.275,), **_PAPER)

@@ -1,0 +1,94 @@
+"""The perceptron: a layer of threshold logic units and its learning rule.
+
+F. Rosenblatt, "The perceptron: a probabilistic model for information storage and organization in the brain", 1958.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flaxvision.layers import heaviside
+from flaxvision.registry import register
+
+Dtype = Any
+
+
+class Perceptron(nn.Module):
+    """One layer of threshold logic units over flattened features.
+
+    `apply` gives the weighted sums `[N, num_classes]`, as every classifier gives logits; `threshold=True` gives the
+    units' outputs, 0 or 1. One unit (`num_classes=1`) tells a class from the rest.
+
+    Attributes:
+        num_classes: The number of units; 0 gives the flattened features.
+        dtype: Of the computation.
+        param_dtype: Of the parameters.
+    """
+
+    num_classes: int = 1
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False, threshold: bool = False) -> jax.Array:
+        """Maps `x [N, ...]` to weighted sums `[N, num_classes]` float32, or to 0 and 1 with `threshold=True`."""
+        del train
+        x = x.reshape((x.shape[0], -1))
+        if not self.num_classes:
+            return x.astype(jnp.float32)
+        zeros = nn.initializers.zeros
+        x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=zeros, name="units")(x)
+        x = x.astype(jnp.float32)
+        return heaviside(x) if threshold else x
+
+
+def perceptron_update(params: Any, x: jax.Array, y: jax.Array, learning_rate: float = 1.0) -> tuple[Any, jax.Array]:
+    """Shows the perceptron each example once, in order, by Rosenblatt's rule `w += eta (y - y_hat) x`.
+
+    Args:
+        params: The parameters of `Perceptron`.
+        x: Features `[N, F]`.
+        y: Targets `[N, K]`, each 0 or 1.
+        learning_rate: `eta`.
+
+    Returns:
+        The new parameters, and the number of wrong outputs met on the way. Where the classes are linearly separable,
+        repeated calls reach 0 in finitely many steps (Novikoff 1962).
+
+    Raises:
+        ValueError: The shapes of `x`, `y` and the parameters do not fit.
+    """
+    units = params["units"]
+    features, outputs = units["kernel"].shape
+    if x.ndim != 2 or x.shape[1] != features or y.shape != (x.shape[0], outputs):
+        raise ValueError(
+            f"x must be [N, {features}] and y [N, {outputs}], as the kernel {units['kernel'].shape} says; "
+            f"got x {x.shape} and y {y.shape}"
+        )
+
+    def show(carry, example):
+        kernel, bias, wrong = carry
+        xi, yi = example
+        error = yi - heaviside(xi @ kernel + bias)
+        kernel = kernel + learning_rate * xi[:, None] * error[None, :]
+        return (kernel, bias + learning_rate * error, wrong + jnp.sum(error != 0)), None
+
+    start = (units["kernel"], units["bias"], jnp.zeros((), jnp.int32))
+    (kernel, bias, wrong), _ = jax.lax.scan(show, start, (x, y.astype(x.dtype)))
+    return {**params, "units": {"kernel": kernel, "bias": bias}}, wrong
+
+
+register(
+    Perceptron,
+    "perceptron",
+    task="classification",
+    paper="Rosenblatt 1958, The perceptron",
+    year=1958,
+    input_size=(2,),
+    channels=1,
+    params=3,
+)

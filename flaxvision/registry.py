@@ -1,0 +1,121 @@
+"""Names for the models: `create_model`, `list_models`, `model_info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a registered model without building it.
+
+    Attributes:
+        name: The registry name.
+        task: `"classification"`, `"detection"` or `"segmentation"`.
+        paper: The publication that the definition follows.
+        year: Its year.
+        input_size: Height and width in pixels of the published input; `(features,)` for models of feature vectors.
+        channels: Input channels of the published input.
+        params: Trainable parameters at the defaults, exact.
+        mean: Per-channel mean of the published preprocessing, in [0, 1].
+        std: Per-channel standard deviation, likewise.
+        weights: Tags of the published weights that `flaxvision.weights.load` knows.
+        defaults: Module fields that the name sets.
+    """
+
+    name: str
+    task: str
+    paper: str
+    year: int
+    input_size: tuple[int, ...]
+    channels: int
+    params: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    weights: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+
+_MODELS: dict[str, tuple[Callable[..., nn.Module], ModelInfo]] = {}
+
+
+def register(module: Callable[..., nn.Module], name: str, *, defaults: dict[str, Any] | None = None, **info: Any) -> None:
+    """Registers `module(**defaults)` under `name`; `info` are the fields of `ModelInfo`.
+
+    Args:
+        module: A `flax.linen.Module` class.
+        name: The registry name; lower case.
+        defaults: Values for the module's fields.
+        **info: The other fields of `ModelInfo`.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in _MODELS:
+        raise ValueError(f"a model named {name!r} is registered already")
+    defaults = defaults or {}
+    _MODELS[name] = (module, ModelInfo(name=name, defaults=tuple(defaults.items()), **info))
+
+
+def _find(name: str) -> tuple[Callable[..., nn.Module], ModelInfo]:
+    if name not in _MODELS:
+        near = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.4)
+        hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(list_models())}"
+        raise ValueError(f"there is no model named {name!r}; {hint}")
+    return _MODELS[name]
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """Builds a registered model.
+
+    Args:
+        name: One of `list_models()`.
+        **overrides: Fields of the module, such as `num_classes` or `dtype`.
+
+    Returns:
+        A plain `flax.linen.Module`, without variables.
+
+    Raises:
+        ValueError: There is no such model; the nearest names are given.
+        TypeError: The module has no such field; its fields are given.
+    """
+    module, info = _find(name)
+    fields = [f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")]
+    unknown = sorted(set(overrides) - set(fields))
+    if unknown:
+        raise TypeError(f"{name} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(fields)}")
+    return module(**{**dict(info.defaults), **overrides})
+
+
+def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
+    """Lists the registered names.
+
+    Args:
+        pattern: A shell pattern such as `"resnet*"`.
+        task: `"classification"`, `"detection"` or `"segmentation"`; None for all.
+
+    Returns:
+        The sorted names.
+    """
+    return sorted(n for n, (_, i) in _MODELS.items() if fnmatch.fnmatchcase(n, pattern) and task in (None, i.task))
+
+
+def model_info(name: str) -> ModelInfo:
+    """Tells what is known of a model without building it.
+
+    Args:
+        name: One of `list_models()`.
+
+    Returns:
+        Its `ModelInfo`.
+
+    Raises:
+        ValueError: There is no such model; the nearest names are given.
+    """
+    return _find(name)[1]

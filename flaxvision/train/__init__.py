@@ -1,0 +1,41 @@
+"""Training: state, objectives, steps, their compilation, optimizers and the loop."""
+
+from flaxvision.train.loop import EarlyStopping, FitResult, evaluate, fit
+from flaxvision.train.objectives import Objective, binary, classification, multilabel, regression
+from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
+from flaxvision.train.parallel import jit_step, make_mesh, pmap_step
+from flaxvision.train.range_test import LearningRateRange, learning_rate_range
+from flaxvision.train.state import TrainState, create_state
+from flaxvision.train.step import eval_step, train_step
+from flaxvision.train.workdir import open_workdir
+from flaxvision.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter, read_records
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "EarlyStopping",
+    "FitResult",
+    "JsonlWriter",
+    "LearningRateRange",
+    "Objective",
+    "ProgressBar",
+    "TensorBoardWriter",
+    "TrainState",
+    "binary",
+    "classification",
+    "create_state",
+    "eval_step",
+    "evaluate",
+    "fit",
+    "jit_step",
+    "learning_rate_range",
+    "make_mesh",
+    "multilabel",
+    "open_workdir",
+    "optimizer",
+    "pmap_step",
+    "read_records",
+    "regression",
+    "schedule",
+    "train_step",
+]

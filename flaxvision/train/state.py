@@ -1,0 +1,118 @@
+"""What a training run is at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+@struct.dataclass
+class TrainState:
+    """What a training run is at one moment; a pytree.
+
+    Attributes:
+        step: Updates done, int32 scalar.
+        params: The trainable parameters.
+        collections: Every other Linen collection by name, `batch_stats` among them.
+        opt_state: The optimizer's state.
+        ema: The moving average of all variables, `{"params": ..., **collections}`, or None.
+        apply_fn: The model's `apply`.
+        tx: The optimizer.
+        ema_decay: The average's decay; None keeps none.
+    """
+
+    step: jax.Array
+    params: Any
+    collections: dict[str, Any]
+    opt_state: optax.OptState
+    ema: Any
+    apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
+    tx: optax.GradientTransformation = struct.field(pytree_node=False)
+    ema_decay: float | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables as `apply_fn` takes them."""
+        return {"params": self.params, **self.collections}
+
+    def apply_gradients(self, grads: Any, collections: dict[str, Any]) -> TrainState:
+        """Takes one optimizer step.
+
+        Args:
+            grads: Gradients, shaped as `params`.
+            collections: The other collections after the forward pass.
+
+        Returns:
+            The next state.
+        """
+        updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        ema = self.ema
+        if self.ema_decay is not None:
+            ema = jax.tree.map(self._average, ema, {"params": params, **collections})
+        return self.replace(
+            step=self.step + 1, params=params, collections=collections, opt_state=opt_state, ema=ema
+        )
+
+    def _average(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(old.dtype, jnp.floating):
+            return new
+        # The average of the first steps would remember the random start: Adam's kind of warm-up, as TensorFlow's
+        # ExponentialMovingAverage(num_updates) has it.
+        step = self.step.astype(jnp.float32)
+        decay = jnp.minimum(self.ema_decay, (1 + step) / (10 + step)).astype(old.dtype)
+        return decay * old + (1 - decay) * new
+
+
+def create_state(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    rng: jax.Array,
+    sample_input: Any,
+    *,
+    variables: dict[str, Any] | None = None,
+    ema_decay: float | None = None,
+) -> TrainState:
+    """Starts a run: initialises the model and the optimizer.
+
+    Args:
+        model: A module whose call takes `train`.
+        tx: An optax optimizer.
+        rng: A key made by `jax.random.key`.
+        sample_input: An input, or a `jax.ShapeDtypeStruct`, of the shape that the model will see.
+        variables: Start from these instead of fresh ones.
+        ema_decay: Keep a moving average of the variables with this decay; it starts soft, `(1 + t) / (10 + t)`.
+
+    Returns:
+        The state before the first step.
+
+    Raises:
+        ValueError: `ema_decay` is not in [0, 1).
+    """
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1) or None; got {ema_decay}")
+    if variables is None:
+        params_rng, dropout_rng = jax.random.split(rng)
+        sample = jnp.zeros(sample_input.shape, sample_input.dtype)
+        variables = jax.jit(lambda p, d, x: model.init({"params": p, "dropout": d}, x))(params_rng, dropout_rng, sample)
+    collections = {k: v for k, v in variables.items() if k not in ("params", "aux_logits", "intermediates")}
+    params = variables.get("params", {})
+    ema = None
+    if ema_decay is not None:  # its own buffers: the step donates both
+        ema = jax.tree.map(jnp.array, {"params": params, **collections})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        collections=collections,
+        opt_state=jax.jit(tx.init)(params),
+        ema=ema,
+        apply_fn=model.apply,
+        tx=tx,
+        ema_decay=ema_decay,
+    )

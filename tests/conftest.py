@@ -1,0 +1,23 @@
+"""Eight virtual CPU devices, strict ranks and a compilation cache that outlives the run."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+CACHE = Path(os.environ.get("FLAXVISION_TEST_CACHE", Path(tempfile.gettempdir()) / f"flaxvision-jax-{os.getuid()}"))
+
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def rng():
+    return jax.random.key(0)
