@@ -331,11 +331,12 @@ def adjust_hue(image: Array, delta: ArrayLike) -> Array:
     return jnp.clip(dm_pix.adjust_hue(image, delta), 0, 1)
 
 
-def add_lighting(image: Array, alpha: ArrayLike) -> Array:
+def add_lighting(image: Array, alpha: Sequence[float] | Array) -> Array:
     """Adds `alpha` [3] times ImageNet's RGB eigenvalues along their eigenvectors, one shift for the whole image."""
     _shape(image, channels=3)
-    weights = jnp.asarray(alpha) * jnp.asarray(IMAGENET_EIGENVALUES)
-    shift = jnp.sum(jnp.asarray(IMAGENET_EIGENVECTORS) * weights[None], axis=1)
+    # Spelt out: as a product and sum under vmap, jaxlib 0.10.2 gives wrong rows from 101 on (jax issue 39103).
+    weights = [alpha[j] * IMAGENET_EIGENVALUES[j] for j in range(3)]
+    shift = jnp.stack([sum(w * v for w, v in zip(weights, row, strict=True)) for row in IMAGENET_EIGENVECTORS])
     return jnp.clip(image + shift[None, None], 0, 1)
 
 

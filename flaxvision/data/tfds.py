@@ -6,6 +6,7 @@ Preparing a set takes TensorFlow in general (the extra `tfds`). MNIST, Fashion-M
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import logging
 import os
@@ -197,6 +198,7 @@ def _prepare(builder: Any, manual_dir: str | os.PathLike[str] | None) -> None:
     manual = None if manual_dir is None else Path(manual_dir).expanduser().resolve()
     if manual is not None and not manual.is_dir():
         raise ValueError(f"manual_dir: received {os.fspath(manual)!r}; there is no such folder")
+    place = f"the TFDS set {builder.name!r} is not in {root} and could not be prepared"
     if builder.name in _IDX_SETS:
         if manual is not None:
             files = [f"{stem}.gz" for stems in IDX_FILES.values() for stem in stems]
@@ -204,17 +206,42 @@ def _prepare(builder: Any, manual_dir: str | os.PathLike[str] | None) -> None:
             if missing:
                 raise ValueError(f"manual_dir: {manual} lacks {', '.join(missing)}; it must hold {', '.join(files)}")
         builder = _idx_builder(type(builder))(data_dir=root, file_format="array_record")
-    downloads = root / "downloads"
+    elif importlib.util.find_spec("tensorflow") is None:
+        raise RuntimeError(
+            f"{place}: preparing it takes TensorFlow once, reading does not. Install it with "
+            "pip install 'flaxvision[tfds]', or name a data_dir that holds the set prepared as array records"
+        )
+    _check_network(builder, manual, place)
     config = tfds.download.DownloadConfig(
         manual_dir=manual,
         # TFDS finds extracted files again by their names, which MNIST and Fashion-MNIST share.
-        extract_dir=downloads / "extracted" / builder.name,
+        extract_dir=root / "downloads" / "extracted" / builder.name,
         try_download_gcs=False,
     )
     try:
-        builder.download_and_prepare(download_dir=downloads, download_config=config)
+        builder.download_and_prepare(download_dir=root / "downloads", download_config=config)
     except Exception as error:
-        raise RuntimeError(_advice(builder, manual, error)) from error
+        if manual is not None and type(error).__name__ == "NonMatchingChecksumError":
+            place += f" because a file in manual_dir ({manual}) is not the original one"
+        raise RuntimeError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _check_network(builder: Any, manual: Path | None, place: str) -> None:
+    """Fails at once where TFDS would try for minutes to reach a host that cannot be reached."""
+    import requests
+
+    infos = builder.url_infos or {}
+    needed = [url for url, info in infos.items() if manual is None or not (manual / (info.filename or ".")).is_file()]
+    if not needed:
+        return
+    try:
+        requests.head(needed[0], timeout=20)
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise RuntimeError(
+            f"{place}: {needed[0]} cannot be reached. Without a network, name a manual_dir that holds the original files "
+            f"({', '.join(sorted(info.filename or url for url, info in infos.items())[:8])}), or a data_dir that holds the "
+            "set prepared as array records"
+        ) from error
 
 
 def _root(builder: Any) -> Path:
@@ -245,31 +272,6 @@ def _idx_builder(base: Any) -> Any:
                 yield index, {"image": png.getvalue(), "label": int(label[index])}
 
     return Builder
-
-
-def _advice(builder: Any, manual: Path | None, error: BaseException) -> str:
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    place = f"the TFDS set {builder.name!r} is not in {_root(builder)} and could not be prepared"
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if any(
-        isinstance(e, ImportError) and "tensorflow" in str(e) or "No module named 'tensorflow'" in str(e) for e in chain
-    ):
-        return (
-            f"{place}: preparing it takes TensorFlow once (reading does not). Install it with "
-            "pip install 'flaxvision[tfds]', or name a data_dir that holds the set prepared as array records"
-        )
-    if manual is not None and "NonMatchingChecksumError" in {type(e).__name__ for e in chain}:
-        return f"{place}: a file in manual_dir ({manual}) is not the original one. {error}"
-    if any("requests" in type(e).__module__ or isinstance(e, (ConnectionError, TimeoutError)) for e in chain):
-        return (
-            f"{place}: the download failed ({reason}). Without a network, name a manual_dir that holds the original "
-            "files, or a data_dir that holds the set prepared as array records"
-        )
-    return f"{place} ({reason})"
 
 
 @contextlib.contextmanager

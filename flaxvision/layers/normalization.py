@@ -13,20 +13,21 @@ def local_response_norm(
     """Divides each activation by a power of its neighbouring channels' energy.
 
     `y_i = x_i / (k + alpha * sum_j x_j^2) ** beta`, the sum over the `size` channels
-    `i - size // 2 <= j <= i + (size - 1) // 2` that exist: equation of Krizhevsky, Sutskever and Hinton 2012, section
-    3.3, with its figures as defaults. `size` is the full width and alpha is not divided by it. An odd size is
-    symmetric; an even one reaches one channel further down than up (size 4: two below, itself, one above).
+    `i - size // 2 <= j <= i + (size - 1) // 2` that exist: Krizhevsky, Sutskever and Hinton 2012, section 3.3, with
+    its figures as defaults. `size` is the full width and alpha is not divided by it. An odd size is symmetric; an even
+    one reaches one channel further down than up (size 4: two below, itself, one above).
 
-    The other conventions, with `b`, `a` standing for their own beta and alpha:
+    The other conventions, where `a` is their alpha:
 
-    * Geron's equation 14-2 (radius r, sum from `i - r/2` to `i + r/2`): `size = 2 * (r // 2) + 1`, alpha, beta, k as
-      they are; its AlexNet (r=2, alpha=2e-5, beta=0.75, k=1) is `size=3, alpha=2e-5, beta=0.75, k=1`.
-    * `tf.nn.local_response_normalization(depth_radius, bias, alpha, beta)`: `size = 2 * depth_radius + 1, k = bias`.
+    * Géron's equation 14-2 (radius r, sum from `i - r/2` to `i + r/2`): `size = 2 * (r // 2) + 1`, the rest as it is;
+      its AlexNet (r=2, alpha=2e-5, beta=0.75, k=1) is `size=3, alpha=2e-5, beta=0.75, k=1`.
+    * `tf.nn.local_response_normalization(depth_radius, bias, alpha, beta)`: `size = 2 * depth_radius + 1`, `k = bias`,
+      the rest as it is.
     * `torch.nn.LocalResponseNorm(size, alpha, beta, k)` and Caffe's ACROSS_CHANNELS: `alpha = a / size`, the rest as it
       is, even sizes included.
 
     Args:
-        x: `[..., C]`, channels last. Sums are float32 under bfloat16 and float16.
+        x: `[..., C]`, channels last. The arithmetic is float32 under bfloat16 and float16.
         size: number of neighbouring channels, the channel itself included.
         alpha: weight of the sum of squares.
         beta: exponent.
@@ -46,9 +47,14 @@ def local_response_norm(
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _normalized(x: jax.Array, size: int, alpha: float, beta: float, k: float) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    lead = ((0, 0, 0),) * (x.ndim - 1)
-    square = lax.pad(jnp.square(wide), jnp.zeros((), wide.dtype), (*lead, (size // 2, (size - 1) // 2, 0)))
+    edges = ((0, 0, 0),) * (x.ndim - 1) + ((size // 2, (size - 1) // 2, 0),)
+    square = lax.pad(jnp.square(wide), jnp.zeros((), wide.dtype), edges)
     depth = x.shape[-1]
+    # Shifted additions, which XLA fuses, where a window's reduction stands alone.
     energy = functools.reduce(lax.add, [lax.slice_in_dim(square, i, i + depth, axis=-1) for i in range(size)])
     base = k + alpha * energy
-    return (wide * base**-beta).astype(x.dtype)
+    if beta == 0.75:
+        # Two square roots cost a fraction of a power, and more so in the gradient.
+        root = jnp.sqrt(base)
+        return (wide / (root * jnp.sqrt(root))).astype(x.dtype)
+    return (wide / base**beta).astype(x.dtype)

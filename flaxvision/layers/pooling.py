@@ -5,6 +5,7 @@ they are plain `lax.reduce_window`. Both give the same values and the same gradi
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,18 +86,17 @@ def avg_pool(
     """
     window, steps, pads, asked = _geometry(x, window_shape, strides, padding, ceil_mode)
     total = _sum_windows(_accumulated(x), window, steps, pads)
+    count = np.ones((1,) * x.ndim)
     for axis, (extent, k, s, pad, real) in enumerate(
         zip(x.shape[1:-1], window, steps, pads, asked, strict=True), start=1
     ):
         start = np.arange(total.shape[axis]) * s - pad[0]
         low, high = (-real[0], extent + real[1]) if count_include_pad else (0, extent)
-        count = np.minimum(start + k, high) - np.maximum(start, low)
-        scale = np.where(count > 0, 1 / np.maximum(count, 1), 0)
-        if (scale == scale[0]).all():
-            total = total * jnp.asarray(scale[0], total.dtype)
-        else:
-            total = total * jnp.asarray(_along(scale, axis, total.ndim), total.dtype)
-    return total.astype(_result_dtype(x))
+        counted = np.minimum(start + k, high) - np.maximum(start, low)
+        if (counted == counted[0]).all():
+            counted = counted[:1]
+        count = count * np.expand_dims(counted, [i for i in range(x.ndim) if i != axis])
+    return (total / jnp.asarray(np.maximum(count, 1), total.dtype)).astype(_result_dtype(x))
 
 
 def l2_norm_pool(
@@ -220,7 +220,7 @@ def global_max_pool(x: jax.Array) -> jax.Array:
     Raises:
         ValueError: not one to three spatial dimensions.
     """
-    return x.max(tuple(range(1, 1 + len(_spatial(x)))))
+    return jnp.max(x, tuple(range(1, 1 + len(_spatial(x)))))
 
 
 class TrainableAvgPool(nn.Module):
@@ -306,15 +306,12 @@ def _ceil_pads(extent: int, window: int, step: int, pad: tuple[int, int]) -> tup
 
 
 def _accumulated(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(_result_dtype(x), jnp.float32))
 
 
 def _result_dtype(x: jax.Array) -> Any:
-    return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32
-
-
-def _along(values: np.ndarray, axis: int, ndim: int) -> np.ndarray:
-    return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
+    return jax.dtypes.canonicalize_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32
 
 
 def _groups(x: jax.Array, window: int) -> jax.Array:
@@ -359,20 +356,22 @@ def _sum_windows(x: jax.Array, window: tuple[int, ...], steps: tuple[int, ...], 
 def _fold_windows(fold, x: jax.Array, window: tuple[int, ...], steps: tuple[int, ...], at_once: bool) -> jax.Array:
     """Folds every window in row-major order, all axes at once or one after the other."""
     if at_once:
-        elements = [x]
-        for axis, (k, s) in enumerate(zip(window, steps, strict=True), start=1):
-            elements = [place for element in elements for place in _places(element, axis, k, s)]
-        return functools.reduce(fold, elements)
+        return functools.reduce(fold, _places(x, window, steps))
     # The last axis first: so the first place in row-major order wins a tie, as in `lax.reduce_window`'s gradient.
-    for axis in reversed(range(1, x.ndim - 1)):
-        x = functools.reduce(fold, _places(x, axis, window[axis - 1], steps[axis - 1]))
+    for axis in reversed(range(len(window))):
+        alone = [[n if i == axis else 1 for i, n in enumerate(extents)] for extents in (window, steps)]
+        x = functools.reduce(fold, _places(x, *alone))
     return x
 
 
-def _places(x: jax.Array, axis: int, window: int, step: int) -> list[jax.Array]:
-    """The first, second, ... element of every window along `axis`."""
-    reach = ((x.shape[axis] - window) // step) * step + 1
-    return [lax.slice_in_dim(x, i, i + reach, step, axis) for i in range(window)]
+def _places(x: jax.Array, window: Sequence[int], steps: Sequence[int]) -> list[jax.Array]:
+    """The first, second, ... element of every window, in row-major order."""
+    spans = [((n - k) // s) * s + 1 for n, k, s in zip(x.shape[1:-1], window, steps, strict=True)]
+    places = []
+    for offset in itertools.product(*map(range, window)):
+        stop = [o + span for o, span in zip(offset, spans, strict=True)]
+        places.append(lax.slice(x, (0, *offset, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1)))
+    return places
 
 
 def _full_rank(window: tuple[int, ...], steps: tuple[int, ...], pads: Pads):

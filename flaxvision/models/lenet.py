@@ -68,7 +68,8 @@ class PartialConv(nn.Module):
 
         def init(key, shape, dtype):
             fan_in = window * np.asarray([len(self.connections[t]) for t in target], np.float32)
-            return jax.random.uniform(key, shape, dtype, -1, 1) * (2.4 / fan_in).astype(dtype)
+            limit = jnp.asarray(2.4 / fan_in, dtype).reshape((1, 1, -1))
+            return limit * jax.random.uniform(key, shape, dtype, -1, 1)
 
         kernel = self.param("kernel", init, (*self.kernel_size, len(source)), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (len(self.connections),), self.param_dtype)

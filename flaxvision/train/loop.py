@@ -140,7 +140,7 @@ def fit(
         rng: The run's key.
         evaluate: `state -> means`, such as `partial(evaluate, eval_step=..., batches=...)`.
         eval_every: Steps between evaluations; None for one at the end.
-        log_every: Steps between training records, each the mean since the last one.
+        log_every: Steps between training records, each the mean since the last one; there is one at each evaluation too.
         checkpoints: A `flaxvision.checkpoint.Checkpoints`.
         checkpoint_every: Steps between checkpoints; None for one after each evaluation. The last step always has one.
         early_stopping: Looked at after each evaluation.
@@ -206,7 +206,7 @@ def fit(
             for bar in bars:
                 bar.advance(len(batch["image"]))
             last = at == num_steps
-            if at % log_every == 0 or last:
+            if at % log_every == 0 or at % eval_every == 0 or last:
                 window.check(saved)
                 record = {"step": at, "split": "train", **fm.divide(window.fetch())}
                 if learning_rate is not None:

@@ -47,8 +47,8 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
     def call(state, batch, *rng):
         check_divides(batch, mesh.size)
         first = next(iter(jax.tree.leaves(state)), None)
-        if isinstance(first, jax.Array) and first.committed and not first.sharding.is_equivalent_to(everywhere, first.ndim):
-            state = jax.device_put(state, everywhere)  # from pmap_step, another mesh or a checkpoint
+        if getattr(first, "sharding", None) != everywhere:  # fresh, from pmap_step, another mesh or a checkpoint
+            state = jax.device_put(state, everywhere)
         return (train if rng else evaluate)(state, _place(batch, sharded), *rng)
 
     def lower(state, batch, *rng, **options):

@@ -75,34 +75,41 @@ def _reduce_window(x, init, fold, window, strides, padding):
 @pytest.mark.parametrize(("shape", "window", "strides", "padding"), CASES, ids=IDS)
 def test_max_pool(shape, window, strides, padding, values):
     x = values(shape)
-    got, pull = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
     expected = loop(x, window, strides, padding, lambda e: e.max(0, initial=-np.inf))
-    np.testing.assert_array_equal(got, expected)
-    _, pull_plain = jax.vjp(lambda x: _reduce_window(x, -jnp.inf, lax.max, window, strides, padding), x)
     # Small integers add up exactly in any order.
-    g = np.random.default_rng(1).integers(1, 9, got.shape).astype(np.float32)
-    np.testing.assert_array_equal(pull(g)[0], pull_plain(g)[0])
+    g = np.random.default_rng(1).integers(1, 9, expected.shape).astype(np.float32)
+
+    @jax.jit
+    def pools(x):
+        got, pull = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
+        _, pull_plain = jax.vjp(lambda x: _reduce_window(x, -jnp.inf, lax.max, window, strides, padding), x)
+        return got, pull(g)[0], pull_plain(g)[0]
+
+    got, gradient, plain = pools(x)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(gradient, plain)
 
 
 @pytest.mark.parametrize(("shape", "window", "strides", "padding"), CASES, ids=IDS)
 def test_avg_and_l2_norm_pool(shape, window, strides, padding):
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(np.float32)
     size = np.prod(window)
-    folds = {
-        True: lambda e: e.sum(0) / size,
-        False: lambda e: e.mean(0) if len(e) else 0,
-    }
-    for include, fold in folds.items():
-        got = layers.avg_pool(x, window, strides, padding, count_include_pad=include)
-        np.testing.assert_allclose(got, loop(x, window, strides, padding, fold), rtol=1e-5, atol=1e-6)
-    got = layers.l2_norm_pool(x, window, strides, padding)
-    expected = loop(x, window, strides, padding, lambda e: np.sqrt((e**2).sum(0)))
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    padded = loop(x, window, strides, padding, lambda e: e.sum(0) / size)
+    real = loop(x, window, strides, padding, lambda e: e.mean(0) if len(e) else 0)
+    norm = loop(x, window, strides, padding, lambda e: np.sqrt((e**2).sum(0)))
+    g = rng.standard_normal(padded.shape).astype(np.float32)
 
-    got, pull = jax.vjp(lambda x: layers.avg_pool(x, window, strides, padding), x)
-    _, pull_plain = jax.vjp(lambda x: _reduce_window(x, 0.0, lax.add, window, strides, padding) / size, x)
-    g = np.random.default_rng(1).standard_normal(got.shape).astype(np.float32)
-    np.testing.assert_allclose(pull(g)[0], pull_plain(g)[0], rtol=1e-5, atol=1e-6)
+    @jax.jit
+    def pools(x):
+        got, pull = jax.vjp(lambda x: layers.avg_pool(x, window, strides, padding), x)
+        _, pull_plain = jax.vjp(lambda x: _reduce_window(x, 0.0, lax.add, window, strides, padding) / size, x)
+        without = layers.avg_pool(x, window, strides, padding, count_include_pad=False)
+        return got, without, layers.l2_norm_pool(x, window, strides, padding), pull(g)[0], pull_plain(g)[0]
+
+    *got, gradient, plain = pools(x)
+    for value, expected in zip([*got, gradient], [padded, real, norm, plain], strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_in_float64():
@@ -122,7 +129,7 @@ def test_gradients_in_float64():
         ]
         for pool in pools:
             assert pool(x).dtype == jnp.float64
-            check_grads(pool, (x,), order=1, modes=("fwd", "rev"), eps=1e-3)
+            check_grads(jax.jit(pool), (x,), order=1, modes=("fwd", "rev"), eps=1e-3)
 
 
 def test_nan_and_infinity():
@@ -156,6 +163,20 @@ def test_dtypes(dtype):
         assert got.dtype == result
         # Rounded once, at the end.
         np.testing.assert_array_equal(got, pool(reference).astype(result))
+
+
+def test_numpy_float64_becomes_float32():
+    x = np.ones((1, 4, 4, 2))
+    for pool in (layers.max_pool, layers.avg_pool, layers.l2_norm_pool, layers.adaptive_avg_pool):
+        assert pool(x, 2).dtype == jnp.float32
+    for pool in (layers.global_avg_pool, layers.global_max_pool):
+        assert pool(x).dtype == jnp.float32
+
+
+def test_average_of_a_constant_is_exact():
+    x = np.full((1, 7, 8, 2), 0.75, np.float32)
+    got = layers.avg_pool(x, 3, 1, "SAME", count_include_pad=False)
+    np.testing.assert_array_equal(got, x)
 
 
 def test_strides_default_to_the_window():

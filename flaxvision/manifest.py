@@ -1,0 +1,189 @@
+"""What a checkpoint says of itself: one JSON record with the shape, dtype and CRC-32 of every array.
+
+Nothing here reads or writes a file. A *record* is a dict of JSON values: step, progress, metrics, the manifest of the
+run and the leaves; sealed, it carries its format and its own CRC-32. *Leaves* tell of the arrays: by path (as in
+`params/conv1/kernel`) a dict of `shape`, `dtype`, `crc32` and, for a PRNG key, whose data these are, `key` (its dtype)
+and `impl`.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = [
+    "Damage",
+    "Leaves",
+    "brief",
+    "differences",
+    "misfits",
+    "place",
+    "plain",
+    "seal",
+    "to_host",
+    "unseal",
+    "verify",
+]
+
+FORMAT = 1
+
+Leaves = dict[str, dict[str, Any]]
+
+
+class Damage(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def brief(error: BaseException) -> str:
+    """The type and the first line of an error; Orbax's have many."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+
+
+def _name_of(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _describe(name: str, leaf: Any) -> dict[str, Any]:
+    """What the record says of a leaf; of a PRNG key, what it says of its data and which key it is."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        raise TypeError(f"the state's leaf {name} is of type {type(leaf).__name__}, an array is needed")
+    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    about = {"shape": list(data.shape), "dtype": str(data.dtype)}
+    return about | {"key": str(leaf.dtype)} if _is_key(leaf) else about
+
+
+def to_host(state: Any) -> tuple[dict[str, np.ndarray], Leaves]:
+    """Copies of the arrays by path (Orbax takes none without elements), and what the record says of each."""
+    arrays, leaves = {}, {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        name = _name_of(path)
+        if name in leaves:
+            raise ValueError(f"two leaves of the state have the path {name}")
+        leaves[name] = _describe(name, leaf)
+        if _is_key(leaf):
+            leaves[name]["impl"] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            from jax.experimental import multihost_utils
+
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        array = np.array(leaf)  # a copy: the buffer may be donated while the thread writes
+        leaves[name]["crc32"] = _crc(array)
+        if array.size:
+            arrays[name] = array
+    return arrays, leaves
+
+
+def misfits(stored: Leaves, template: Any) -> list[str]:
+    """What keeps the stored leaves from filling the template: missing, superfluous and misshapen ones."""
+    named = ((_name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(template)[0])
+    wanted = {name: _describe(name, leaf) for name, leaf in named}
+    faults = [f"{name} is not in the checkpoint" for name in wanted if name not in stored]
+    faults += [f"{name} is not in the state" for name in stored if name not in wanted]
+    for name in sorted(wanted.keys() & stored.keys()):
+        old, new = (f"{about.get('key', about['dtype'])}{about['shape']}" for about in (stored[name], wanted[name]))
+        if old != new:
+            faults.append(f"{name} is {old} in the checkpoint and {new} in the state")
+    return faults
+
+
+def verify(arrays: Mapping[str, Any], leaves: Leaves) -> dict[str, np.ndarray]:
+    """The arrays of the leaves, those without elements added.
+
+    Raises:
+        Damage: One is missing or not what the record says.
+    """
+    verified = {}
+    for name, about in leaves.items():
+        dtype = np.dtype(jax.numpy.dtype(about["dtype"]))
+        array = np.zeros(about["shape"], dtype) if 0 in about["shape"] else arrays.get(name)
+        if not isinstance(array, np.ndarray):
+            raise Damage(f"{name}: missing")
+        if (list(array.shape), array.dtype) != (about["shape"], dtype):
+            raise Damage(f"{name}: {array.dtype}{list(array.shape)} instead of {about['dtype']}{about['shape']}")
+        if _crc(array) != about["crc32"]:
+            raise Damage(f"{name}: checksum {_crc(array):08x} instead of {about['crc32']:08x}")
+        verified[name] = array
+    return verified
+
+
+def place(arrays: Mapping[str, np.ndarray], leaves: Leaves, template: Any) -> Any:
+    """The template's tree filled with the arrays, each where the template's leaf is."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = _name_of(path)
+        if isinstance(leaf, np.ndarray | np.generic):
+            return arrays[name]
+        placed = jax.device_put(arrays[name])
+        if _is_key(leaf):
+            placed = jax.random.wrap_key_data(placed, impl=leaves[name]["impl"])
+        if placed.dtype != leaf.dtype:
+            raise ValueError(f"{name} is {leaf.dtype}, which JAX makes {placed.dtype}: set jax_enable_x64")
+        committed = getattr(leaf, "committed", True) and getattr(leaf, "sharding", None) is not None
+        return jax.device_put(placed, leaf.sharding) if committed else placed
+
+    return jax.tree_util.tree_map_with_path(one, template)
+
+
+def _crc(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _crc_of_json(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its format and its own checksum."""
+    record = record | {"format": FORMAT}
+    return record | {"crc32": _crc_of_json(record)}
+
+
+def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
+    """The record without its format and checksum.
+
+    Raises:
+        Damage: The checksum is missing or another.
+        ValueError: The record is of another format.
+    """
+    record = dict(sealed)
+    if record.pop("crc32", None) != _crc_of_json(record):
+        raise Damage("its record has a wrong checksum")
+    if (found := record.pop("format", None)) != FORMAT:
+        raise ValueError(f"the checkpoint has format {found}, this flaxvision reads format {FORMAT}")
+    return record
+
+
+def plain(value: Any, where: str) -> Any:
+    """The value as JSON gives it back (lists for tuples).
+
+    Raises:
+        TypeError: Something in it would come back as something else.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    raise TypeError(f"{where} is {value!r} of type {type(value).__name__}, which JSON cannot hold")
+
+
+def differences(stored: Any, given: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, stored and given value of everything that differs."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in sorted(stored.keys() | given.keys()):
+            yield from differences(stored.get(key), given.get(key), f"{name}.{key}")
+    elif json.dumps(stored) != json.dumps(given):
+        yield name, stored, given
