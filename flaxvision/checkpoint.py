@@ -1,11 +1,11 @@
 """Checkpoints that survive kills, full disks and rotten bits; the only file that imports Orbax.
 
-A checkpoint is one Orbax directory `<step>` with every array of a state by its path (`params/conv1/kernel`) and, as
-custom metadata, the record of `flaxvision.manifest`. Orbax writes to a temporary directory and renames it, so a
-checkpoint is there whole or not at all. It loads flipped bits without a word, so all is compared with the record.
+A checkpoint is one Orbax directory `<step>` with every array of a state by its path (`params/conv1/kernel`), the record
+of `flaxvision.manifest` as custom metadata, and the checksums of all its files. Orbax loads flipped bits without a word
+and chokes noisily on others, so the files are checked before it sees them and the arrays after.
 
-Saving copies the state to the host and leaves the rest to a thread, which writes, reads back what it wrote, and only
-then deletes older checkpoints.
+Saving copies the state to the host and leaves the rest to a thread, which writes to a temporary directory, reads back
+what it wrote, renames the directory, and only then deletes older checkpoints: one is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from flaxvision.manifest import Damage, brief, differences, misfits, place, plain, seal, to_host, unseal, verify
+from flaxvision import manifest as notes
+from flaxvision.manifest import Damage, brief
 
 __all__ = ["Checkpoints", "DamagedCheckpointError", "Restored"]
 
@@ -35,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 # A step saved twice gets a revision, so that the first is deleted only when the second is safe.
 _NAME = re.compile(r"(\d{9,})(?:-r(\d+))?")
-_LEFTOVER = re.compile(_NAME.pattern + r"\.(?:orbax-checkpoint-tmp.*|deleted)")
-_NOTICE_ONLY = "versions"  # the manifest's key that may differ: resuming under other libraries is allowed
+_LEFTOVER = re.compile(_NAME.pattern + r"\.(?:saving.*|deleted)")
+_UNSEEN: set[Future[None]] = set()  # saves whose end nobody has waited for
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -71,7 +73,7 @@ class _Entry(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run in one directory: the latest few and the best few by a metric.
 
-    Use it as a context manager or call `close`: an interpreter that exits while a save is being written abandons it.
+    Use it as a context manager or call `close`; otherwise an error of the last save is only logged when Python exits.
     One process writes to a directory at a time; any number may read.
 
     Args:
@@ -107,7 +109,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "checkpoints need a directory, this is a file", str(directory))
-        self.manifest = plain(dict(manifest or {}), "manifest")
+        self.manifest = notes.plain(dict(manifest or {}), "manifest")
         self.keep_latest, self.keep_best = keep_latest, keep_best
         self.best_metric, self.best_mode = best_metric, best_mode
         self._damaged: set[Path] = set()
@@ -156,10 +158,10 @@ class Checkpoints:
         if int(step) != step or step < 0:
             raise ValueError(f"step must be an integer >= 0, got {step!r}")
         step = int(step)
-        arrays, leaves = to_host(state)
+        arrays, leaves = notes.to_host(state)
         record = {
             "step": step,
-            "progress": plain(dict(progress), "progress"),
+            "progress": notes.plain(dict(progress), "progress"),
             "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
             "manifest": self.manifest,
             "leaves": leaves,
@@ -173,12 +175,13 @@ class Checkpoints:
                 stored = _read_record(same[-1])
                 if record["metrics"] is None:
                     record["metrics"] = stored["metrics"]
-                if seal(stored)["crc32"] == seal(record)["crc32"]:
+                if notes.seal(stored)["crc32"] == notes.seal(record)["crc32"]:
                     return
         revision = same[-1].revision + 1 if same else 0
         path = self.directory / (f"{step:09d}" + (f"-r{revision}" if revision else ""))
         self._pending = self._writer.submit(self._write, _Entry(step, revision, path), arrays, record)
-        if wait:
+        _UNSEEN.add(self._pending)
+        if wait or _AT_EXIT is None:
             self.wait()
 
     def restore(self, template: Any) -> Restored | None:
@@ -231,6 +234,7 @@ class Checkpoints:
         finally:
             if pending.done():
                 self._pending = None
+                _UNSEEN.discard(pending)
 
     def close(self) -> None:
         """Waits for the last save, ends the writing thread and raises the save's error if that is still due."""
@@ -250,9 +254,7 @@ class Checkpoints:
             self._pending.exception()
 
     def _entries(self) -> list[_Entry]:
-        if not self.directory.is_dir():
-            return []
-        found = ((_NAME.fullmatch(path.name), path) for path in self.directory.iterdir())
+        found = ((_NAME.fullmatch(path.name), path) for path in self.directory.glob("*"))
         return sorted(_Entry(int(match[1]), int(match[2] or 0), path) for match, path in found if match)
 
     def _newest(self) -> dict[int, _Entry]:
@@ -275,18 +277,18 @@ class Checkpoints:
         return [entry for _, entry in sorted(ranked)]
 
     def _report(self, entry: _Entry, damage: Damage) -> None:
-        if entry.path not in self._damaged:
-            logger.warning("checkpoint %d is damaged (%s): %s", entry.step, damage, entry.path)
+        logger.warning("checkpoint %d is damaged (%s): %s", entry.step, damage, entry.path)
         self._damaged.add(entry.path)
 
     def _restore(self, entries: list[_Entry], template: Any) -> Restored | None:
         for entry in entries:
             try:
                 record = _read_record(entry)
-                self._check_manifest(entry, record["manifest"])
-                if faults := misfits(record["leaves"], template):
-                    more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-                    raise ValueError(f"{entry.path} does not fit the state: {'; '.join(faults[:8])}{more}")
+                named = f"checkpoint {entry.step} ({entry.path})"
+                if notice := notes.check_manifest(record["manifest"], self.manifest, named):
+                    logger.warning("checkpoint %d was saved with %s", entry.step, notice)
+                if faults := notes.misfits(record["leaves"], template):
+                    raise ValueError(f"{named} does not fit the state: {faults}")
                 arrays = _read_arrays(entry, record)
             except Damage as damage:
                 self._report(entry, damage)
@@ -294,19 +296,11 @@ class Checkpoints:
             self._damaged.discard(entry.path)
             if entry is not entries[0]:
                 logger.warning("using checkpoint %d instead of %d", entry.step, entries[0].step)
-            state = place(arrays, record["leaves"], template)
+            state = notes.place(arrays, record["leaves"], template)
             return Restored(state, entry.step, record["progress"], record["metrics"])
         if damaged := [path.name for path in sorted(self._damaged) if path.exists()]:
             raise DamagedCheckpointError(f"no checkpoint in {self.directory} is usable, damaged: {', '.join(damaged)}")
         return None
-
-    def _check_manifest(self, entry: _Entry, stored: dict[str, Any]) -> None:
-        for key, given in self.manifest.items():
-            for name, old, new in differences(stored.get(key), given, key):
-                if key != _NOTICE_ONLY:
-                    whose = f"checkpoint {entry.step} in {self.directory} is of another run"
-                    raise ValueError(f"{whose}: its {name} is {old!r}, this run's is {new!r}")
-                logger.warning("checkpoint %d was saved with %s %s, this is %s", entry.step, name, old, new)
 
     def _prepare(self) -> None:
         if jax.process_index() != 0:
@@ -329,15 +323,18 @@ class Checkpoints:
         if need > free:  # asked first, since Orbax tears down a failed save noisily
             reason = f"checkpoint {entry.step} needs {need} bytes, the disk has {free} left"
             raise OSError(errno.ENOSPC, reason, str(self.directory))
+        staged = entry._replace(path=entry.path.with_name(entry.path.name + ".saving"))
         try:
             with _orbax() as ocp:
-                ocp.save_checkpointables(entry.path, {"state": arrays}, custom_metadata=seal(record))
+                ocp.save_checkpointables(staged.path, {"state": arrays}, custom_metadata=notes.seal(record))
             if jax.process_index() != 0:
                 return
-            _read_arrays(entry, _read_record(entry))
+            notes.write_checksums(staged.path)
+            _read_arrays(staged, _read_record(staged))
+            staged.path.rename(entry.path)
         except Exception as error:
-            self._damaged.add(entry.path)
-            shutil.rmtree(entry.path.with_name(entry.path.name + ".orbax-checkpoint-tmp"), ignore_errors=True)
+            for path in self.directory.glob(staged.path.name + "*"):
+                shutil.rmtree(path, ignore_errors=True)
             code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's way of saying it
             number = int(code[1]) if code else getattr(error, "errno", None)
             reason = f"checkpoint {entry.step} could not be written ({os.strerror(number) if number else brief(error)})"
@@ -359,6 +356,19 @@ class Checkpoints:
                 logger.warning("checkpoint %d could not be deleted: %s", entry.step, error)
 
 
+def _finish_saves() -> None:
+    for future in tuple(_UNSEEN):
+        if error := future.exception():
+            logger.error("%s", error)
+
+
+# An exiting Python closes its thread pools first, and an Orbax save in flight then waits for ever. This hook runs before;
+# it is private, so without it saves are synchronous.
+_AT_EXIT = getattr(threading, "_register_atexit", None)
+if _AT_EXIT is not None:
+    _AT_EXIT(_finish_saves)
+
+
 @contextlib.contextmanager
 def _orbax() -> Iterator[Any]:
     """Orbax v1, without its log: what it reports is raised too, and this file words it."""
@@ -376,12 +386,13 @@ def _orbax() -> Iterator[Any]:
 
 
 def _read_record(entry: _Entry) -> dict[str, Any]:
+    notes.check_files(entry.path)
     try:
         with _orbax() as ocp:
             sealed = dict(ocp.checkpointables_metadata(entry.path).custom_metadata)
     except Exception as error:
         raise Damage(f"its record cannot be read: {brief(error)}") from error
-    record = unseal(sealed)
+    record = notes.unseal(sealed)
     if record["step"] != entry.step:
         raise Damage(f"its record says step {record['step']}")
     return record
@@ -393,4 +404,4 @@ def _read_arrays(entry: _Entry, record: dict[str, Any]) -> dict[str, np.ndarray]
             arrays = ocp.load_checkpointables(entry.path, {"state": None})["state"]
     except Exception as error:
         raise Damage(f"its arrays cannot be read: {brief(error)}") from error
-    return verify(arrays, record["leaves"])
+    return notes.verify(arrays, record["leaves"])

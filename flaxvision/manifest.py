@@ -1,6 +1,6 @@
 """What a checkpoint says of itself: one JSON record with the shape, dtype and CRC-32 of every array.
 
-Nothing here reads or writes a file. A *record* is a dict of JSON values: step, progress, metrics, the manifest of the
+A *record* is a dict of JSON values: step, progress, metrics, the manifest of the
 run and the leaves; sealed, it carries its format and its own CRC-32. *Leaves* tell of the arrays: by path (as in
 `params/conv1/kernel`) a dict of `shape`, `dtype`, `crc32` and, for a PRNG key, whose data these are, `key` (its dtype)
 and `impl`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ __all__ = [
     "Damage",
     "Leaves",
     "brief",
-    "differences",
+    "check_files",
+    "check_manifest",
     "misfits",
     "place",
     "plain",
@@ -28,9 +30,11 @@ __all__ = [
     "to_host",
     "unseal",
     "verify",
+    "write_checksums",
 ]
 
 FORMAT = 1
+CHECKSUMS = "checksums.json"  # in the directory of a checkpoint: CRC-32 of every other file
 
 Leaves = dict[str, dict[str, Any]]
 
@@ -62,7 +66,7 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
 
 
 def to_host(state: Any) -> tuple[dict[str, np.ndarray], Leaves]:
-    """Copies of the arrays by path (Orbax takes none without elements), and what the record says of each."""
+    """Copies of the arrays by path (Orbax takes none without elements, and at least one), and what the record says of each."""
     arrays, leaves = {}, {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         name = _name_of(path)
@@ -80,11 +84,11 @@ def to_host(state: Any) -> tuple[dict[str, np.ndarray], Leaves]:
         leaves[name]["crc32"] = _crc(array)
         if array.size:
             arrays[name] = array
-    return arrays, leaves
+    return arrays or {"(none)": np.zeros(1)}, leaves
 
 
-def misfits(stored: Leaves, template: Any) -> list[str]:
-    """What keeps the stored leaves from filling the template: missing, superfluous and misshapen ones."""
+def misfits(stored: Leaves, template: Any) -> str:
+    """What keeps the stored leaves from filling the template: missing, superfluous and misshapen ones, in words."""
     named = ((_name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(template)[0])
     wanted = {name: _describe(name, leaf) for name, leaf in named}
     faults = [f"{name} is not in the checkpoint" for name in wanted if name not in stored]
@@ -93,7 +97,7 @@ def misfits(stored: Leaves, template: Any) -> list[str]:
         old, new = (f"{about.get('key', about['dtype'])}{about['shape']}" for about in (stored[name], wanted[name]))
         if old != new:
             faults.append(f"{name} is {old} in the checkpoint and {new} in the state")
-    return faults
+    return "; ".join(faults[:8]) + (f" and {len(faults) - 8} more" if len(faults) > 8 else "")
 
 
 def verify(arrays: Mapping[str, Any], leaves: Leaves) -> dict[str, np.ndarray]:
@@ -123,13 +127,14 @@ def place(arrays: Mapping[str, np.ndarray], leaves: Leaves, template: Any) -> An
         name = _name_of(path)
         if isinstance(leaf, np.ndarray | np.generic):
             return arrays[name]
-        placed = jax.device_put(arrays[name])
+        sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
         if _is_key(leaf):
-            placed = jax.random.wrap_key_data(placed, impl=leaves[name]["impl"])
+            key = jax.random.wrap_key_data(jax.device_put(arrays[name]), impl=leaves[name]["impl"])
+            return key if sharding is None else jax.device_put(key, sharding)
+        placed = jax.device_put(arrays[name], sharding)
         if placed.dtype != leaf.dtype:
             raise ValueError(f"{name} is {leaf.dtype}, which JAX makes {placed.dtype}: set jax_enable_x64")
-        committed = getattr(leaf, "committed", True) and getattr(leaf, "sharding", None) is not None
-        return jax.device_put(placed, leaf.sharding) if committed else placed
+        return placed
 
     return jax.tree_util.tree_map_with_path(one, template)
 
@@ -180,10 +185,53 @@ def plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where} is {value!r} of type {type(value).__name__}, which JSON cannot hold")
 
 
-def differences(stored: Any, given: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+def _differences(stored: Any, given: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
     """Dotted name, stored and given value of everything that differs."""
     if isinstance(stored, dict) and isinstance(given, dict):
         for key in sorted(stored.keys() | given.keys()):
-            yield from differences(stored.get(key), given.get(key), f"{name}.{key}")
+            yield from _differences(stored.get(key), given.get(key), f"{name}.{key}")
     elif json.dumps(stored) != json.dumps(given):
         yield name, stored, given
+
+
+def check_manifest(stored: dict[str, Any], given: dict[str, Any], named: str) -> str:
+    """Compares what is given of a run with what is stored; `versions` may differ, and how is what comes back.
+
+    Raises:
+        ValueError: Anything else that is given differs.
+    """
+    notices = []
+    for key, value in given.items():
+        for name, old, new in _differences(stored.get(key), value, key):
+            if key != "versions":
+                raise ValueError(f"{named} is of another run: its {name} is {old!r}, this run's is {new!r}")
+            notices.append(f"{name} {old}, this is {new}")
+    return "; ".join(notices)
+
+
+def _crc_of_files(directory: Path) -> dict[str, int]:
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / CHECKSUMS)
+    return {path.relative_to(directory).as_posix(): zlib.crc32(path.read_bytes()) for path in paths}
+
+
+def write_checksums(directory: Path) -> None:
+    """Adds the file of checksums to a checkpoint's directory."""
+    (directory / CHECKSUMS).write_text(json.dumps(_crc_of_files(directory), indent=1))
+
+
+def check_files(directory: Path) -> None:
+    """Compares the files of a directory with its file of checksums.
+
+    Raises:
+        Damage: One is missing, cannot be read or is another, that of the checksums included.
+    """
+    try:
+        wanted = dict(json.loads((directory / CHECKSUMS).read_bytes()))
+        found = _crc_of_files(directory)
+    except (OSError, ValueError, TypeError) as error:
+        raise Damage(f"its checksums cannot be read: {brief(error)}") from error
+    for name, checksum in wanted.items():
+        if name not in found:
+            raise Damage(f"file {name}: missing")
+        if found[name] != checksum:
+            raise Damage(f"file {name}: checksum {found[name]} instead of {checksum}")

@@ -111,6 +111,7 @@ def curves(
             style = {"color": _split_colour(split, i), "marker": marker, "markersize": 4, "linewidth": 1.5}
             axes.plot(steps, percent * values, label=split, **style)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_ylabel("loss" if metric == "loss" else "accuracy (%)")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -289,7 +290,7 @@ def _grid(images, titles, columns, path, limits):
     rows = math.ceil(len(images) / columns)
     height, width = np.max([image.shape[:2] for image in images], axis=0)
     cell = max(min(7.5 / columns, 3.2), 1.1)
-    figure = _figure(cell * columns, (cell * height / width + (0.3 if titles else 0)) * rows)
+    figure = _figure(cell * columns, (cell * height / width + (0.25 if titles is not None else 0)) * rows)
     panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
     letters = max(int(cell * 12), 6)  # that fit above a cell at 9 points
     for i, axes in enumerate(panels):
@@ -298,7 +299,7 @@ def _grid(images, titles, columns, path, limits):
             continue
         nearest = max(images[i].shape[:2]) < 100
         axes.imshow(images[i], cmap="gray", interpolation="nearest" if nearest else "antialiased", **limits)
-        if titles:
+        if titles is not None:
             text = str(titles[i])
             axes.set_title(text if len(text) <= letters else text[: letters - 1] + "…", fontsize=9, pad=3)
     return _save(figure, path)
@@ -310,6 +311,7 @@ def _figure(width, height):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     FigureCanvasAgg(figure)
     return figure
 
@@ -362,7 +364,7 @@ def _split_colour(split, index):
     return named.get(split, f"C{index + 3}")
 
 
-def _smooth(values, decay=0.9):
+def _smooth(values, decay=0.8):
     """Exponential moving average, corrected for its start."""
     smooth, average = [], 0.0
     for i, value in enumerate(values):

@@ -80,7 +80,7 @@ def odd_state():
         "optax": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.1, 9))).init(
             params
         ),
-        "ab": [jnp.ones(1), (jnp.zeros(2), {})],
+        "list": [jnp.ones(1), (jnp.zeros(2), {})],
     }
 
 
@@ -121,6 +121,15 @@ def test_progress_metrics_and_step_come_back_exactly(tmp_path):
         restored.step = 1
 
 
+def test_a_state_without_elements(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, state in enumerate([{}, {"a": None, "b": jnp.zeros((0, 2))}]):
+            checkpoints.save(step, state, progress={"step": step})
+            restored = checkpoints.restore(state)
+            assert bits(restored.state) == bits(state)
+            assert restored.progress == {"step": step}
+
+
 def test_nothing_there(tmp_path):
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.restore(make_state()) is None
@@ -143,9 +152,7 @@ def test_training_may_donate_the_state_while_it_is_saved(tmp_path):
             state, expected = donating(state), plain(expected)
         assert bits(state) == bits(expected)
         restored = checkpoints.restore(state).state
-    for _ in range(1):  # what was restored may be donated as well, and goes on as if nothing had been
-        restored = donating(restored)
-    assert bits(restored) == bits(expected)
+    assert bits(donating(restored)) == bits(expected)  # what was restored goes on as if nothing had been
 
 
 def mesh_of(count):
@@ -388,7 +395,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
             checkpoints.save(1, make_state(), progress={"a": [1, object()]})
         with pytest.raises(TypeError, match=r"progress.by is \{1: 2\}"):
             checkpoints.save(1, make_state(), progress={"by": {1: 2}})
-        with pytest.raises(TypeError, match="manifest.a"):
+        with pytest.raises(TypeError, match=r"manifest\.a"):
             Checkpoints(tmp_path, manifest={"a": {1, 2}})
         with pytest.raises(ValueError, match="keep_latest"):
             Checkpoints(tmp_path, keep_latest=0)
@@ -443,14 +450,14 @@ def test_an_error_of_the_thread_is_raised_once(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
             checkpoints.save(600, make_state(600), progress={})
-            with pytest.raises(OSError, match="checkpoint 600 needs .* bytes, the disk has 0 left"):
+            with pytest.raises(OSError, match=r"checkpoint 600 needs \d+ bytes, the disk has 0 left"):
                 checkpoints.close()
     assert Checkpoints(tmp_path).steps()[-1] == 500
 
 
 def test_leftovers_are_invisible_and_removed_by_the_next_save(tmp_path):
     save_three(tmp_path)
-    leftovers = ["000000400.orbax-checkpoint-tmp", "000000400.orbax-checkpoint-tmp-12", "000000100-r1.deleted"]
+    leftovers = ["000000400.saving", "000000400.saving.orbax-checkpoint-tmp", "000000100-r1.deleted"]
     for name in leftovers:
         shutil.copytree(tmp_path / "000000300", tmp_path / name)
     (tmp_path / "notes").mkdir()
@@ -490,6 +497,10 @@ def test_a_write_that_the_system_refuses(tmp_path):
                 print(error)
             checkpoints.save(500, {"noise": noise[:1000]}, progress={}, wait=True)
             print(checkpoints.steps())
+        left = Checkpoints(sys.argv[1])  # neither waited for nor closed
+        left.save(600, {"noise": noise[:100_000]}, progress={})
+        lost = Checkpoints(sys.argv[1] + "/000000600.py")
+        lost.save(700, {"noise": noise}, progress={})
         """,
         tmp_path,
     )
@@ -500,6 +511,8 @@ def test_a_write_that_the_system_refuses(tmp_path):
     assert str(tmp_path / "000000400") in message
     assert "orbax" not in err  # no pages of tracebacks beside the message
     assert steps == "(300, 500)"
+    assert Checkpoints(tmp_path).restore({"noise": np.zeros(100_000)}).step == 600
+    assert "checkpoint 700 could not be written (File too large)" in err
 
 
 WORKER = """
@@ -530,20 +543,19 @@ def test_sigkill_at_any_moment_loses_no_completed_checkpoint(tmp_path):
     for delay in np.random.default_rng(0).uniform(0, 0.4, 6):
         worker = start(WORKER, tmp_path)
         assert worker.stdout.readline() == f"resumed {completed}\n", worker.communicate()[1]
+        worker.stdout.readline()  # the first save has imports in it; from here on there is always one under way
+        completed += 1
         time.sleep(delay)
         worker.send_signal(signal.SIGKILL)
         out, err = worker.communicate(timeout=LIMIT_S)
         assert worker.returncode == -signal.SIGKILL, err
         printed = [int(line.split()[1]) for line in out.splitlines() if line.startswith("saved")]
         restored = Checkpoints(tmp_path).restore(expected(0))
-        if restored is None:
-            assert not printed
-            continue
         assert restored.step in (max([completed, *printed]), max([completed, *printed]) + 1)
         assert bits(restored.state) == bits(expected(restored.step))
         assert restored.progress == {"step": restored.step}
         completed = restored.step
-    assert completed > 0
+    assert completed >= 6
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(completed + 1, expected(completed + 1), progress={}, wait=True)
         assert len(list(tmp_path.iterdir())) == len(checkpoints.steps()) <= 3

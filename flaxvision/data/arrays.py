@@ -122,7 +122,7 @@ def stratified_split(
 
 
 def load_digits(split: str) -> ArraySource:
-    """Reads scikit-learn's 1,797 handwritten digits (8×8, grey): 1,437 for training, 360 held out.
+    """Reads scikit-learn's 1,797 handwritten digits (8×8, grey): 1,438 for training, 359 held out.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
     (its test part, which scikit-learn packs). The grey values 0..16 become 0..255.
@@ -154,7 +154,7 @@ def load_npz(path: Path, split: str) -> ArraySource:
     """
     check_split(str(path), split, ("train", "test"))
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             wanted = (f"{split}_image", f"{split}_label")
             missing = [key for key in wanted if key not in archive.files]
             if missing:
@@ -182,23 +182,26 @@ def load_npz(path: Path, split: str) -> ArraySource:
 
 def has_idx_files(folder: Path) -> bool:
     """Says whether a folder holds the four original files of MNIST or Fashion-MNIST, gzipped or not."""
-    return all(_idx_path(folder, stem) is not None for stems in IDX_FILES.values() for stem in stems)
+    return all(_idx_file(folder, stem).is_file() for stems in IDX_FILES.values() for stem in stems)
 
 
-def load_idx(folder: Path, split: str, classes: Sequence[str] | None = None, name: str | None = None) -> ArraySource:
+def load_idx(folder: Path, split: str) -> ArraySource:
     """Reads one split of a folder that holds the four original files of MNIST, Fashion-MNIST or KMNIST.
 
     Raises:
         ValueError: When the split is neither "train" nor "test", or a file is missing or damaged.
     """
     check_split(str(folder), split, ("train", "test"))
-    image, label = (read_idx(_idx_path(folder, stem) or folder / f"{stem}.gz") for stem in IDX_FILES[split])
+    image, label = (read_idx(_idx_file(folder, stem)) for stem in IDX_FILES[split])
     if image.ndim != 3 or label.ndim != 1 or len(image) != len(label):
         raise ValueError(
             f"{folder}: the {split} files hold images {list(image.shape)} and labels {list(label.shape)}; they must be "
             "[N, H, W] and [N]"
         )
-    return ArraySource(image[..., None], label.astype(np.int32), classes, f"{name or folder.name}/{split}")
+    # Both parts, so that a class that one of them lacks does not change the number of classes.
+    labels = np.concatenate([read_idx(_idx_file(folder, stems[1])) for stems in IDX_FILES.values()])
+    classes = [str(k) for k in range(int(labels.max(initial=0)) + 1)]
+    return ArraySource(image[..., None], label.astype(np.int32), classes, f"{folder.resolve().name}/{split}")
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -230,5 +233,6 @@ def check_split(where: str, split: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"split: received {split!r} for {where}; it must be one of {', '.join(map(repr, allowed))}")
 
 
-def _idx_path(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / f"{stem}.gz", folder / stem) if path.is_file()), None)
+def _idx_file(folder: Path, stem: str) -> Path:
+    plain = folder / stem
+    return plain if plain.is_file() else folder / f"{stem}.gz"

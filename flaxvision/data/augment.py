@@ -158,10 +158,8 @@ def crop(image: Array, top: ArrayLike, left: ArrayLike, size: tuple[int, int]) -
 def random_crop(key: Array, image: Array, *, padding: int = 4, size: Size | None = None, mode: str = "zero") -> Array:
     """Pads every side by `padding` pixels and crops `size` (None: the image's own) anywhere.
 
-    `mode` says what the padding holds: "zero", or "reflect" for the mirrored image.
-
-    Raises:
-        ValueError: for an unknown `mode`, or a `size` larger than the padded image.
+    `mode` says what the padding holds: "zero", or "reflect" for the mirrored image. Another one raises ValueError, as
+    does a `size` larger than the padded image.
     """
     if mode not in ("zero", "reflect"):
         raise ValueError(f"mode is {mode!r}; expected 'zero' or 'reflect'.")
@@ -249,8 +247,7 @@ def rotate(image: Array, degrees: ArrayLike, fill: PerChannel = 0.0) -> Array:
     """Turns counter-clockwise about the centre, bilinear, same size; `fill` where the source lies outside."""
     # dm-pix's rotate interpolates over the channels too, which takes 50 times as long on a CPU.
     height, width, _ = _shape(image)
-    angle = jnp.deg2rad(jnp.asarray(degrees, jnp.float32))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (f(jnp.deg2rad(jnp.asarray(degrees, jnp.float32))) for f in (jnp.cos, jnp.sin))
     y = (jnp.arange(height) - (height - 1) / 2)[:, None]
     x = (jnp.arange(width) - (width - 1) / 2)[None]
     from_y = cos * y + sin * x + (height - 1) / 2
@@ -334,10 +331,11 @@ def adjust_hue(image: Array, delta: ArrayLike) -> Array:
 def add_lighting(image: Array, alpha: Sequence[float] | Array) -> Array:
     """Adds `alpha` [3] times ImageNet's RGB eigenvalues along their eigenvectors, one shift for the whole image."""
     _shape(image, channels=3)
-    # Spelt out: as a product and sum under vmap, jaxlib 0.10.2 gives wrong rows from 101 on (jax issue 39103).
+    # Spelt out: vmapped, one sum comes out wrong from row 101 on in jaxlib 0.10.2 (compare jax issue 39103). Without
+    # the barrier XLA computes the shift anew for every pixel.
     weights = [alpha[j] * IMAGENET_EIGENVALUES[j] for j in range(3)]
     shift = jnp.stack([sum(w * v for w, v in zip(weights, row, strict=True)) for row in IMAGENET_EIGENVECTORS])
-    return jnp.clip(image + shift[None, None], 0, 1)
+    return jnp.clip(image + jax.lax.optimization_barrier(shift)[None, None], 0, 1)
 
 
 def random_brightness(key: Array, image: Array, *, max_delta: float = 0.2) -> Array:

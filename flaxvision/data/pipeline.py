@@ -1,10 +1,12 @@
 """Batches: shuffled without end for training, padded and counted once for evaluation.
 
-The order is worked out on indices alone by `grain.MapDataset`, so that any step can be reached at once: a run that
-resumes at step k sees exactly what the uninterrupted run saw. Pixels are touched afterwards, one vectorised gather for
-a source in memory, threads for one on disk.
+Which examples a step has is worked out from the step alone, over a `grain.MapDataset`, so that any step can be reached at
+once: a run that resumes at step k sees exactly what the uninterrupted run saw. The order is shuffle, repeat, batch, and
+last the part of this process; so one process and four see the same batches. Pixels are touched afterwards, with one
+vectorised gather for a source in memory and with threads for one on disk.
 """
 
+import functools
 import operator
 import os
 from collections import deque
@@ -118,18 +120,17 @@ class TrainBatches:
         self._transform, self._threads = transform, _threads(num_threads)
         whole, rest = divmod(len(source), batch_size)
         self.steps_per_epoch = whole if drop_remainder else whole + bool(rest)
+        self._used = whole * batch_size if drop_remainder else len(source)
         self._identity = {"seed": int(seed), "shuffle": bool(shuffle), "drop_remainder": bool(drop_remainder)}
+        # Two epochs, for the batches that run across the end of one.
+        self._permutation = functools.lru_cache(maxsize=2)(functools.partial(_permutation, int(seed), len(source)))
 
         import grain
 
-        order = grain.MapDataset.range(len(source)).seed(int(seed))
-        order = order.shuffle() if shuffle else order
-        if transform is not None:
-            # Before the processes part, so that no two of them draw the same numbers.
-            order = order.random_map(_with_seed)
-        if drop_remainder and rest:
-            order = order[: whole * batch_size]
-        self._order = order.repeat().batch(rows, batch_fn=np.array)[process_index::process_count]
+        # An element is the positions of a whole batch in the endless sequence of examples, not one example: Grain's
+        # shuffle takes 3 to 2000 µs per example (the more, the smaller the set), which a small model would wait for.
+        blocks = grain.MapDataset.range(2**40).map(lambda block: block * rows + np.arange(rows))
+        self._positions = blocks[process_index::process_count]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -155,14 +156,28 @@ class TrainBatches:
         return BatchIterator(self._read, int(step), None, self._threads)
 
     def _read(self, step: int, pool: ThreadPoolExecutor) -> Batch:
-        drawn = self._order[step]
+        positions = self._positions[step]
+        indices = self._indices(positions)
         if self._transform is None:
-            return _gather(self.source, drawn, pool)
-        return _stack(list(pool.map(self._read_one, drawn)))
+            return _gather(self.source, indices, pool)
+        return _stack(list(pool.map(self._read_one, indices.tolist(), positions.tolist())))
 
-    def _read_one(self, drawn: np.ndarray) -> dict[str, Any]:
+    def _indices(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the indices of the examples at `positions` of the endless sequence, epoch after epoch."""
+        epochs, within = np.divmod(positions, self._used)
+        if not self._identity["shuffle"]:
+            return within
+        indices = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = self._permutation(int(epoch))[within[here]]
+        return indices
+
+    def _read_one(self, index: int, position: int) -> dict[str, Any]:
         assert self._transform is not None
-        return self._transform(self.source[int(drawn[0])], np.random.default_rng(drawn.tolist()))
+        # By the position, which no two processes share, and not by the process.
+        rng = np.random.default_rng([self._identity["seed"], position])
+        return self._transform(self.source[index], rng)
 
 
 class EvalBatches:
@@ -242,8 +257,10 @@ class BatchIterator(Iterator[Batch]):
         self.close()
 
 
-def _with_seed(index: int, rng: np.random.Generator) -> np.ndarray:
-    return np.array([index, rng.integers(2**63)])
+def _permutation(seed: int, length: int, epoch: int) -> np.ndarray:
+    # numpy promises the raw numbers of a bit generator for all its versions, but not the result of `permutation`.
+    raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(length)
+    return np.argsort(raw, kind="stable")
 
 
 def _gather(source: Source, indices: np.ndarray, pool: ThreadPoolExecutor) -> Batch:

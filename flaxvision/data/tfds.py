@@ -133,6 +133,7 @@ def load_tfds(
     check_image_size(image_size)
     with _quiet():
         builder = _builder(name, data_dir)
+        _classification(builder, name)
         if not builder.is_prepared():
             _prepare(builder, manual_dir)
             builder = _builder(name, data_dir)
@@ -167,6 +168,8 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
 
     try:
         return tfds.builder(name, data_dir=data_dir and Path(data_dir).expanduser(), file_format="array_record")
+    except ImportError as error:
+        raise RuntimeError(f"name: TFDS cannot open {name!r} without a package that is missing: {error}") from error
     except (ValueError, AssertionError) as error:
         raise ValueError(
             f"name: TFDS cannot open {name!r} as array records: {error}. A set that was prepared in another file format "

@@ -1,6 +1,15 @@
 """Layers that two or more models share and Linen lacks."""
 
-from flaxvision.layers.convolution import Conv, ConvTranspose, DepthwiseConv, SeparableConv
+from flaxvision.layers.convolution import (
+    Conv,
+    ConvTranspose,
+    DepthwiseConv,
+    SeparableConv,
+    conv,
+    conv_transpose,
+    depthwise_conv,
+    separable_conv,
+)
 from flaxvision.layers.neurons import RBF, digit_codes, heaviside, random_codes, sign
 from flaxvision.layers.normalization import local_response_norm
 from flaxvision.layers.pooling import (

@@ -1,47 +1,300 @@
-"""Convolutions, channels last, with the parameters of Linen's."""
+"""Convolutions in 1-D, 2-D and 3-D, channels last: functions of arrays, and Linen modules with Linen's parameters.
 
-from collections.abc import Sequence
+Shapes: N batch, C channels in, F features out, `*spatial` one size per spatial dimension (H W for images), `*window` the
+kernel's size. The results are those of `jax.lax.conv_general_dilated` on every platform; `flaxvision.layers.lowering`
+says which arithmetic gives them on a CPU. A filter is not flipped (cross-correlation), as in Keras, TensorFlow and torch.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.linear import canonicalize_padding
+from jax import lax
 
 from flaxvision.layers.lowering import conv_general_dilated
 
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    *,
+    kernel_dilation: int | Sequence[int] = 1,
+    feature_group_count: int = 1,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Convolution over the spatial dimensions, as `keras.ops.conv` and `tf.nn.convolution` (channels last).
+
+    Args:
+        x: `[N, *spatial, C]`, one to three spatial dimensions.
+        kernel: `[*window, C / feature_group_count, F]`, of the type of `x`.
+        strides: step of the window, per dimension or for all.
+        padding: "SAME" (output `ceil(size / stride)`, the odd zero at the end), "VALID", "CIRCULAR" (wraps around),
+            "REFLECT", "CAUSAL" (1-D), one amount for every side, or per dimension an amount or (low, high).
+        kernel_dilation: distance between the kernel's elements ("atrous", "dilation_rate" in Keras).
+        feature_group_count: groups of channels that do not see each other.
+        precision: as in `jax.lax`.
+
+    Returns:
+        `[N, *spatial_out, F]`.
+
+    Raises:
+        ValueError: ranks, channels, groups, strides or padding do not fit each other.
+    """
+    rank = _rank(x, kernel)
+    strides, dilation = _each(strides, rank, "strides"), _each(kernel_dilation, rank, "kernel_dilation")
+    groups, channels = feature_group_count, x.shape[-1]
+    if groups < 1 or channels % groups or kernel.shape[-1] % groups:
+        raise ValueError(
+            f"feature_group_count={groups} must divide the input's {channels} channels"
+            f" and the kernel's {kernel.shape[-1]} features"
+        )
+    if kernel.shape[-2] * groups != channels:
+        raise ValueError(
+            f"kernel of shape {kernel.shape} must have {channels} / {groups} input channels for x of shape {x.shape}"
+        )
+    pads = canonicalize_padding(padding, rank)  # type: ignore[arg-type]
+    if isinstance(pads, str) and pads in ("CIRCULAR", "REFLECT", "CAUSAL"):
+        reach = [(k - 1) * d for k, d in zip(kernel.shape, dilation, strict=False)]
+        if pads == "CAUSAL":
+            if rank != 1:
+                raise ValueError(f"padding='CAUSAL' is for one spatial dimension, got {rank}")
+            x = jnp.pad(x, [(0, 0), (reach[0], 0), (0, 0)])
+        else:
+            mode = "wrap" if pads == "CIRCULAR" else "reflect"
+            x = jnp.pad(x, [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)], mode=mode)
+        pads = "VALID"
+    elif isinstance(pads, str) and pads not in ("SAME", "VALID"):
+        raise ValueError(f"padding={pads!r} must be SAME, VALID, CIRCULAR, REFLECT, CAUSAL or explicit amounts")
+    return conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        pads,  # type: ignore[arg-type]
+        rhs_dilation=dilation,
+        dimension_numbers=_numbers(rank),
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
+def conv_transpose(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    *,
+    kernel_dilation: int | Sequence[int] = 1,
+    transpose_kernel: bool = False,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Transposed ("fractionally strided") convolution, as `jax.lax.conv_transpose`.
+
+    With `transpose_kernel=True` this is the gradient of `conv` with respect to its input, as `keras.ops.conv_transpose`
+    and `tf.nn.conv2d_transpose` compute it; without, the kernel is neither flipped nor are its channels swapped.
+
+    Args:
+        x: `[N, *spatial, C]`.
+        kernel: `[*window, C, F]`, or `[*window, F, C]` with `transpose_kernel=True`.
+        strides: factor by which the spatial size grows.
+        padding: "SAME" (output `size * stride`), "VALID" (`size * stride + max(window - stride, 0)`), "CIRCULAR", or the
+            zeros put around the dilated input.
+        kernel_dilation: distance between the kernel's elements.
+        transpose_kernel: flip the kernel's spatial axes and swap its channels.
+        precision: as in `jax.lax`.
+
+    Returns:
+        `[N, *spatial_out, F]`.
+
+    Raises:
+        ValueError: ranks, channels, strides or padding do not fit each other.
+    """
+    rank = _rank(x, kernel)
+    strides, dilation = _each(strides, rank, "strides"), _each(kernel_dilation, rank, "kernel_dilation")
+    if transpose_kernel:
+        kernel = jnp.flip(kernel, range(rank)).swapaxes(-1, -2)
+    if kernel.shape[-2] != x.shape[-1]:
+        raise ValueError(f"kernel has {kernel.shape[-2]} input channels, x of shape {x.shape} has {x.shape[-1]}")
+    pads = canonicalize_padding(padding, rank)  # type: ignore[arg-type]
+    circular = pads == "CIRCULAR"
+    if isinstance(pads, str):
+        if pads not in ("SAME", "VALID", "CIRCULAR"):
+            raise ValueError(f"padding={pads!r} must be SAME, VALID, CIRCULAR or explicit amounts")
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
+        pads = [_transpose_padding(k, s, pads == "SAME") for k, s in zip(reach, strides, strict=True)]
+    y = conv_general_dilated(
+        x,
+        kernel,
+        (1,) * rank,
+        pads,  # type: ignore[arg-type]
+        lhs_dilation=strides,
+        rhs_dilation=dilation,
+        dimension_numbers=_numbers(rank),
+        precision=precision,
+    )
+    if not circular:
+        return y
+    # Sum the positions that are the same modulo the period, centred as Linen centres them.
+    for axis, stride in enumerate(strides, start=1):
+        period = x.shape[axis] * stride
+        missing = (period - y.shape[axis]) % (2 * period)
+        half = (missing // 2, (missing + 1) // 2)
+        around = [(0, 0)] * y.ndim
+        around[axis] = half if transpose_kernel else half[::-1]
+        y = jnp.pad(y, around)
+        y = y.reshape(*y.shape[:axis], -1, period, *y.shape[axis + 1 :]).sum(axis)
+    return y
+
+
+def depthwise_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    *,
+    kernel_dilation: int | Sequence[int] = 1,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Every channel by filters of its own, as `keras.ops.depthwise_conv` and `tf.nn.depthwise_conv2d`.
+
+    Args:
+        x: `[N, *spatial, C]`.
+        kernel: `[*window, 1, C * multiplier]`; filter m of channel c gives feature `c * multiplier + m`. Keras' kernel
+            `[*window, C, multiplier]` is this one reshaped.
+        strides: as in `conv`.
+        padding: as in `conv`.
+        kernel_dilation: as in `conv`.
+        precision: as in `jax.lax`.
+
+    Returns:
+        `[N, *spatial_out, C * multiplier]`.
+
+    Raises:
+        ValueError: as `conv`.
+    """
+    return conv(
+        x,
+        kernel,
+        strides,
+        padding,
+        kernel_dilation=kernel_dilation,
+        feature_group_count=x.shape[-1],
+        precision=precision,
+    )
+
+
+def separable_conv(
+    x: jax.Array,
+    depthwise_kernel: jax.Array,
+    pointwise_kernel: jax.Array,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    *,
+    kernel_dilation: int | Sequence[int] = 1,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """`depthwise_conv`, then a pointwise `conv`, as `keras.ops.separable_conv` and `tf.nn.separable_conv2d`.
+
+    Args:
+        x: `[N, *spatial, C]`.
+        depthwise_kernel: `[*window, 1, C * multiplier]`.
+        pointwise_kernel: `[1, ..., C * multiplier, F]`.
+        strides: of the depthwise part.
+        padding: of the depthwise part.
+        kernel_dilation: of the depthwise part.
+        precision: as in `jax.lax`.
+
+    Returns:
+        `[N, *spatial_out, F]`.
+
+    Raises:
+        ValueError: as `conv`.
+    """
+    x = depthwise_conv(x, depthwise_kernel, strides, padding, kernel_dilation=kernel_dilation, precision=precision)
+    return conv(x, pointwise_kernel, padding="VALID", precision=precision)
+
 
 class Conv(nn.Conv):
-    """`flax.linen.Conv` over a lowering chosen by platform: the same fields, parameters and results."""
+    """`flax.linen.Conv` over a lowering chosen by platform: the same fields, parameters and results.
+
+    Matches `keras.layers.Conv1D/2D/3D` and `torch.nn.Conv*d` (with explicit padding there: see `padding="SAME"` in `conv`).
+    `kernel [*window, C / feature_group_count, features]`, `bias [features]`. `conv_general_dilated=None` gives Linen's own
+    lowering, which also has forward-mode derivatives.
+    """
 
     conv_general_dilated: Any = conv_general_dilated
 
 
 class ConvTranspose(nn.ConvTranspose):
-    """`flax.linen.ConvTranspose` over a lowering chosen by platform: the same fields, parameters and results."""
+    """`flax.linen.ConvTranspose` over a lowering chosen by platform: the same fields, parameters and results.
+
+    `kernel [*window, C, features]`, with `transpose_kernel=True` `[*window, features, C]` as in
+    `keras.layers.Conv2DTranspose`; `bias [features]`. An integer stride serves every dimension.
+    """
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Map `[*batch, *spatial, C]` to `[*batch, *spatial_out, features]`."""
+        window = _tuple(self.kernel_size)
+        batch = inputs.shape[: inputs.ndim - len(window) - 1]
+        x = inputs.reshape(-1, *inputs.shape[len(batch) :])
+        channels = (self.features, x.shape[-1]) if self.transpose_kernel else (x.shape[-1], self.features)
+        shape = (*window, *channels)
+        if self.mask is not None and self.mask.shape != shape:
+            raise ValueError(f"mask of shape {self.mask.shape} must have the kernel's shape {shape}")
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        if self.mask is not None:
+            kernel = kernel * self.mask
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        x, kernel, bias = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = conv_transpose(
+            x,
+            kernel,
+            self.strides or 1,
+            self.padding,
+            kernel_dilation=self.kernel_dilation or 1,
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+        )
+        if self.preferred_element_type is not None:
+            y = y.astype(self.preferred_element_type)
+        if bias is not None:
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return y.reshape(*batch, *y.shape[1:])
 
 
 class DepthwiseConv(nn.Module):
-    """One group per input channel."""
+    """Every channel by `channel_multiplier` filters of its own: `keras.layers.DepthwiseConv1D/2D`.
+
+    `kernel [*window, 1, C * channel_multiplier]`, `bias [C * channel_multiplier]`: those of `nn.Conv` with
+    `feature_group_count=C`. Filter m of channel c gives feature `c * channel_multiplier + m`.
+    """
 
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
-    padding: Any = "SAME"
+    padding: Padding = "SAME"
     kernel_dilation: int | Sequence[int] = 1
     channel_multiplier: int = 1
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    precision: Any = None
-    kernel_init: Any = nn.initializers.lecun_normal()
-    bias_init: Any = nn.initializers.zeros_init()
+    precision: lax.PrecisionLike = None
+    kernel_init: Callable[..., jax.Array] = nn.linear.default_kernel_init
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Apply."""
+        """Map `[*batch, *spatial, C]` to `[*batch, *spatial_out, C * channel_multiplier]`."""
         channels = inputs.shape[-1]
-        conv = Conv(
+        layer = Conv(
             channels * self.channel_multiplier,
-            self.kernel_size,
+            _tuple(self.kernel_size),
             self.strides,
             self.padding,
             kernel_dilation=self.kernel_dilation,
@@ -53,39 +306,86 @@ class DepthwiseConv(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
         )
-        nn.share_scope(self, conv)
-        return conv(inputs)
+        nn.share_scope(self, layer)
+        return layer(inputs)
 
 
 class SeparableConv(nn.Module):
-    """Depthwise, then pointwise."""
+    """A depthwise convolution without bias, then a pointwise one: `keras.layers.SeparableConv1D/2D`.
+
+    `depthwise/kernel [*window, 1, C * channel_multiplier]`, `pointwise/kernel [1, ..., C * channel_multiplier, features]`,
+    `pointwise/bias [features]`.
+    """
 
     features: int
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
-    padding: Any = "SAME"
+    padding: Padding = "SAME"
     kernel_dilation: int | Sequence[int] = 1
     channel_multiplier: int = 1
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    precision: Any = None
-    kernel_init: Any = nn.initializers.lecun_normal()
-    bias_init: Any = nn.initializers.zeros_init()
+    precision: lax.PrecisionLike = None
+    kernel_init: Callable[..., jax.Array] = nn.linear.default_kernel_init
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Apply."""
-        rank = 1 if isinstance(self.kernel_size, int) else len(self.kernel_size)
-        shared = dict(dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision, kernel_init=self.kernel_init)
-        x = DepthwiseConv(
+        """Map `[*batch, *spatial, C]` to `[*batch, *spatial_out, features]`."""
+        shared: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+            "kernel_init": self.kernel_init,
+        }
+        depthwise = DepthwiseConv(
             self.kernel_size,
             self.strides,
             self.padding,
             self.kernel_dilation,
             self.channel_multiplier,
             use_bias=False,
-            **shared,
             name="depthwise",
-        )(inputs)
-        return Conv(self.features, (1,) * rank, use_bias=self.use_bias, bias_init=self.bias_init, **shared, name="pointwise")(x)
+            **shared,
+        )
+        window = (1,) * len(_tuple(self.kernel_size))
+        pointwise = Conv(
+            self.features, window, use_bias=self.use_bias, bias_init=self.bias_init, name="pointwise", **shared
+        )
+        return pointwise(depthwise(inputs))
+
+
+def _tuple(size: int | Sequence[int]) -> tuple[int, ...]:
+    return (size,) if isinstance(size, int) else tuple(size)
+
+
+def _each(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...]:
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank or min(values) < 1:
+        raise ValueError(f"{name}={value} must be a positive integer or {rank} of them")
+    return values
+
+
+def _rank(x: jax.Array, kernel: jax.Array) -> int:
+    rank = x.ndim - 2
+    if rank < 1 or kernel.ndim != x.ndim:
+        raise ValueError(
+            f"x [N, *spatial, C] and kernel [*window, C, F] must have the same rank of at least 3,"
+            f" got shapes {x.shape} and {kernel.shape}"
+        )
+    return rank
+
+
+def _numbers(rank: int) -> lax.ConvDimensionNumbers:
+    spatial = tuple(range(1, rank + 1))
+    return lax.ConvDimensionNumbers((0, rank + 1, *spatial), (rank + 1, rank, *range(rank)), (0, rank + 1, *spatial))
+
+
+def _transpose_padding(window: int, stride: int, same: bool) -> tuple[int, int]:
+    """Zeros around the dilated input such that "SAME" and "VALID" undo the sizes of a convolution, as lax has them."""
+    if same:
+        total = window + stride - 2
+        low = window - 1 if stride > window - 1 else -(-total // 2)
+        return low, total - low
+    return window - 1, window + stride - 2 + max(window - stride, 0) - (window - 1)

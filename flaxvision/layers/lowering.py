@@ -9,9 +9,10 @@ behind, so that platform gets other forms of the same sums (benchmarks/layers.py
 * a dilated input (the transposed convolution) is one small convolution per output phase ("sub-pixel"), interleaved;
 * filter gradients of large feature maps are matrix products of patches, a few images at a time.
 
-The derivative rules are written as forward forms, linear in each operand, *whose transposes* are the fast gradients:
-reverse and forward mode, their compositions, `vmap`, `scan` and `remat` all work. The choice is made at lowering by
-`jax.lax.platform_dependent`, so one trace serves every platform. Half precision is computed in float32 on the CPU and
+Parameters and results are the same, gradients included, to rounding. The choice is made at lowering by
+`jax.lax.platform_dependent`, so one trace serves every platform. `grad` of any order, forward over reverse (Hessian-vector
+products), `vmap`, `scan` and `remat` work; `jax.jvp` straight through a convolution does not (a `custom_vjp` has no
+forward mode): pass `conv_general_dilated=None` to the module for that. Half precision is computed in float32 on the CPU and
 rounded once at the end.
 """
 
@@ -110,15 +111,39 @@ def conv_general_dilated(
     return _by_platform(lhs, rhs, w, precision)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _by_platform(x, kernel, w: Window, precision):
-    """The one place where the platform decides; jitted so that equal layers are traced once."""
+    """The platform decides here, once forward and once backward.
 
-    def cpu(x, kernel):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return _fast(x.astype(wide), kernel.astype(wide), w).astype(x.dtype)
+    A `platform_dependent` that is differentiated through would hand its platform on as a number computed at run time,
+    and XLA then treats the backward branch as code that may not run: hence a rule of our own.
+    """
+    return lax.platform_dependent(
+        x, kernel, cpu=partial(_forward, _fast, w, None), default=partial(_forward, _plain, w, precision)
+    )
 
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=partial(_plain, w=w, precision=precision))
+
+def _by_platform_fwd(x, kernel, w: Window, precision):
+    return _by_platform(x, kernel, w, precision), (x, kernel)
+
+
+def _by_platform_bwd(w: Window, precision, operands, gradient):
+    cpu, default = partial(_backward, _fast, w, None), partial(_backward, _plain, w, precision)
+    return lax.platform_dependent(*operands, gradient, cpu=cpu, default=default)
+
+
+_by_platform.defvjp(_by_platform_fwd, _by_platform_bwd)
+
+
+# Jitted, so that layers of equal shape are traced once and calls outside of jit are compiled once.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(form, w: Window, precision, x, kernel):
+    return form(x, kernel, w, precision)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(form, w: Window, precision, x, kernel, gradient):
+    return jax.vjp(lambda x, kernel: form(x, kernel, w, precision), x, kernel)[1](gradient)
 
 
 def _numbers(rank: int) -> lax.ConvDimensionNumbers:
@@ -140,7 +165,13 @@ def _plain(x, kernel, w: Window, precision=None):
     )
 
 
-def _fast(x, kernel, w: Window):
+def _fast(x, kernel, w: Window, precision=None):
+    """The forms for the CPU, which knows no precision but its types'."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return _fast_wide(x.astype(wide), kernel.astype(wide), w).astype(x.dtype)
+
+
+def _fast_wide(x, kernel, w: Window):
     channels, groups = x.shape[-1], w.groups
     if max(w.lhs_dilation) > 1:
         if groups == 1 and max(w.strides) == 1 and max(w.rhs_dilation) == 1:
@@ -227,8 +258,8 @@ def _dense(x, kernel, w: Window):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _spatial(x, kernel, w: Window):
     # jaxlib 0.10's unpadded 2-D convolution is three times slower than the padded one: one row too many is cheaper,
-    # and the cut disappears in whatever reads the result.
-    if x.ndim == 4 and not any(map(any, w.padding)):
+    # and the cut disappears in whatever reads the result. One or two channels do not meet that slow path.
+    if x.ndim == 4 and x.shape[-1] > 2 and not any(map(any, w.padding)):
         rows = _out_size(x.shape, kernel.shape, w)[0]
         return _plain(x, kernel, w._replace(padding=((0, w.strides[0]), (0, 0))))[:, :rows]
     return _plain(x, kernel, w)

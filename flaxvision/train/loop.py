@@ -161,6 +161,7 @@ def fit(
     eval_every = eval_every or num_steps
     checkpoint_every = checkpoint_every or eval_every
     window, metrics = _Window(), {}
+    early_stopping = dataclasses.replace(early_stopping) if early_stopping else None  # the caller's keeps its start
     saved = None
     restored = checkpoints.restore(state) if checkpoints else None
     if restored is not None:

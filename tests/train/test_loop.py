@@ -1,0 +1,316 @@
+"""The loop: resume to the bit, early stopping, NaN, signals, records."""
+
+import json
+import os
+import signal
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flaxvision as fv
+from flaxvision.train import EarlyStopping, JsonlWriter, create_state, eval_step, fit, jit_step, make_mesh, train_step
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout and an average: everything that a resume could lose."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.BatchNorm(not train, momentum=0.9, name="norm")(x.reshape((len(x), -1)))
+        x = nn.Dropout(0.3, deterministic=not train)(nn.relu(nn.Dense(8, name="hidden")(x)))
+        return nn.Dense(3, name="head")(x)
+
+
+SOURCE = fv.data.ArraySource(
+    np.random.default_rng(0).normal(size=(50, 2, 2, 1)).astype(np.float32), np.random.default_rng(1).integers(0, 3, 50)
+)
+OBJECTIVE = fv.train.classification()
+MESH = make_mesh(jax.devices()[:1])
+STEP = jit_step(partial(train_step, objective=OBJECTIVE), MESH)
+EVAL = jit_step(partial(eval_step, objective=OBJECTIVE, use_ema=True), MESH)
+RNG = jax.random.key(3)
+
+
+class Seen:
+    """A source that notes which rows were read, and can interrupt at a step."""
+
+    def __init__(self, at=None, action=None):
+        self.rows, self.at, self.action = [], at, action
+        self.inner = fv.data.train_batches(SOURCE, 16, seed=5)
+        self.fingerprint = self.inner.fingerprint
+
+    def from_step(self, step):
+        for i, batch in enumerate(self.inner.from_step(step), step):
+            if i == self.at:
+                self.action()
+            self.rows.append((i, batch["image"].tobytes()))
+            yield batch
+
+
+def state_of():
+    tx = fv.train.optimizer("adam", fv.train.schedule("cosine", 0.05, 20))
+    return create_state(Net(), tx, jax.random.key(0), jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32), ema_decay=0.9)
+
+
+def run(folder, data=None, num_steps=20, keep_latest=10, **options):
+    data = data or Seen()
+    evaluate = partial(fv.train.evaluate, eval_step=EVAL, batches=fv.data.eval_batches(SOURCE, 16))
+    options = {"eval_every": 5, "log_every": 4, "writers": [JsonlWriter(folder / "metrics.jsonl")]} | options
+    with fv.checkpoint.Checkpoints(
+        folder / "checkpoints", manifest={"data": data.fingerprint}, keep_latest=keep_latest
+    ) as checkpoints:
+        return fit(
+            state_of(), STEP, data, num_steps=num_steps, rng=RNG, evaluate=evaluate, checkpoints=checkpoints, **options
+        )
+
+
+def bits(state):
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    return {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in leaves}
+
+
+def records_of(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    data = Seen()
+    result = run(folder, data)
+    return bits(result.state), records_of(folder), data.rows[:20], result
+
+
+def test_a_run_does_all_its_steps(uninterrupted):
+    _, records, rows, result = uninterrupted
+    assert int(result.state.step) == 20
+    assert result.stopped is None
+    assert len(rows) == 20
+    assert [r["step"] for r in records if r["split"] == "train"] == [4, 5, 8, 10, 12, 15, 16, 20]
+    assert [r["step"] for r in records if r["split"] == "validation"] == [5, 10, 15, 20]
+    assert result.metrics["accuracy"] == records[-1]["accuracy"]
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 7, 10, 13, 19])
+@pytest.mark.parametrize("checkpoint_every", [None, 3])
+def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, checkpoint_every):
+    class KilledError(Exception):
+        pass
+
+    def kill():
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run(tmp_path, Seen(killed_at, kill), checkpoint_every=checkpoint_every)
+    data = Seen()
+    result = run(tmp_path, data, checkpoint_every=checkpoint_every)
+    want, records, rows, _ = uninterrupted
+    every = checkpoint_every or 5
+    first = killed_at // every * every
+    assert data.rows[: 20 - first] == rows[first:]
+    assert bits(result.state) == want
+    if checkpoint_every is None:  # saving elsewhere moves nothing but, with it, nothing in the records either
+        assert records_of(tmp_path) == records
+    assert records_of(tmp_path) == records
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, uninterrupted, number, name):
+    before = signal.getsignal(number)
+    data = Seen(6, lambda: os.kill(os.getpid(), number))
+    result = run(tmp_path, data)
+    assert result.stopped == name
+    assert int(result.state.step) == 7  # the step under way is finished
+    assert signal.getsignal(number) == before
+    again = Seen()
+    result = run(tmp_path, again)
+    want, records, rows, _ = uninterrupted
+    assert again.rows[:13] == rows[7:]  # not a batch twice, none lost
+    assert bits(result.state) == want
+    assert records_of(tmp_path) == records
+
+
+def test_a_finished_run_does_nothing_more(tmp_path, uninterrupted):
+    run(tmp_path)
+    data = Seen()
+    result = run(tmp_path, data)
+    assert data.rows == []
+    assert bits(result.state) == uninterrupted[0]
+    assert result.metrics == uninterrupted[3].metrics
+
+
+def test_a_damaged_checkpoint_costs_only_the_way_back(tmp_path, uninterrupted, caplog):
+    run(tmp_path, num_steps=15)
+    newest = tmp_path / "checkpoints" / f"{15:09d}"
+    large = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(large.read_bytes())
+    content[len(content) // 2] ^= 16
+    large.write_bytes(content)
+    data = Seen()
+    result = run(tmp_path, data)
+    assert data.rows[0][0] == 10
+    assert "15" in caplog.text
+    assert bits(result.state) == uninterrupted[0]
+    assert records_of(tmp_path) == uninterrupted[1]
+
+
+def test_another_data_order_is_refused(tmp_path):
+    run(tmp_path, num_steps=5)
+    data = Seen()
+    data.inner = fv.data.train_batches(SOURCE, 16, seed=6)
+    data.fingerprint = data.inner.fingerprint
+    with pytest.raises(ValueError, match="seed"):
+        run(tmp_path, data)
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "parameters"])
+def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poisoned):
+    def step(state, batch, rng):
+        state, sums = STEP(state, batch, rng)
+        if int(state.step) == 8 and poisoned == "loss":
+            sums = sums | {"loss": sums["loss"] * np.nan}
+        if int(state.step) == 10 and poisoned == "parameters":  # the loss would tell one step later
+            state = state.replace(params=jax.tree.map(lambda p: p * np.nan, state.params))
+        return state, sums
+
+    data = fv.data.train_batches(SOURCE, 16, seed=5)
+    with fv.checkpoint.Checkpoints(tmp_path, manifest={}) as checkpoints:
+        match = {
+            "loss": "loss is not finite at step 8; the last checkpoint is step 5",
+            "parameters": "a parameter is not finite after step 10; the last checkpoint is step 5",
+        }[poisoned]
+        with pytest.raises(FloatingPointError, match=match):
+            fit(state_of(), step, data, num_steps=20, rng=RNG, checkpoint_every=5, log_every=100, checkpoints=checkpoints)
+    with fv.checkpoint.Checkpoints(tmp_path, manifest={}) as checkpoints:
+        restored = checkpoints.restore(state_of())
+        assert restored.step == 5
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(jax.device_get(restored.state.params)))
+
+
+def test_early_stopping_and_its_resume(tmp_path):
+    losses = iter([1.0, 0.5, 0.6, 0.55, 0.4])
+    stopping = EarlyStopping(patience=2)
+    run_options = {"eval_every": 2, "writers": (), "early_stopping": stopping}
+    evaluate = lambda state: {"loss": next(losses)}
+    with fv.checkpoint.Checkpoints(tmp_path, manifest={}, best_metric="loss", best_mode="min") as checkpoints:
+        data = fv.data.train_batches(SOURCE, 16, seed=5)
+        result = fit(
+            state_of(), STEP, data, num_steps=20, rng=RNG, evaluate=evaluate, checkpoints=checkpoints, **run_options
+        )
+        assert result.stopped == "early_stopping"
+        assert int(result.state.step) == 8
+        assert checkpoints.restore_best(state_of()).step == 4
+        again = fit(
+            state_of(), STEP, data, num_steps=20, rng=RNG, evaluate=evaluate, checkpoints=checkpoints, **run_options
+        )
+        assert again.stopped == "early_stopping"
+        assert int(again.state.step) == 8
+    assert stopping.best is None  # the caller's object is a setting, not the run's memory
+
+
+def test_early_stopping_by_itself():
+    stopping = EarlyStopping(patience=2, metric="accuracy", mode="max", min_delta=0.1)
+    for value, stop in [(0.5, False), (0.55, False), (0.65, False), (0.7, False), (0.7, True)]:
+        stopping.update({"accuracy": value})
+        assert stopping.stop == stop
+    assert stopping.best == 0.65
+    with pytest.raises(KeyError, match=r"watches 'accuracy'; the evaluation gave loss"):
+        stopping.update({"loss": 1.0})
+    with pytest.raises(ValueError, match="patience must be at least 1; got 0"):
+        EarlyStopping(0)
+    with pytest.raises(ValueError, match="mode must be 'max' or 'min'; got 'up'"):
+        EarlyStopping(1, mode="up")
+
+
+def test_intervals_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="log_every must be at least 1; got 0"):
+        run(tmp_path, log_every=0)
+
+
+def test_jsonl_forgets_what_came_later_and_half_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "train"}\n{"step": 3, "spl')
+    writer = JsonlWriter(path)
+    writer.start(1)
+    writer.write({"step": 2, "split": "train", "loss": 0.5})
+    writer.close()
+    assert fv.train.read_records(path) == [
+        {"step": 1, "split": "train"},
+        {"step": 2, "split": "train", "loss": 0.5},
+    ]
+
+
+def test_tensorboard_files(tmp_path):
+    writer = fv.train.TensorBoardWriter(tmp_path)
+    writer.start(0)
+    writer.write({"step": 1, "split": "train", "loss": 0.5})
+    writer.write({"step": 1, "split": "validation", "loss": 0.25})
+    writer.close()
+    for split, value in (("train", 0.5), ("validation", 0.25)):
+        (file,) = (tmp_path / split).iterdir()
+        content = file.read_bytes()
+        assert b"loss" in content
+        assert np.float32(value).tobytes() in content
+
+
+def test_progress_bar_shows_speed_loss_accuracy_and_time_left(capsys):
+    bar = fv.train.ProgressBar(10, 16, mininterval=0)
+    bar.start(5)
+    bar.write({"step": 6, "split": "train", "loss": 0.5, "accuracy": 0.75})
+    bar.write({"step": 6, "split": "validation", "loss": 0.25, "accuracy": 0.875})
+    bar.advance(16)
+    bar.close()
+    shown = capsys.readouterr().err.split("\r")[-1]
+    for part in ("96.0/160", "img/s", "loss=0.5000", "acc=0.7500", "val loss=0.2500", "val acc=0.8750", "<"):
+        assert part in shown
+
+
+def test_range_test_finds_where_it_diverges():
+    """On a parabola of curvature 1, gradient descent diverges for rates above 2."""
+
+    def objective(apply_fn, params, collections, batch, rng, train):
+        loss = 50 * jnp.sum(params["hidden"]["bias"] ** 2) / 100
+        return loss, ({"loss": loss, "weight": jnp.float32(1)}, collections)
+
+    def start(rate):
+        state = create_state(Net(), fv.train.optimizer("sgd", rate), jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
+        state.params["hidden"]["bias"] = jnp.ones(8)
+        return state
+
+    batches = fv.data.train_batches(SOURCE, 16, seed=0).from_step(0)
+    step = jit_step(partial(train_step, objective=objective), MESH)
+    found = fv.train.learning_rate_range(start, step, batches, RNG, low=1e-4, high=1e3, num_steps=100)
+    assert 2 < found.diverged < 200
+    assert found.suggestion == found.diverged / 3
+    assert len(found.rates) == len(found.losses) < 100
+    np.testing.assert_allclose(found.rates[1] / found.rates[0], 1e7 ** (1 / 99))
+    with pytest.raises(ValueError, match="0 < low < high"):
+        fv.train.learning_rate_range(start, step, batches, RNG, low=1, high=0.1)
+
+
+def test_workdir(tmp_path):
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        model: str = "mlp"
+        seed: int = 0
+        data_dir: str | None = None
+
+    folder = fv.train.open_workdir(tmp_path / "run", Config(), free=("data_dir",))
+    written = json.loads((folder / "config.json").read_text())
+    assert written["config"] == {"model": "mlp", "seed": 0, "data_dir": None}
+    assert written["versions"]["jax"] == jax.__version__
+    assert fv.train.open_workdir(folder, Config(data_dir="x"), free=("data_dir",)) == folder
+    with pytest.raises(ValueError, match=r"holds another run: model was 'mlp', now 'lenet5'; seed was 0, now 1"):
+        fv.train.open_workdir(folder, Config(model="lenet5", seed=1))
+    (folder / "config.json").write_text('{"config"')
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        fv.train.open_workdir(folder, Config())
+    with pytest.raises(ValueError, match="is a file"):
+        fv.train.open_workdir(folder / "config.json", Config())
