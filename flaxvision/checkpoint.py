@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 # A step saved twice gets a revision, so that the first is deleted only when the second is safe.
 _NAME = re.compile(r"(\d{9,})(?:-r(\d+))?")
 _LEFTOVER = re.compile(_NAME.pattern + r"\.(?:saving.*|deleted)")
+_ORBAX = threading.Lock()
 _UNSEEN: set[Future[None]] = set()  # saves whose end nobody has waited for
 
 
@@ -62,9 +63,7 @@ class Restored:
     metrics: dict[str, float] | None
 
 
-class _Entry(NamedTuple):
-    """A committed checkpoint; the natural order is by age."""
-
+class _Entry(NamedTuple):  # sorts by age
     step: int
     revision: int
     path: Path
@@ -210,7 +209,8 @@ class Checkpoints:
 
     def steps(self) -> tuple[int, ...]:
         """The steps that have a checkpoint, ascending, as far as known undamaged."""
-        self._join()
+        if self._pending is not None:
+            self._pending.exception()  # waits; the error is left to `wait`
         return tuple(self._newest())
 
     @property
@@ -221,20 +221,16 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the best checkpoint by the metric, or None."""
-        self._join()
-        return next((entry.step for entry in self._ranked()), None)
+        return next((entry.step for entry in self._ranked()), None) if self.steps() else None
 
     def wait(self) -> None:
         """Waits until the last save is safe; raises its error, once."""
-        pending = self._pending
-        if pending is None:
+        if (pending := self._pending) is None:
             return
-        try:
-            pending.result()
-        finally:
-            if pending.done():
-                self._pending = None
-                _UNSEEN.discard(pending)
+        pending.exception()  # waits, and an interrupt here loses nothing
+        self._pending = None
+        _UNSEEN.discard(pending)
+        pending.result()
 
     def close(self) -> None:
         """Waits for the last save, ends the writing thread and raises the save's error if that is still due."""
@@ -248,10 +244,6 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _join(self) -> None:
-        if self._pending is not None:
-            self._pending.exception()
 
     def _entries(self) -> list[_Entry]:
         found = ((_NAME.fullmatch(path.name), path) for path in self.directory.glob("*"))
@@ -344,9 +336,8 @@ class Checkpoints:
         self._prune(entry)
 
     def _prune(self, saved: _Entry) -> None:
-        best = self._ranked()[: self.keep_best]
-        latest = list(self._newest().values())[-self.keep_latest :]
-        for entry in set(self._entries()) - {saved, *latest, *best}:
+        keep = {saved, *self._ranked()[: self.keep_best], *list(self._newest().values())[-self.keep_latest :]}
+        for entry in set(self._entries()) - keep:
             # The rename takes it out of sight at once; a kill during the removal leaves no half a checkpoint.
             doomed = entry.path.with_name(entry.path.name + ".deleted")
             try:
@@ -357,41 +348,42 @@ class Checkpoints:
 
 
 def _finish_saves() -> None:
-    for future in tuple(_UNSEEN):
-        if error := future.exception():
-            logger.error("%s", error)
+    for error in filter(None, [future.exception() for future in tuple(_UNSEEN)]):
+        logger.error("%s", error)
 
 
-# An exiting Python closes its thread pools first, and an Orbax save in flight then waits for ever. This hook runs before;
-# it is private, so without it saves are synchronous.
+# An exiting Python closes its thread pools first, and an Orbax save in flight then waits for ever. This hook runs
+# before that; it is private, so without it saves are synchronous.
 _AT_EXIT = getattr(threading, "_register_atexit", None)
 if _AT_EXIT is not None:
     _AT_EXIT(_finish_saves)
 
 
 @contextlib.contextmanager
-def _orbax() -> Iterator[Any]:
-    """Orbax v1, without its log: what it reports is raised too, and this file words it."""
+def _orbax(reading: str = "") -> Iterator[Any]:
+    """Orbax v1: one thread at a time (it mixes up saves), without its log (it raises the same), errors as `Damage`."""
     from orbax.checkpoint import v1
 
     def foreign(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
     absl = logging.getLogger("absl")
-    absl.addFilter(foreign)
-    try:
-        yield v1
-    finally:
-        absl.removeFilter(foreign)
+    with _ORBAX:
+        absl.addFilter(foreign)
+        try:
+            yield v1
+        except Exception as error:
+            if reading:
+                raise Damage(f"its {reading} cannot be read: {brief(error)}") from error
+            raise
+        finally:
+            absl.removeFilter(foreign)
 
 
 def _read_record(entry: _Entry) -> dict[str, Any]:
     notes.check_files(entry.path)
-    try:
-        with _orbax() as ocp:
-            sealed = dict(ocp.checkpointables_metadata(entry.path).custom_metadata)
-    except Exception as error:
-        raise Damage(f"its record cannot be read: {brief(error)}") from error
+    with _orbax("record") as ocp:
+        sealed = dict(ocp.checkpointables_metadata(entry.path).custom_metadata)
     record = notes.unseal(sealed)
     if record["step"] != entry.step:
         raise Damage(f"its record says step {record['step']}")
@@ -399,9 +391,6 @@ def _read_record(entry: _Entry) -> dict[str, Any]:
 
 
 def _read_arrays(entry: _Entry, record: dict[str, Any]) -> dict[str, np.ndarray]:
-    try:
-        with _orbax() as ocp:
-            arrays = ocp.load_checkpointables(entry.path, {"state": None})["state"]
-    except Exception as error:
-        raise Damage(f"its arrays cannot be read: {brief(error)}") from error
+    with _orbax("arrays") as ocp:
+        arrays = ocp.load_checkpointables(entry.path, {"state": None})["state"]
     return notes.verify(arrays, record["leaves"])

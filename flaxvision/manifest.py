@@ -66,7 +66,10 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
 
 
 def to_host(state: Any) -> tuple[dict[str, np.ndarray], Leaves]:
-    """Copies of the arrays by path (Orbax takes none without elements, and at least one), and what the record says of each."""
+    """Copies of the arrays by path, and what the record says of each.
+
+    Orbax takes no array without elements and no tree without arrays.
+    """
     arrays, leaves = {}, {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         name = _name_of(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flaxvision.data import augment
-    from flaxvision.data.arrays import ArraySource, Source, stratified_split
+    from flaxvision.data.arrays import ArraySource, Source, Subset, stratified_split, subset
     from flaxvision.data.folder import FolderSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
     from flaxvision.data.sources import load
@@ -21,11 +21,13 @@ _HOME = {
     "EvalBatches": "pipeline",
     "FolderSource": "folder",
     "Source": "arrays",
+    "Subset": "arrays",
     "TfdsSource": "tfds",
     "TrainBatches": "pipeline",
     "eval_batches": "pipeline",
     "load": "sources",
     "stratified_split": "arrays",
+    "subset": "arrays",
     "train_batches": "pipeline",
     "validate": "validation",
 }
@@ -35,12 +37,14 @@ __all__ = [
     "EvalBatches",
     "FolderSource",
     "Source",
+    "Subset",
     "TfdsSource",
     "TrainBatches",
     "augment",
     "eval_batches",
     "load",
     "stratified_split",
+    "subset",
     "train_batches",
     "validate",
 ]

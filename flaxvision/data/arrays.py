@@ -75,14 +75,62 @@ class ArraySource:
         """Returns the examples at `indices` [B] stacked: `image` [B, H, W, C] and `label` [B] int32."""
         return {"image": self.image[indices], "label": self.label[indices].astype(np.int32)}
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Digest of the name and of every pixel and label."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.image, self.label):
             digest.update(f"{self.name}/{part.dtype}/{part.shape}/".encode())
             digest.update(np.ascontiguousarray(part).tobytes() if part.size else b"")
         return digest.hexdigest()
+
+
+class Subset:
+    """Some examples of another source.
+
+    Args:
+        source: The whole.
+        indices: [M] positions in it.
+        name: What to call the part.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, name: str):
+        self.source, self.indices, self.name = source, np.asarray(indices), name
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        return self.source[int(self.indices[index])]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the whole's fingerprint and of the positions."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(f"{self.source.fingerprint}/{self.name}/".encode(), digest_size=16)
+        digest.update(self.indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def subset(source: Source, indices: np.ndarray, name: str) -> Source:
+    """Returns the examples of `source` at `indices` [M] as a source of its own, in memory when `source` is.
+
+    Args:
+        source: What to take them from.
+        indices: Positions, in the order wanted.
+        name: What to call the part, for example "mnist/validation".
+    """
+    if isinstance(source, ArraySource):
+        return ArraySource(source.image[indices], source.label[indices], source.classes, name)
+    return Subset(source, indices, name)
 
 
 def stratified_split(
@@ -146,7 +194,8 @@ def load_digits(split: str) -> ArraySource:
 def load_npz(path: Path, split: str) -> ArraySource:
     """Reads one split of an `.npz` file that holds `train_image`, `train_label`, `test_image` and `test_label`.
 
-    Images are [N, H, W, C]; [N, H, W] is read as grey. An array `classes` of strings, if there is one, names the classes.
+    Images are [N, H, W, C]; [N, H, W] is read as grey. An array `classes` of strings, where there is one, names the
+    classes.
 
     Raises:
         ValueError: When the file is no readable `.npz`, an array is missing or holds Python objects, or the split is
@@ -159,8 +208,8 @@ def load_npz(path: Path, split: str) -> ArraySource:
             missing = [key for key in wanted if key not in archive.files]
             if missing:
                 raise ValueError(
-                    f"{path}: the array {missing[0]!r} is missing (received {sorted(archive.files)}); the file must hold "
-                    "train_image, train_label, test_image and test_label"
+                    f"{path}: the array {missing[0]!r} is missing (received {sorted(archive.files)}); the file must "
+                    "hold train_image, train_label, test_image and test_label"
                 )
             image, label = archive[wanted[0]], archive[wanted[1]]
             labels = [archive[key] for key in ("train_label", "test_label") if key in archive.files]

@@ -331,11 +331,10 @@ def adjust_hue(image: Array, delta: ArrayLike) -> Array:
 def add_lighting(image: Array, alpha: Sequence[float] | Array) -> Array:
     """Adds `alpha` [3] times ImageNet's RGB eigenvalues along their eigenvectors, one shift for the whole image."""
     _shape(image, channels=3)
-    # Spelt out: vmapped, one sum comes out wrong from row 101 on in jaxlib 0.10.2 (compare jax issue 39103). Without
-    # the barrier XLA computes the shift anew for every pixel.
-    weights = [alpha[j] * IMAGENET_EIGENVALUES[j] for j in range(3)]
-    shift = jnp.stack([sum(w * v for w, v in zip(weights, row, strict=True)) for row in IMAGENET_EIGENVECTORS])
-    return jnp.clip(image + jax.lax.optimization_barrier(shift)[None, None], 0, 1)
+    # A product and sum, vmapped, comes out wrong from row 101 on in jaxlib 0.10.2 (compare jax issue 39103).
+    weights = jnp.asarray(alpha) * jnp.asarray(IMAGENET_EIGENVALUES)
+    shift = jnp.dot(jnp.asarray(IMAGENET_EIGENVECTORS), weights, precision="highest")
+    return jnp.clip(image + shift[None, None], 0, 1)
 
 
 def random_brightness(key: Array, image: Array, *, max_delta: float = 0.2) -> Array:

@@ -16,8 +16,8 @@ def decode_image(
     """Decodes a picture as it is meant to be seen.
 
     The EXIF orientation is applied, palettes and CMYK become RGB, 16-bit grey keeps its upper eight bits. With an
-    `image_size` the shorter side is resized to it (bilinear over the covered area, so no aliasing) and the middle square
-    is cut out.
+    `image_size` the shorter side is resized to it (bilinear over the covered area, so no aliasing) and the middle
+    square is cut out.
 
     Args:
         file: Path or open binary file, in any format that Pillow reads; of several frames the first.

@@ -62,9 +62,13 @@ class FolderSource:
     def __repr__(self) -> str:
         return f"FolderSource({self.name!r}, {len(self)} images of {len(self.classes)} classes)"
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Digest of the name, the decoding and every relative path with its size and label."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.blake2b(f"{self.name}/{self.image_size}/{self.channels}".encode(), digest_size=16)
         for path, label in zip(self.paths, self.label, strict=True):
             digest.update(f"/{path}/{(self.root / path).stat().st_size}/{label}".encode())

@@ -1,8 +1,8 @@
 """Batches: shuffled without end for training, padded and counted once for evaluation.
 
-Which examples a step has is worked out from the step alone, over a `grain.MapDataset`, so that any step can be reached at
-once: a run that resumes at step k sees exactly what the uninterrupted run saw. The order is shuffle, repeat, batch, and
-last the part of this process; so one process and four see the same batches. Pixels are touched afterwards, with one
+Which examples a step has is worked out from the step alone, over a `grain.MapDataset`, so that any step can be reached
+at once: a run that resumes at step k sees exactly what the uninterrupted run saw. The order is shuffle, repeat, batch,
+and last the part of this process; so one process and four see the same batches. Pixels are touched afterwards, with one
 vectorised gather for a source in memory and with threads for one on disk.
 """
 
@@ -54,7 +54,7 @@ def train_batches(
             transform needs none.
 
     Raises:
-        ValueError: When the batch is larger than the source or not divided by the processes, or a number is out of range.
+        ValueError: When the batch is larger than the source or not divided by the processes, or a number out of range.
     """
     return TrainBatches(
         source, batch_size, seed, shuffle, transform, drop_remainder, process_index, process_count, num_threads

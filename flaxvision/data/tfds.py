@@ -116,7 +116,7 @@ def load_tfds(
     """Opens one split of a TFDS image classification set, preparing the set if it is not there.
 
     Args:
-        name: TFDS's name, with a configuration or version if need be: "mnist", "cifar10_corrupted/fog_3", "mnist:3.0.1".
+        name: TFDS's name, with a config or version if need be: "mnist", "mnist:3.0.1", "cifar10_corrupted/fog_3".
         split: TFDS's split: "train", "test", "train[:90%]". "test" stands for "validation" where there is no test part.
         data_dir: Where TFDS keeps its sets; None is TFDS's default.
         manual_dir: Folder with the original files, under their original names. Then no network is used for them.
@@ -172,8 +172,8 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
         raise RuntimeError(f"name: TFDS cannot open {name!r} without a package that is missing: {error}") from error
     except (ValueError, AssertionError) as error:
         raise ValueError(
-            f"name: TFDS cannot open {name!r} as array records: {error}. A set that was prepared in another file format "
-            "must be prepared anew in another data_dir"
+            f"name: TFDS cannot open {name!r} as array records: {error}. A set that was prepared in another file "
+            "format must be prepared anew in another data_dir"
         ) from error
 
 
@@ -240,10 +240,10 @@ def _check_network(builder: Any, manual: Path | None, place: str) -> None:
     try:
         requests.head(needed[0], timeout=20)
     except (requests.ConnectionError, requests.Timeout) as error:
+        files = ", ".join(sorted(info.filename or url for url, info in infos.items())[:8])
         raise RuntimeError(
-            f"{place}: {needed[0]} cannot be reached. Without a network, name a manual_dir that holds the original files "
-            f"({', '.join(sorted(info.filename or url for url, info in infos.items())[:8])}), or a data_dir that holds the "
-            "set prepared as array records"
+            f"{place}: {needed[0]} cannot be reached. Without a network, name a manual_dir that holds the original "
+            f"files ({files}), or a data_dir that holds the set prepared as array records"
         ) from error
 
 
@@ -257,7 +257,7 @@ def _idx_builder(base: Any) -> Any:
     """Returns TFDS's builder of MNIST or a sister, which then reads and encodes without TensorFlow."""
     from PIL import Image
 
-    class Builder(base, skip_registration=True):
+    class Builder(base, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         name = base.name
         # TFDS finds the checksums and writes the origin of a set by its builder's module.
         __module__ = base.__module__

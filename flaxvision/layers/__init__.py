@@ -33,7 +33,10 @@ __all__ = [
     "TrainableAvgPool",
     "adaptive_avg_pool",
     "avg_pool",
+    "conv",
+    "conv_transpose",
     "depthwise_avg_pool",
+    "depthwise_conv",
     "depthwise_max_pool",
     "digit_codes",
     "global_avg_pool",
@@ -43,5 +46,6 @@ __all__ = [
     "local_response_norm",
     "max_pool",
     "random_codes",
+    "separable_conv",
     "sign",
 ]

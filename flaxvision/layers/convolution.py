@@ -1,8 +1,9 @@
 """Convolutions in 1-D, 2-D and 3-D, channels last: functions of arrays, and Linen modules with Linen's parameters.
 
-Shapes: N batch, C channels in, F features out, `*spatial` one size per spatial dimension (H W for images), `*window` the
-kernel's size. The results are those of `jax.lax.conv_general_dilated` on every platform; `flaxvision.layers.lowering`
-says which arithmetic gives them on a CPU. A filter is not flipped (cross-correlation), as in Keras, TensorFlow and torch.
+Shapes: N batch, C channels in, F features out, `*spatial` one size per spatial dimension (H W for images), `*window`
+the size of the kernel. The results are those of `jax.lax.conv_general_dilated` on every platform;
+`flaxvision.layers.lowering` says which arithmetic gives them on a CPU, and that forward-mode derivatives (`jax.jvp`)
+are not available. A filter is not flipped (cross-correlation), as in Keras, TensorFlow and torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from flaxvision.layers.lowering import conv_general_dilated
+from flaxvision.layers.lowering import conv_general_dilated, dimension_numbers_of
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -78,7 +79,7 @@ def conv(
         strides,
         pads,  # type: ignore[arg-type]
         rhs_dilation=dilation,
-        dimension_numbers=_numbers(rank),
+        dimension_numbers=dimension_numbers_of(rank),
         feature_group_count=groups,
         precision=precision,
     )
@@ -103,8 +104,8 @@ def conv_transpose(
         x: `[N, *spatial, C]`.
         kernel: `[*window, C, F]`, or `[*window, F, C]` with `transpose_kernel=True`.
         strides: factor by which the spatial size grows.
-        padding: "SAME" (output `size * stride`), "VALID" (`size * stride + max(window - stride, 0)`), "CIRCULAR", or the
-            zeros put around the dilated input.
+        padding: "SAME" (output `size * stride`), "VALID" (`size * stride + max(window - stride, 0)`), "CIRCULAR", or
+            the zeros put around the dilated input.
         kernel_dilation: distance between the kernel's elements.
         transpose_kernel: flip the kernel's spatial axes and swap its channels.
         precision: as in `jax.lax`.
@@ -135,7 +136,7 @@ def conv_transpose(
         pads,  # type: ignore[arg-type]
         lhs_dilation=strides,
         rhs_dilation=dilation,
-        dimension_numbers=_numbers(rank),
+        dimension_numbers=dimension_numbers_of(rank),
         precision=precision,
     )
     if not circular:
@@ -223,9 +224,9 @@ def separable_conv(
 class Conv(nn.Conv):
     """`flax.linen.Conv` over a lowering chosen by platform: the same fields, parameters and results.
 
-    Matches `keras.layers.Conv1D/2D/3D` and `torch.nn.Conv*d` (with explicit padding there: see `padding="SAME"` in `conv`).
-    `kernel [*window, C / feature_group_count, features]`, `bias [features]`. `conv_general_dilated=None` gives Linen's own
-    lowering, which also has forward-mode derivatives.
+    Matches `keras.layers.Conv1D/2D/3D`; `torch.nn.Conv*d` pads both sides alike, which "SAME" does not at stride 2.
+    `kernel [*window, C / feature_group_count, features]`, `bias [features]`. `conv_general_dilated=None` gives Linen's
+    own lowering, which also has forward-mode derivatives.
     """
 
     conv_general_dilated: Any = conv_general_dilated
@@ -313,8 +314,8 @@ class DepthwiseConv(nn.Module):
 class SeparableConv(nn.Module):
     """A depthwise convolution without bias, then a pointwise one: `keras.layers.SeparableConv1D/2D`.
 
-    `depthwise/kernel [*window, 1, C * channel_multiplier]`, `pointwise/kernel [1, ..., C * channel_multiplier, features]`,
-    `pointwise/bias [features]`.
+    `depthwise/kernel [*window, 1, C * channel_multiplier]`, `pointwise/kernel [1, ..., C * channel_multiplier,
+    features]`, `pointwise/bias [features]`.
     """
 
     features: int
@@ -375,11 +376,6 @@ def _rank(x: jax.Array, kernel: jax.Array) -> int:
             f" got shapes {x.shape} and {kernel.shape}"
         )
     return rank
-
-
-def _numbers(rank: int) -> lax.ConvDimensionNumbers:
-    spatial = tuple(range(1, rank + 1))
-    return lax.ConvDimensionNumbers((0, rank + 1, *spatial), (rank + 1, rank, *range(rank)), (0, rank + 1, *spatial))
 
 
 def _transpose_padding(window: int, stride: int, same: bool) -> tuple[int, int]:

@@ -9,11 +9,10 @@ behind, so that platform gets other forms of the same sums (benchmarks/layers.py
 * a dilated input (the transposed convolution) is one small convolution per output phase ("sub-pixel"), interleaved;
 * filter gradients of large feature maps are matrix products of patches, a few images at a time.
 
-Parameters and results are the same, gradients included, to rounding. The choice is made at lowering by
-`jax.lax.platform_dependent`, so one trace serves every platform. `grad` of any order, forward over reverse (Hessian-vector
-products), `vmap`, `scan` and `remat` work; `jax.jvp` straight through a convolution does not (a `custom_vjp` has no
-forward mode): pass `conv_general_dilated=None` to the module for that. Half precision is computed in float32 on the CPU and
-rounded once at the end.
+Parameters and results are the same, gradients included, to rounding. `jax.lax.platform_dependent` chooses at lowering,
+so one trace serves every platform. `grad` of any order, forward over reverse (Hessian-vector products), `vmap`, `scan`
+and `remat` work. `jax.jvp` straight through a convolution does not (a `custom_vjp` has no forward mode): give the
+module `conv_general_dilated=None` for that. Half precision is computed in float32 on the CPU and rounded at the end.
 """
 
 import math
@@ -56,8 +55,8 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` in the form that is fast on the platform it is lowered for.
 
-    Same arguments, results and errors. What is not channels last (`[N, *spatial, C]` and `[*window, C / groups, F]`),
-    not floating point, or asks for `batch_group_count` or a result of another type than the inputs goes to lax unchanged.
+    Same arguments, results and errors. What is not channels last (`[N, *spatial, C]`, `[*window, C / groups, F]`), not
+    floating point, or asks for `batch_group_count` or a result of another type than the inputs' goes to lax unchanged.
 
     Args:
         lhs: the input, `[N, *spatial, C]`.
@@ -92,7 +91,7 @@ def conv_general_dilated(
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     ours = (
         rank > 0
-        and numbers == _numbers(rank)
+        and numbers == dimension_numbers_of(rank)
         and batch_group_count == 1
         and lhs.dtype == rhs.dtype == out.dtype
         and jnp.issubdtype(lhs.dtype, jnp.floating)
@@ -146,7 +145,8 @@ def _backward(form, w: Window, precision, x, kernel, gradient):
     return jax.vjp(lambda x, kernel: form(x, kernel, w, precision), x, kernel)[1](gradient)
 
 
-def _numbers(rank: int) -> lax.ConvDimensionNumbers:
+def dimension_numbers_of(rank: int) -> lax.ConvDimensionNumbers:
+    """Channels last: `[N, *spatial, C]`, `[*window, C, F]`, `[N, *spatial, F]`."""
     io = (0, rank + 1, *range(1, rank + 1))
     return lax.ConvDimensionNumbers(io, (rank + 1, rank, *range(rank)), io)
 
@@ -159,7 +159,7 @@ def _plain(x, kernel, w: Window, precision=None):
         w.padding,
         w.lhs_dilation,
         w.rhs_dilation,
-        _numbers(x.ndim - 2),
+        dimension_numbers_of(x.ndim - 2),
         w.groups,
         precision=precision,
     )
@@ -317,8 +317,7 @@ def _grouped(x, kernel, w: Window):
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _depthwise(x, kernel, w: Window):
     x, taps, out = _per_channel(x, kernel, w)
-    views = _taps(x, kernel.shape[:-2], out, w)
-    return sum(view * tap for view, tap in zip(views[1:], taps[1:], strict=True)) + views[0] * taps[0]
+    return _shifted_sum(x, taps, kernel.shape[:-2], out, w)
 
 
 def _per_channel(x, kernel, w: Window):
@@ -328,6 +327,11 @@ def _per_channel(x, kernel, w: Window):
         x = jnp.repeat(x, multiplier, axis=-1)
     taps = kernel.reshape(-1, *(1,) * (x.ndim - 1), kernel.shape[-1])
     return x, list(taps), _out_size(x.shape, kernel.shape, w)
+
+
+def _shifted_sum(x, taps, window, out, w: Window):
+    products = [view * tap for view, tap in zip(_taps(x, window, out, w), taps, strict=True)]
+    return sum(products[1:], products[0])
 
 
 @partial(_depthwise.defjvp, symbolic_zeros=True)
@@ -343,12 +347,11 @@ def _depthwise_jvp(w: Window, primals, tangents):
 
 
 def _depthwise_input_map(x, kernel, w: Window):
-    """Linear in x. Products are added into a canvas at their place: the transpose reads slices of the padded gradient."""
+    """Linear in x. Products are added into a canvas at their place: the transpose slices the padded gradient."""
     x, taps, out = _per_channel(x, kernel, w)
     window = kernel.shape[:-2]
     if max(w.strides) > 1:
-        views = _taps(x, window, out, w)
-        return sum(view * tap for view, tap in zip(views[1:], taps[1:], strict=True)) + views[0] * taps[0]
+        return _shifted_sum(x, taps, window, out, w)
     reach = [_reach(k, d) - 1 for k, d in zip(window, w.rhs_dilation, strict=True)]
     canvas = 0
     for place, tap in zip(product(*map(range, window)), taps, strict=True):
@@ -362,8 +365,7 @@ def _depthwise_filter_map(x, kernel, w: Window):
     x, taps, out = _per_channel(x, kernel, w)
 
     def piece(x, out, w):
-        views = _taps(x, kernel.shape[:-2], out, w)
-        return sum(view * tap for view, tap in zip(views[1:], taps[1:], strict=True)) + views[0] * taps[0]
+        return _shifted_sum(x, taps, kernel.shape[:-2], out, w)
 
     return _in_pieces(piece, x, out, kernel.shape[:-2], w, 4 * kernel.shape[-1] * x.dtype.itemsize)
 

@@ -8,7 +8,7 @@ objective; the step, the loop and the checkpoints stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,24 @@ import optax
 
 from flaxvision import metrics as fm
 
-Objective = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, Any]]]]
 PerExample = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Objective(Protocol):
+    """A pure function of a model's `apply`, its variables and a batch; see the module's text."""
+
+    def __call__(
+        self,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        collections: dict[str, Any],
+        batch: dict[str, Any],
+        rng: jax.Array | None,
+        train: bool,
+        /,
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, Any]]]:
+        """Gives `loss, (metric sums, collections)`."""
+        ...
 
 
 def classification(

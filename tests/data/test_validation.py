@@ -1,0 +1,81 @@
+"""The check of a source before training."""
+
+import numpy as np
+import pytest
+
+from flaxvision import data
+
+
+def noise(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def toy(image=None, label=None, classes=None):
+    image = noise((6, 4, 4, 3)) if image is None else image
+    label = np.arange(len(image)) % 3 if label is None else label
+    return data.ArraySource(image, label, classes, "toy")
+
+
+def test_a_sound_source_passes():
+    data.validate(toy(), channels=3, num_classes=3, image_size=4)
+    data.validate(toy(noise((6, 4, 5, 1)).astype(np.float32) / 255), channels=1, image_size=(4, 5))
+    data.validate(data.load("digits", "test"), channels=1, num_classes=10, image_size=8)
+
+
+def with_pixel(value, dtype=np.float32):
+    image = np.zeros((3000, 2, 2, 1), dtype)
+    image[2500, 1, 0, 0] = value
+    return image
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (toy(noise((0, 4, 4, 3)), np.zeros(0, int)), {}, "source: 'toy' is empty"),
+        (toy(noise((6, 4, 4))), {}, r"image: received 2 dimensions \[4, 4\] in 'toy'; an image must have three"),
+        (toy(noise((6, 1, 4, 4, 3))), {}, r"image: received 4 dimensions"),
+        (toy(), {"channels": 1}, "image: received 3 channels in 'toy'; they must be 1"),
+        (toy(), {"image_size": 5}, "image: received 4x4 pixels in 'toy'; they must be 5x5"),
+        (toy(noise((6, 4, 4, 3)).astype(np.int64)), {}, "image: received int64 pixels"),
+        (toy(noise((6, 0, 4, 3))), {}, "no side may be 0"),
+        (toy(with_pixel(np.nan)), {}, "image: received nan among the pixels of 'toy' at index 2500"),
+        (toy(with_pixel(-np.inf)), {}, "image: received -inf among the pixels of 'toy' at index 2500"),
+        (toy(label=np.array([0, 1, 2, 0, 3, 1]), classes="abc"), {}, "label: received 3 in 'toy' at index 4.* 0 and 2"),
+        (toy(label=np.array([0, 1, -1, 0, 1, 1])), {}, "label: received -1 in 'toy' at index 2"),
+        (toy(), {"num_classes": 2}, r"label: received 2 .* between 0 and 1 \(2 classes\)"),
+        (toy(label=np.arange(6) / 2), {}, "label: received float64"),
+        (toy(label=np.eye(6, dtype=int)), {}, r"label: received the shape \[6, 6\] for 6 images"),
+        (toy(label=np.arange(5) % 3), {}, r"label: received the shape \[5\] for 6 images"),
+    ],
+)
+def test_faults_are_named(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.validate(source, **options)
+
+
+class Listed:
+    """A user's own source: nothing but the protocol."""
+
+    name, classes, fingerprint = "listed", ("a", "b"), "none"
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index, /):
+        return self.examples[index]
+
+
+def test_other_sources_are_sampled():
+    good = {"image": noise((4, 4, 3)), "label": np.int32(1)}
+    data.validate(Listed([good] * 5), channels=3)
+    for bad, message in [
+        ({**good, "label": np.int32(2)}, r"label: received 2 in 'listed\[3\]'"),
+        ({**good, "image": np.full((4, 4, 3), np.nan)}, r"image: received nan among the pixels of 'listed\[3\]'"),
+        ({**good, "image": noise((4, 4))}, r"image: received 2 dimensions"),
+        ({**good, "image": noise((4, 4, 1))}, r"image: received 1 channels in 'listed\[3\]'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            data.validate(Listed([good, good, good, bad]), channels=3)

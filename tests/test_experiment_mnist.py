@@ -1,0 +1,252 @@
+"""experiments/mnist.py as a user runs it: killed, terminated, misused."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxvision as fv
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "mnist.py"
+# Five steps between evaluations and saves: most of the run's time is in a save, and most kills hit one.
+RUN = (
+    "--model=mlp --hidden=24 --epochs=14 --batch-size=64 --eval-every=0.25 --log-every=3 --ema-decay=0.9 --shift=1"
+    " --no-progress"
+).split()
+
+
+def spec():
+    found = importlib.util.spec_from_file_location("mnist_experiment", SCRIPT)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+mnist = spec()
+
+
+def start(workdir, *flags, **options):
+    cache = jax.config.jax_compilation_cache_dir
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    env["XLA_FLAGS"] = ""  # one device
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *RUN, "--workdir", str(workdir), *flags],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def newest(workdir):
+    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    return max(steps, default=0)
+
+
+def outcome(workdir):
+    """The bits of the last state, as the raw arrays of its checkpoint, and the records without their clock."""
+    from orbax.checkpoint import v1
+
+    last = max((p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    arrays = v1.load_checkpointables(last)["state"]
+    bits = {k: (str(x.dtype), x.shape, np.asarray(x).tobytes()) for k, x in jax.tree_util.tree_leaves_with_path(arrays)}
+    records = [
+        {k: v for k, v in r.items() if k != "images_per_second"} for r in fv.train.read_records(workdir / "metrics.jsonl")
+    ]
+    return last.name, bits, records
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "uninterrupted"
+    process = start(workdir)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "test accuracy" in output
+    return workdir
+
+
+def wait_for_progress(process, workdir, since):
+    """Waits until this start has made a checkpoint of its own: the kill then falls into the training."""
+    while newest(workdir) <= since and process.poll() is None:
+        time.sleep(0.002)
+
+
+def test_sigkill_at_ten_random_moments(tmp_path, uninterrupted):
+    workdir, random = tmp_path / "killed", np.random.default_rng(0)
+    kills, in_saves = 0, 0
+    while kills < 10:
+        since = newest(workdir)
+        process = start(workdir)
+        wait_for_progress(process, workdir, since)
+        time.sleep(random.uniform(0, 0.25))
+        process.kill()
+        output, _ = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+        assert newest(workdir) > since  # nothing complete is lost
+        kills += 1
+        in_saves += any(not p.name.isdigit() for p in (workdir / "checkpoints").iterdir())
+    assert kills == 10, "the run ended before it was killed ten times"
+    assert in_saves >= 1, "no kill fell into a save"
+    process = start(workdir)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert outcome(workdir) == outcome(uninterrupted)
+    assert all(p.name.isdigit() for p in (workdir / "checkpoints").iterdir())
+
+
+def test_sigterm_saves_and_leaves_with_status_0(tmp_path, uninterrupted):
+    workdir = tmp_path / "terminated"
+    process = start(workdir)
+    wait_for_progress(process, workdir, 0)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM after step" in output
+    assert f"step {newest(workdir)};" in output
+    process = start(workdir)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert outcome(workdir) == outcome(uninterrupted)
+
+
+def test_the_work_directory_holds_all(uninterrupted):
+    config = json.loads((uninterrupted / "config.json").read_text())
+    assert config["config"]["model"] == "mlp"
+    assert set(config) == {"config", "versions", "commit", "command"}
+    with Image.open(uninterrupted / "curves.png") as picture:
+        assert picture.size[0] > 600
+    records = fv.train.read_records(uninterrupted / "metrics.jsonl")
+    assert {r["split"] for r in records} == {"train", "validation"}
+    assert records[-1]["accuracy"] > 0.8
+    assert {p.name for p in (uninterrupted / "tensorboard").iterdir()} == {"train", "validation"}
+
+
+def test_a_work_directory_of_another_run_is_refused(tmp_path, uninterrupted):
+    workdir = tmp_path / "copy"
+    shutil.copytree(uninterrupted, workdir)
+    for change in ({"model": "lenet_dli"}, {"seed": 3}):
+        settings = json.loads((workdir / "config.json").read_text())["config"]
+        settings |= {"hidden": (24,) if "seed" in change else None, "workdir": str(workdir)} | change
+        with pytest.raises(ValueError, match=f"holds another run: .*{next(iter(change))} was"):
+            mnist.main(mnist.Config(**settings))
+
+
+def config_of(tmp_path, **options):
+    return mnist.Config(workdir=str(tmp_path / "run"), progress=False, **{"model": "mlp", "epochs": 1.0} | options)
+
+
+def npz(path, **arrays):
+    rng = np.random.default_rng(0)
+    good = {
+        "train_image": rng.integers(0, 256, (40, 8, 8, 1), np.uint8),
+        "train_label": np.arange(40) % 4,
+        "test_image": rng.integers(0, 256, (12, 8, 8, 1), np.uint8),
+        "test_label": np.arange(12) % 4,
+    }
+    np.savez(path, **good | arrays)
+    return str(path)
+
+
+def bad_pixels():
+    image = np.zeros((40, 8, 8, 1), np.float32)
+    image[17, 2, 3] = np.nan
+    return image
+
+
+BAD = {
+    "rank": ({"train_image": np.zeros((40, 64), np.uint8)}, "H, W, C"),
+    "channels": ({"test_image": np.zeros((12, 8, 8, 3), np.uint8)}, "channel"),
+    "nan": ({"train_image": bad_pixels()}, "17"),
+    "label": ({"test_label": np.arange(12) % 4 + 3}, "label"),
+    "negative": ({"train_label": np.arange(40) % 4 - 1}, "label"),
+    "length": ({"train_label": np.arange(39) % 4}, "39"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arrays_get_one_clear_error_before_any_training(tmp_path, case):
+    arrays, match = BAD[case]
+    with pytest.raises(ValueError, match=match):
+        mnist.main(config_of(tmp_path, dataset=npz(tmp_path / "data.npz", **arrays), batch_size=16))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_folders(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        mnist.main(config_of(tmp_path, dataset=str(empty)))
+    photos = tmp_path / "photos"
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (photos / name).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(photos / name / f"{i}.jpg")
+    broken = photos / "dog" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"dog/3\.jpg"):
+        mnist.main(config_of(tmp_path, dataset=str(photos), batch_size=4))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_devices_do_not_divide(tmp_path):
+    with pytest.raises(ValueError, match="12 rows can't be shared out over 8 devices"):
+        mnist.main(config_of(tmp_path, dataset=npz(tmp_path / "data.npz"), batch_size=12))
+
+
+def test_names_are_refused_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match=r"'digit'.*digits"):
+        mnist.main(config_of(tmp_path, dataset="digit"))
+    with pytest.raises(ValueError, match=r"'lenet55'.*lenet5"):
+        mnist.main(config_of(tmp_path, model="lenet55"))
+    with pytest.raises(ValueError, match="--early-stopping needs --validation"):
+        mnist.main(config_of(tmp_path, early_stopping=2))
+    process = start(tmp_path / "run", "--epoch", "3")
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert "--epochs" in output
+
+
+def test_a_folder_of_photographs_trains(tmp_path):
+    photos = tmp_path / "photos"
+    for name, level in (("dark", 40), ("light", 210)):
+        (photos / name).mkdir(parents=True)
+        for i in range(20):
+            noise = np.random.default_rng(i).integers(0, 30, (9, 11, 3), np.uint8)
+            Image.fromarray(noise + np.uint8(level)).save(photos / name / f"{i}.png")
+    assert mnist.main(config_of(tmp_path, dataset=str(photos), batch_size=8, epochs=4.0, hidden=(8,))) == 0
+    assert fv.train.read_records(tmp_path / "run" / "metrics.jsonl")[-1]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_validation_early_stopping_and_eight_devices(tmp_path, parallel, capsys):
+    config = config_of(
+        tmp_path, hidden=(24,), epochs=6.0, validation=0.2, early_stopping=1, learning_rate=0.3, schedule="constant",
+        parallel=parallel, mixup=0.2, label_smoothing=0.1, optimizer="nesterov", clip_norm=1.0, weight_decay=1e-4,
+    )  # fmt: skip
+    assert mnist.main(config) == 0
+    assert "on 359 images" in capsys.readouterr().out or "on 360 images" in capsys.readouterr().out
+    records = fv.train.read_records(tmp_path / "run" / "metrics.jsonl")
+    assert 2 <= len([r for r in records if r["split"] == "validation"]) <= 6
+
+
+def test_range_test_draws_a_picture(tmp_path, capsys):
+    assert mnist.main(config_of(tmp_path, range_test=True, hidden=(24,))) == 0
+    assert "--learning-rate" in capsys.readouterr().out
+    with Image.open(tmp_path / "run" / "lr_range.png") as picture:
+        assert picture.size[0] > 300
