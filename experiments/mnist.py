@@ -206,8 +206,8 @@ def load(config: Config):
     watched = test
     if config.validation:
         rest, held_out = fv.data.stratified_split(train.label, fraction=config.validation, seed=config.seed)
-        watched = fv.data.ArraySource(train.image[held_out], train.label[held_out], train.classes, "validation")
-        train = fv.data.ArraySource(train.image[rest], train.label[rest], train.classes, train.name)
+        watched = fv.data.subset(train, held_out, f"{train.name}/validation")
+        train = fv.data.subset(train, rest, f"{train.name}/rest")
     channels = np.shape(train[0]["image"])[-1] if len(train) and np.ndim(train[0]["image"]) == 3 else None
     for source in (train, watched, test):
         fv.data.validate(source, channels=channels, num_classes=len(train.classes))

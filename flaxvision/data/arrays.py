@@ -195,7 +195,7 @@ def load_npz(path: Path, split: str) -> ArraySource:
     """Reads one split of an `.npz` file that holds `train_image`, `train_label`, `test_image` and `test_label`.
 
     Images are [N, H, W, C]; [N, H, W] is read as grey. An array `classes` of strings, where there is one, names the
-    classes.
+    classes; without it there are as many as the training labels say.
 
     Raises:
         ValueError: When the file is no readable `.npz`, an array is missing or holds Python objects, or the split is
@@ -212,7 +212,7 @@ def load_npz(path: Path, split: str) -> ArraySource:
                     "hold train_image, train_label, test_image and test_label"
                 )
             image, label = archive[wanted[0]], archive[wanted[1]]
-            labels = [archive[key] for key in ("train_label", "test_label") if key in archive.files]
+            train_label = archive["train_label"] if "train_label" in archive.files else label
             names = [str(text) for text in archive["classes"]] if "classes" in archive.files else None
     except ValueError as error:
         if str(path) in str(error):
@@ -223,9 +223,9 @@ def load_npz(path: Path, split: str) -> ArraySource:
         raise ValueError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from error
     if image.ndim == 3:
         image = image[..., None]
-    if names is None and all(a.size and np.issubdtype(a.dtype, np.integer) for a in labels):
-        # Both splits, so that a class that one of them lacks does not change the number of classes.
-        names = [str(k) for k in range(int(max(a.max() for a in labels)) + 1)]
+    if names is None and train_label.size and np.issubdtype(train_label.dtype, np.integer):
+        # The training labels count the classes for both splits: a test label beyond them is a fault.
+        names = [str(k) for k in range(int(train_label.max()) + 1)]
     return ArraySource(image, label, names, f"{path.name}/{split}")
 
 

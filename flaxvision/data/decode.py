@@ -39,7 +39,8 @@ def decode_image(
             picture: Any = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I"):
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            picture = picture.convert("RGB" if channels == 3 else "L")
+            mode = "RGB" if channels == 3 else "L"
+            picture = picture if picture.mode == mode else picture.convert(mode)
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more, by format and damage.
         raise ValueError(f"{name or file}: not a readable image ({error})") from error

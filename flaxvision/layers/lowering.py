@@ -114,8 +114,8 @@ def conv_general_dilated(
 def _by_platform(x, kernel, w: Window, precision):
     """The platform decides here, once forward and once backward.
 
-    A `platform_dependent` that is differentiated through would hand its platform on as a number computed at run time,
-    and XLA then treats the backward branch as code that may not run: hence a rule of our own.
+    Differentiated through, `platform_dependent` would hand the platform on as a number known at run time only, and XLA
+    leaves convolutions in such branches in their slowest form: hence a rule of our own.
     """
     return lax.platform_dependent(
         x, kernel, cpu=partial(_forward, _fast, w, None), default=partial(_forward, _plain, w, precision)
@@ -223,10 +223,7 @@ def _divisor(n: int, limit: int) -> int:
 
 
 def _in_pieces(fn, x, out, window, w: Window, bytes_per_position: int):
-    """Apply `fn` (padded input -> output, a linear map's value) to x a few images, or a band of one image, at a time.
-
-    A scan whose body is recomputed in the backward pass: nothing but `x` is kept between the passes.
-    """
+    """Apply `fn` to a few images, or a band of rows, at a time: a scan that keeps nothing for the backward pass."""
     rows, position = out[0], math.prod(out[1:]) * bytes_per_position
     band = rows if rows * position <= 2 * PATCH_BYTES else _divisor(rows, PATCH_BYTES // position)
     reach = (band - 1) * w.strides[0] + _reach(window[0], w.rhs_dilation[0])
@@ -282,12 +279,17 @@ def _filter_map(x, kernel, w: Window):
     window, (channels, features) = kernel.shape[:-2], kernel.shape[-2:]
     out = _out_size(x.shape, kernel.shape, w)
     depth = math.prod(window) * channels
-    if len(x) * math.prod(out) < 2 * depth:
-        return _plain(x, kernel, w)  # a large kernel over a small map: XLA's own form is as good
+    narrow = channels < 16 and features < 32
+    if narrow or len(x) * math.prod(out) < 2 * depth:
+        return _plain(x, kernel, w)  # little arithmetic, or a large kernel over a small map: XLA's own form is as good
 
     def patches_times(matrix, x, out, w):
-        patches = jnp.concatenate(_taps(x, window, out, w), axis=-1)
-        return (patches.reshape(-1, depth) @ matrix).reshape(len(x), *out, features)
+        views = _taps(x, window, out, w)
+        if channels <= 4:  # patches of single numbers would be written one by one
+            y = jnp.einsum("t...c,tcf->...f", jnp.stack(views), matrix.reshape(-1, channels, features))
+        else:
+            y = jnp.concatenate(views, axis=-1).reshape(-1, depth) @ matrix
+        return y.reshape(len(x), *out, features)
 
     def whole(x, matrix):
         return _in_pieces(partial(patches_times, matrix), x, out, window, w, depth * x.dtype.itemsize)
@@ -374,10 +376,9 @@ def _depthwise_filter_map(x, kernel, w: Window):
 
 
 def _subpixel(x, kernel, w: Window):
-    """Output positions of one phase modulo the dilation see only every so-many-th element of the kernel.
+    """Outputs of one phase modulo the dilation f see every f-th kernel element: interleaved small convolutions.
 
-    The convolutions of the phases run over the undilated input and their results are interleaved
-    (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
+    Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?".
     """
     size, window = x.shape[1:-1], kernel.shape[:-2]
     dense = w._replace(lhs_dilation=(1,) * len(size))

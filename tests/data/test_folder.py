@@ -153,6 +153,11 @@ def test_a_subset_of_a_folder(flat_folder):
 # decoding
 
 
+def test_sixteen_bits_keep_the_upper_eight(tmp_path):
+    Image.fromarray(np.full((4, 4), 0x80FF, np.uint16)).save(tmp_path / "deep.png")
+    assert (decode_image(tmp_path / "deep.png", channels=1) == 0x80).all()
+
+
 def test_decoding_resizes_the_shorter_side_and_cuts_the_middle(tmp_path):
     image = np.zeros((20, 60, 3), np.uint8)
     image[:, 20:40] = 200
