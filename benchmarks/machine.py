@@ -17,11 +17,11 @@ import jaxlib
 from flaxvision.train.workdir import commit
 
 
-def describe(device: jax.Device | None = None, count: int = 1) -> dict[str, Any]:
+def describe(device: Any, count: int = 1) -> dict[str, Any]:
     """The fields that every line in `benchmarks/results` has.
 
     Args:
-        device: What was measured on; defaults to JAX's first.
+        device: What was measured on.
         count: How many of them.
 
     Returns:
@@ -29,8 +29,6 @@ def describe(device: jax.Device | None = None, count: int = 1) -> dict[str, Any]
         `cpu` and `cores`, `load_before` (the processes that ran in the last minute: much above 0 spoils figures),
         `matmul_precision` (JAX's; "default" means TF32 for float32 on NVIDIA GPUs since Ampere) and the versions.
     """
-    if device is None:
-        device = jax.devices()[0]
     cpu = _cpu_name()
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -56,7 +54,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def peak_memory(device: jax.Device) -> tuple[int | None, str]:
+def peak_memory(device: Any) -> tuple[int | None, str]:
     """The most memory so far, in bytes, and whose it is: the device's where it keeps count, else this process's RSS."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from sklearn.datasets import load_sample_images
@@ -78,7 +79,7 @@ def main(config: Config) -> int:
     kinds = ("largest of the 3 colours", "mean of the 3 colours", *names, "larger of the 2 maps")
     draw(depthwise, [text for photo in PHOTOS for text in (photo, *kinds)], workdir / "depthwise.png")
 
-    colours, strengths = fv.layers.global_avg_pool(photos), fv.layers.global_avg_pool(maps)
+    colours, strengths = (fv.layers.global_avg_pool(jnp.asarray(x)) for x in (photos, maps))
     print("global average pooling   red  green   blue  vertical  horizontal")
     for photo, (r, g, b), (v, h) in zip(PHOTOS, np.asarray(colours), np.asarray(strengths), strict=True):
         print(f"{photo:22} {r:5.3f}  {g:5.3f}  {b:5.3f}  {v:8.3f}  {h:10.3f}")

@@ -82,7 +82,7 @@ class Config:
     parallel: Literal["jit", "pmap"] = "jit"
     """How the step is compiled for several devices."""
     validation: float = 0.0
-    """Fraction of the training set held out to watch; 0 watches the test set. Nothing but early stopping chooses by it."""
+    """Fraction of the training set held out to watch; 0 watches the test set. Only early stopping chooses by it."""
     early_stopping: int = 0
     """Stop after this many evaluations without a lower loss; needs --validation."""
     eval_every: float = 1.0
@@ -127,16 +127,14 @@ def main(config: Config) -> int:
     )
     image = train[0]["image"]
     size = info.input_size if len(info.input_size) == 2 else image.shape[:2]
-    augment, plain = transforms(config, train, size, classes)
+    augment, plain, view = transforms(config, train, size, classes)
     objective = fv.train.classification(
         label_smoothing=config.label_smoothing,
         loss=fv.losses.lenet_map if config.loss == "lenet_map" else None,
     )
     compile_step = fv.train.jit_step if config.parallel == "jit" else fv.train.pmap_step
     train_step = compile_step(
-        functools.partial(
-            fv.train.train_step, objective=objective, transform=augment, accumulate=config.accumulate
-        )
+        functools.partial(fv.train.train_step, objective=objective, transform=augment, accumulate=config.accumulate)
     )
     eval_step = compile_step(
         functools.partial(
@@ -159,6 +157,11 @@ def main(config: Config) -> int:
         return 0
 
     fv.train.open_workdir(workdir, config, free=("workdir", "data_dir", "manual_dir", "progress"))
+    if view is not None:
+        shown = next(batches.from_step(0))
+        images = jax.jit(view)(run_rng, {"image": shown["image"][:32]})["image"]
+        labels = [train.classes[k] for k in shown["label"][:32]]
+        fv.plot.image_grid(np.asarray(images), labels, path=workdir / "samples.png")
     eval_size = max(config.batch_size, 500 // jax.device_count() * jax.device_count())
     evaluate = functools.partial(
         fv.train.evaluate, eval_step=eval_step, batches=fv.data.eval_batches(watched, eval_size)
@@ -169,8 +172,13 @@ def main(config: Config) -> int:
     ]
     if config.progress:
         writers.append(fv.train.ProgressBar(num_steps, config.batch_size, desc=f"{config.model} on {name}"))
-    manifest = {"model": config.model, "overrides": {k: str(v) for k, v in overrides.items()}, "data": batches.fingerprint}
+    manifest = {
+        "model": config.model,
+        "overrides": {k: str(v) for k, v in overrides.items()},
+        "data": batches.fingerprint,
+    }
     with fv.checkpoint.Checkpoints(workdir / "checkpoints", manifest=manifest) as checkpoints:
+        checkpoints.prepare()  # a folder that can't be written fails now, not after the first epoch
         result = fv.train.fit(
             create_state(rate),
             train_step,
@@ -215,7 +223,7 @@ def load(config: Config):
 
 
 def transforms(config: Config, train, size, classes):
-    """The training's and the evaluation's transforms; pixels are standardised by the training set's figures."""
+    """The training's, the evaluation's and the picture's transforms, standardised by the training set's figures."""
     a = fv.data.augment
     sample = np.stack([train[i]["image"] for i in range(0, len(train), max(1, len(train) // 2000))])
     pixels = sample / 255.0 if sample.dtype == np.uint8 else sample
@@ -233,7 +241,8 @@ def transforms(config: Config, train, size, classes):
         ops.append(functools.partial(a.random_cutout, size=config.cutout))
     mix = functools.partial(a.mixup, num_classes=classes, alpha=config.mixup) if config.mixup else None
     common = {"size": tuple(size), "mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
-    return a.make_transform(*ops, mix=mix, **common), a.make_transform(**common)
+    view = a.make_transform(*ops, size=tuple(size)) if ops else None
+    return a.make_transform(*ops, mix=mix, **common), a.make_transform(**common), view
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main(config: Config) -> int:
         print(f"does not separate {config.species}: {errors} of {len(x)} flowers are wrong")
     else:
         print(f"separates {config.species} without error: 0 of {len(x)} flowers are wrong")
-    (length, width), bias = np.asarray(params["units"]["kernel"])[:, 0], float(params["units"]["bias"][0])
+    (length, width), bias = np.asarray(params["units"]["kernel"])[:, 0], np.asarray(params["units"]["bias"]).item()
     print(f"{config.species} where {length:+.4g} length {width:+.4g} width {bias:+.4g} >= 0")
 
     picture = workdir / "decision_boundary.png"

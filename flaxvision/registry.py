@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -42,10 +41,10 @@ class ModelInfo:
     defaults: tuple[tuple[str, Any], ...] = ()
 
 
-_MODELS: dict[str, tuple[Callable[..., nn.Module], ModelInfo]] = {}
+_MODELS: dict[str, tuple[type[nn.Module], ModelInfo]] = {}
 
 
-def register(module: Callable[..., nn.Module], name: str, *, defaults: dict[str, Any] | None = None, **info: Any) -> None:
+def register(module: type[nn.Module], name: str, *, defaults: dict[str, Any] | None = None, **info: Any) -> None:
     """Registers `module(**defaults)` under `name`; `info` are the fields of `ModelInfo`.
 
     Args:
@@ -63,7 +62,7 @@ def register(module: Callable[..., nn.Module], name: str, *, defaults: dict[str,
     _MODELS[name] = (module, ModelInfo(name=name, defaults=tuple(defaults.items()), **info))
 
 
-def _find(name: str) -> tuple[Callable[..., nn.Module], ModelInfo]:
+def _find(name: str) -> tuple[type[nn.Module], ModelInfo]:
     if name not in _MODELS:
         near = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.4)
         hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(list_models())}"

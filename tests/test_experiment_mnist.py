@@ -19,10 +19,10 @@ import flaxvision as fv
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "mnist.py"
 # Five steps between evaluations and saves: most of the run's time is in a save, and most kills hit one.
-RUN = (
-    "--model=mlp --hidden=24 --epochs=14 --batch-size=64 --eval-every=0.25 --log-every=3 --ema-decay=0.9 --shift=1"
-    " --no-progress"
-).split()
+RUN = [
+    *("--model=mlp", "--hidden=24", "--epochs=14", "--batch-size=64", "--eval-every=0.25", "--log-every=3"),
+    *("--ema-decay=0.9", "--shift=1", "--no-progress"),
+]
 
 
 def spec():
@@ -63,7 +63,8 @@ def outcome(workdir):
     arrays = v1.load_checkpointables(last)["state"]
     bits = {k: (str(x.dtype), x.shape, np.asarray(x).tobytes()) for k, x in jax.tree_util.tree_leaves_with_path(arrays)}
     records = [
-        {k: v for k, v in r.items() if k != "images_per_second"} for r in fv.train.read_records(workdir / "metrics.jsonl")
+        {k: v for k, v in r.items() if k != "images_per_second"}
+        for r in fv.train.read_records(workdir / "metrics.jsonl")
     ]
     return last.name, bits, records
 

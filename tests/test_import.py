@@ -7,7 +7,18 @@ import pytest
 
 import flaxvision as fv
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "keras", "grain", "matplotlib", "orbax", "sklearn", "PIL", "tqdm")
+HEAVY = (
+    "tensorflow",
+    "tensorflow_datasets",
+    "torch",
+    "keras",
+    "grain",
+    "matplotlib",
+    "orbax",
+    "sklearn",
+    "PIL",
+    "tqdm",
+)
 
 
 def python(code):
@@ -34,11 +45,14 @@ def test_importing_starts_no_device():
 
 
 @pytest.mark.parametrize(
-    "module", [fv, fv.data, fv.data.augment, fv.layers, fv.losses, fv.metrics, fv.models, fv.plot, fv.train, fv.checkpoint]
+    "module",
+    [fv, fv.data, fv.data.augment, fv.layers, fv.losses, fv.metrics, fv.models, fv.plot, fv.train, fv.checkpoint],
 )
 def test_every_public_name_exists_and_is_documented(module):
     names = getattr(module, "__all__", None) or [
-        n for n, v in vars(module).items() if not n.startswith("_") and getattr(v, "__module__", None) == module.__name__
+        n
+        for n, v in vars(module).items()
+        if not n.startswith("_") and getattr(v, "__module__", None) == module.__name__
     ]
     assert names
     for name in names:

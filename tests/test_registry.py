@@ -42,7 +42,9 @@ def test_parameter_counts_are_exact(name):
 
 def test_mlp_counts_follow_its_widths():
     model = fv.create_model("mlp", features=(7, 5), num_classes=3)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), jax.ShapeDtypeStruct((2, 4, 4, 1), jnp.float32))
+    variables = jax.eval_shape(
+        lambda x: model.init(jax.random.key(0), x), jax.ShapeDtypeStruct((2, 4, 4, 1), jnp.float32)
+    )
     assert count(variables) == 16 * 7 + 7 + 7 * 5 + 5 + 5 * 3 + 3
 
 

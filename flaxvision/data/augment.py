@@ -309,7 +309,7 @@ def adjust_contrast(image: Array, factor: ArrayLike) -> Array:
     """Multiplies the distance of each channel from its mean over the image by `factor`, as tf.image does."""
     import dm_pix
 
-    return jnp.clip(dm_pix.adjust_contrast(image, factor), 0, 1)
+    return jnp.clip(dm_pix.adjust_contrast(image, jnp.asarray(factor)), 0, 1)
 
 
 def adjust_saturation(image: Array, factor: ArrayLike) -> Array:
@@ -317,7 +317,7 @@ def adjust_saturation(image: Array, factor: ArrayLike) -> Array:
     import dm_pix
 
     _shape(image, channels=3)
-    return jnp.clip(dm_pix.adjust_saturation(image, factor), 0, 1)
+    return jnp.clip(dm_pix.adjust_saturation(image, jnp.asarray(factor)), 0, 1)
 
 
 def adjust_hue(image: Array, delta: ArrayLike) -> Array:
@@ -325,7 +325,7 @@ def adjust_hue(image: Array, delta: ArrayLike) -> Array:
     import dm_pix
 
     _shape(image, channels=3)
-    return jnp.clip(dm_pix.adjust_hue(image, delta), 0, 1)
+    return jnp.clip(dm_pix.adjust_hue(image, jnp.asarray(delta)), 0, 1)
 
 
 def add_lighting(image: Array, alpha: Sequence[float] | Array) -> Array:

@@ -156,7 +156,7 @@ class TrainBatches:
         return BatchIterator(self._read, int(step), None, self._threads)
 
     def _read(self, step: int, pool: ThreadPoolExecutor) -> Batch:
-        positions = self._positions[step]
+        positions = np.asarray(self._positions[step])
         indices = self._indices(positions)
         if self._transform is None:
             return _gather(self.source, indices, pool)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from flaxvision.layers.lowering import conv_general_dilated, dimension_numbers_of
+from flaxvision.layers.cpu import dimension_numbers_of
+from flaxvision.layers.lowering import conv_general_dilated
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 

@@ -1,4 +1,4 @@
-"""Metrics as sums and weights: they add up over batches, devices and processes; the division comes last, on the host."""
+"""Metrics as sums and weights: they add up over batches, devices and processes; the host divides, last."""
 
 from flaxvision.metrics.classification import confusion_matrix, correct, top_k_correct
 from flaxvision.metrics.sums import add, divide

@@ -41,7 +41,9 @@ class Perceptron(nn.Module):
         if not self.num_classes:
             return x.astype(jnp.float32)
         zeros = nn.initializers.zeros
-        x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=zeros, name="units")(x)
+        x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=zeros, name="units")(
+            x
+        )
         x = x.astype(jnp.float32)
         return heaviside(x) if threshold else x
 

@@ -140,7 +140,7 @@ def fit(
         rng: The run's key.
         evaluate: `state -> means`, such as `partial(evaluate, eval_step=..., batches=...)`.
         eval_every: Steps between evaluations; None for one at the end.
-        log_every: Steps between training records, each the mean since the last one; there is one at each evaluation too.
+        log_every: Steps between training records, each the mean since the last; each evaluation has one too.
         checkpoints: A `flaxvision.checkpoint.Checkpoints`.
         checkpoint_every: Steps between checkpoints; None for one after each evaluation. The last step always has one.
         early_stopping: Looked at after each evaluation.

@@ -63,7 +63,7 @@ def optimizer(
     if name == "adam" and weight_decay:
         raise ValueError("adam has no weight decay; adamw has")
     eps = (1e-6 if name == "lamb" else 1e-8) if eps is None else eps
-    adam = {"b1": b1, "b2": b2, "eps": eps}
+    adam: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps}
     base = {
         "sgd": lambda: optax.sgd(learning_rate),
         "momentum": lambda: optax.sgd(learning_rate, momentum),

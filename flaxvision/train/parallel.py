@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 AXIS = "data"
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A one-dimensional mesh with the axis `"data"`.
 
     Args:
@@ -31,8 +31,8 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
     BatchNorm is synchronised by construction, and the model's `axis_name` stays None.
 
     Args:
-        step: `train_step` or `eval_step`, or any `(state, batch[, rng])`, with its options bound by `partial`. The state
-            is donated where a key is passed, as a train step takes one: use the state that comes back.
+        step: `train_step` or `eval_step`, or any `(state, batch[, rng])`, its options bound by `partial`. The state is
+            donated where a key is passed, as a train step takes one: use the state that comes back.
         mesh: Defaults to `make_mesh()`.
 
     Returns:
@@ -58,7 +58,7 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
     return call
 
 
-def pmap_step(step: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Callable[..., Any]:
+def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
     """Compiles a step with a view per device, over the mapped axis `"data"`.
 
     Gradients and metrics are summed over the devices. BatchNorm normalises by each device's own rows, and the running

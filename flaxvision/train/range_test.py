@@ -63,7 +63,9 @@ def learning_rate_range(
         ValueError: The rates are not `0 < low < high`, or there are fewer than 10 steps.
     """
     if not 0 < low < high or num_steps < 10:
-        raise ValueError(f"want 0 < low < high and at least 10 steps; got low={low}, high={high}, num_steps={num_steps}")
+        raise ValueError(
+            f"want 0 < low < high and at least 10 steps; got low={low}, high={high}, num_steps={num_steps}"
+        )
     ratio = (high / low) ** (1 / (num_steps - 1))
     state = create_state(lambda count: low * ratio**count)
     rates, losses = [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -55,18 +56,16 @@ class TrainState:
         params = optax.apply_updates(self.params, updates)
         ema = self.ema
         if self.ema_decay is not None:
-            ema = jax.tree.map(self._average, ema, {"params": params, **collections})
-        return self.replace(
-            step=self.step + 1, params=params, collections=collections, opt_state=opt_state, ema=ema
-        )
+            ema = jax.tree.map(partial(self._average, self.ema_decay), ema, {"params": params, **collections})
+        return self.replace(step=self.step + 1, params=params, collections=collections, opt_state=opt_state, ema=ema)
 
-    def _average(self, old: jax.Array, new: jax.Array) -> jax.Array:
+    def _average(self, limit: float, old: jax.Array, new: jax.Array) -> jax.Array:
         if not jnp.issubdtype(old.dtype, jnp.floating):
             return new
         # The average of the first steps would remember the random start: Adam's kind of warm-up, as TensorFlow's
         # ExponentialMovingAverage(num_updates) has it.
         step = self.step.astype(jnp.float32)
-        decay = jnp.minimum(self.ema_decay, (1 + step) / (10 + step)).astype(old.dtype)
+        decay = jnp.minimum(limit, (1 + step) / (10 + step)).astype(old.dtype)
         return decay * old + (1 - decay) * new
 
 
@@ -100,7 +99,8 @@ def create_state(
     if variables is None:
         params_rng, dropout_rng = jax.random.split(rng)
         sample = jnp.zeros(sample_input.shape, sample_input.dtype)
-        variables = jax.jit(lambda p, d, x: model.init({"params": p, "dropout": d}, x))(params_rng, dropout_rng, sample)
+        init = jax.jit(lambda p, d, x: model.init({"params": p, "dropout": d}, x))
+        variables = dict(init(params_rng, dropout_rng, sample))
     collections = {k: v for k, v in variables.items() if k not in ("params", "aux_logits", "intermediates")}
     params = variables.get("params", {})
     ema = None

@@ -80,9 +80,7 @@ def train_step(
             collections, sums = gradient(collections, *part)
             return (collections, jax.tree.map(jnp.add, total, sums)), None
 
-        (collections, (grads, metrics)), _ = jax.lax.scan(
-            accumulate_part, (state.collections, zeros), (parts, keys)
-        )
+        (collections, (grads, metrics)), _ = jax.lax.scan(accumulate_part, (state.collections, zeros), (parts, keys))
 
     if axis_name is not None:
         grads, metrics = jax.lax.psum((grads, metrics), axis_name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from flaxvision.layers import convolution, lowering
+from flaxvision.layers import convolution, cpu, lowering
 from flaxvision.layers.convolution import Conv, ConvTranspose, DepthwiseConv, SeparableConv, conv, conv_transpose
 
 
@@ -86,7 +86,7 @@ def plain(x, kernel, stride, padding, dilation, groups):
         (stride,) * rank,
         padding,
         rhs_dilation=(dilation,) * rank,
-        dimension_numbers=lowering.dimension_numbers_of(rank),
+        dimension_numbers=cpu.dimension_numbers_of(rank),
         feature_group_count=groups,
     )
 
@@ -133,15 +133,15 @@ def test_float64(name):
 @pytest.mark.parametrize("name", ["one channel", "2d valid stride", "atrous", "depthwise multiplier"])
 def test_filter_gradient_in_pieces(name, limit, monkeypatch):
     """Small maps fit in one piece: a smaller limit makes the bands and batches of large ones."""
-    monkeypatch.setattr(lowering, "PATCH_BYTES", limit)
+    monkeypatch.setattr(cpu, "PATCH_BYTES", limit)
     x, kernel, stride, _, dilation, groups = CASES[name]
     x, kernel = normal(4, *x[1:]), normal(*kernel, seed=1)
     pads = [same(n, (k - 1) * dilation + 1, stride) for n, k in zip(x.shape[1:], kernel.shape[:-2], strict=False)]
     rank = x.ndim - 2
     ones = (1,) * rank
-    w = lowering.Window((stride,) * rank, tuple(pads), ones, (dilation,) * rank, groups)
-    mine = gradients(lambda k: lowering._fast(x, k, w), kernel)
-    jax.tree.map(close, mine, gradients(lambda k: lowering._plain(x, k, w), kernel))
+    w = cpu.Window((stride,) * rank, tuple(pads), ones, (dilation,) * rank, groups)
+    mine = gradients(lambda k: cpu.fast(x, k, w), kernel)
+    jax.tree.map(close, mine, gradients(lambda k: cpu.plain(x, k, w), kernel))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_transposed_is_the_gradient_of_conv(stride):
 def test_transposed_in_other_ranks(size):
     x, kernel = normal(2, *size, 2), normal(*(3,) * len(size), 2, 3, seed=1)
     mine = gradients(lambda x, k: conv_transpose(x, k, 2), x, kernel)
-    numbers = lowering.dimension_numbers_of(len(size))
+    numbers = cpu.dimension_numbers_of(len(size))
     theirs = gradients(
         lambda x, k: lax.conv_transpose(x, k, (2,) * len(size), "SAME", dimension_numbers=numbers), x, kernel
     )

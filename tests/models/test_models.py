@@ -157,7 +157,9 @@ def test_lenet5_wants_32_pixels():
 
 def test_lenet5_takes_other_numbers_of_classes():
     x = images("lenet5")
-    logits, _ = jax.eval_shape(lambda x: fv.create_model("lenet5", num_classes=17).init_with_output(jax.random.key(0), x), x)
+    logits, _ = jax.eval_shape(
+        lambda x: fv.create_model("lenet5", num_classes=17).init_with_output(jax.random.key(0), x), x
+    )
     assert logits.shape == (2, 17)
 
 

@@ -185,7 +185,16 @@ def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poison
             "parameters": "a parameter is not finite after step 10; the last checkpoint is step 5",
         }[poisoned]
         with pytest.raises(FloatingPointError, match=match):
-            fit(state_of(), step, data, num_steps=20, rng=RNG, checkpoint_every=5, log_every=100, checkpoints=checkpoints)
+            fit(
+                state_of(),
+                step,
+                data,
+                num_steps=20,
+                rng=RNG,
+                checkpoint_every=5,
+                log_every=100,
+                checkpoints=checkpoints,
+            )
     with fv.checkpoint.Checkpoints(tmp_path, manifest={}) as checkpoints:
         restored = checkpoints.restore(state_of())
         assert restored.step == 5

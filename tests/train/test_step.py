@@ -81,7 +81,9 @@ def test_unsynchronised_batch_norm_differs_per_replica_and_says_how():
     params, x = state_of().params, batch_of()["image"]
     y = nn.Conv(4, (3, 3)).apply({"params": params["conv"]}, x)
     replicas = np.asarray(y).reshape(8, 2 * 36, 4)
-    np.testing.assert_allclose(apart[1]["batch_stats"]["norm"]["mean"], 0.1 * replicas.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        apart[1]["batch_stats"]["norm"]["mean"], 0.1 * replicas.mean((0, 1)), rtol=1e-4, atol=1e-6
+    )
     variance = 0.9 + 0.1 * replicas.var(1).mean(0)
     np.testing.assert_allclose(apart[1]["batch_stats"]["norm"]["var"], variance, rtol=1e-4)
     whole = 0.9 + 0.1 * np.asarray(y).var((0, 1, 2))
