@@ -172,9 +172,9 @@ def _filter_map(x, kernel, w: Window):
     window, (channels, features) = kernel.shape[:-2], kernel.shape[-2:]
     out = _out_size(x.shape, kernel.shape, w)
     depth = math.prod(window) * channels
-    narrow = channels < 16 and features < 32
-    if narrow or len(x) * math.prod(out) < 2 * depth:
-        return plain(x, kernel, w)  # little arithmetic, or a large kernel over a small map: XLA's own form is as good
+    narrow = (channels < 16 and features < 32) or len(window) == 1  # little arithmetic for each patch copied
+    if narrow or max(w.rhs_dilation) > 1 or len(x) * math.prod(out) < 2 * depth:
+        return plain(x, kernel, w)  # measured: XLA's own form is as good, or better
 
     def patches_times(matrix, x, out, w):
         views = _taps(x, window, out, w)

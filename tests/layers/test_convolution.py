@@ -130,7 +130,7 @@ def test_float64(name):
 
 
 @pytest.mark.parametrize("limit", [1, 4096], ids=["rows", "images"])
-@pytest.mark.parametrize("name", ["one channel", "2d valid stride", "atrous", "depthwise multiplier"])
+@pytest.mark.parametrize("name", ["one channel", "2d valid", "explicit", "depthwise multiplier"])
 def test_filter_gradient_in_pieces(name, limit, monkeypatch):
     """Small maps fit in one piece: a smaller limit makes the bands and batches of large ones."""
     monkeypatch.setattr(cpu, "PATCH_BYTES", limit)
