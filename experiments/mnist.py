@@ -219,7 +219,7 @@ def load(config: Config):
         watched = fv.data.subset(train, held_out, f"{train.name}/validation")
         train = fv.data.subset(train, rest, f"{train.name}/rest")
     channels = np.shape(train[0]["image"])[-1] if len(train) and np.ndim(train[0]["image"]) == 3 else None
-    for source in (train, watched, test):
+    for source in (train, test) if watched is test else (train, watched, test):
         fv.data.validate(source, channels=channels, num_classes=len(train.classes))
     return train, watched, test
 

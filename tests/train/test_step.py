@@ -273,3 +273,43 @@ def test_create_state_takes_given_variables():
     state = state_of(variables=variables)
     assert distance(state.params, variables["params"]) == 0
     assert distance(state.collections, {"batch_stats": variables["batch_stats"]}) == 0
+
+
+class Convolutions(nn.Module):
+    """Wide enough that the CPU takes its own forms, filter gradients in pieces among them."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.relu(fv.layers.Conv(32, (3, 3), name="conv1")(x))
+        x = fv.layers.max_pool(x, 3, strides=2, padding="SAME")
+        x = nn.relu(fv.layers.DepthwiseConv((3, 3), name="depthwise")(x))
+        x = nn.relu(fv.layers.Conv(32, (1, 1), name="pointwise")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("compiled", [jit_step, pmap_step])
+def test_our_layers_train_the_same_on_eight_devices(compiled):
+    sample = jax.ShapeDtypeStruct((1, 20, 20, 16), jnp.float32)
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(16, 20, 20, 16)).astype(np.float32), "label": rng.integers(0, 3, 16)}
+    fresh = partial(create_state, Convolutions(), optax.sgd(0.1, 0.9), jax.random.key(0), sample)
+    one, eight = jit_step(partial(train_step, objective=OBJECTIVE), one_device()), fresh()
+    want = fresh()
+    many = compiled(partial(train_step, objective=OBJECTIVE))
+    for _ in range(3):
+        want, _ = one(want, batch, RNG)
+        eight, _ = many(eight, batch, RNG)
+    assert distance(jax.device_get(want.params), jax.device_get(eight.params)) < 1e-6
+    assert distance(jax.device_get(want.params), jax.device_get(fresh().params)) > 1e-3
+
+
+def test_bfloat16_trains_with_float32_parameters():
+    model = fv.create_model("mlp", features=(16,), num_classes=3, dtype=jnp.bfloat16)
+    state = create_state(model, optax.sgd(0.1), jax.random.key(0), SAMPLE)
+    step = jit_step(partial(train_step, objective=OBJECTIVE), one_device())
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch_of(), RNG)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
