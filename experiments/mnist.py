@@ -1,7 +1,7 @@
-"""Trains a small network on digits, MNIST, Fashion-MNIST, CIFAR-10, a folder or an .npz.
+r"""Trains a small network on digits, MNIST, Fashion-MNIST, CIFAR-10, a folder or an .npz.
 
     python experiments/mnist.py                                    # LeNet-5 on scikit-learn's real digits
-    python experiments/mnist.py --dataset mnist --model lenet_dli --epochs 10 --batch-size 128 \\
+    python experiments/mnist.py --dataset mnist --model lenet_dli --epochs 10 --batch-size 128 \
         --learning-rate 1e-3 --manual-dir FOLDER               # FOLDER has the four original files
 
 The first needs neither a network nor a GPU. experiments/README.md has the results to expect, with commands and times.
@@ -61,7 +61,7 @@ class Config:
     label_smoothing: float = 0.0
     """Share of each target spread over all classes."""
     loss: Literal["auto", "cross_entropy", "lenet_map"] = "auto"
-    """lenet_map is LeNet-5's own criterion (LeCun 1998, equation 9); auto takes it for lenet5 and cross_entropy else."""
+    """lenet_map is LeNet-5's own criterion (LeCun 1998, equation 9); auto takes it for lenet5 alone."""
     hidden: tuple[int, ...] | None = None
     """Units of mlp's hidden layers. Default: 300 100."""
     flip: bool = False

@@ -101,7 +101,12 @@ def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
 
     Returns:
         The sorted names.
+
+    Raises:
+        ValueError: There is no such task.
     """
+    if task not in (None, "classification", "detection", "segmentation"):
+        raise ValueError(f"task must be 'classification', 'detection' or 'segmentation'; got {task!r}")
     return sorted(n for n, (_, i) in _MODELS.items() if fnmatch.fnmatchcase(n, pattern) and task in (None, i.task))
 
 

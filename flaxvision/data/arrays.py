@@ -66,7 +66,8 @@ class ArraySource:
         return len(self.image)
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        return {"image": self.image[index], "label": np.int32(self.label[index])}
+        # A copy: a transform that works in place must not change the set.
+        return {"image": self.image[index].copy(), "label": np.int32(self.label[index])}
 
     def __repr__(self) -> str:
         return f"ArraySource({self.name!r}, image={self.image.dtype}{list(self.image.shape)})"
@@ -107,6 +108,17 @@ class Subset:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         return self.source[int(self.indices[index])]
+
+    @property
+    def label(self) -> np.ndarray:
+        """The part's labels [M]; where the whole has them."""
+        return np.asarray(self.source.label)[self.indices]  # type: ignore[attr-defined]
+
+    def verify(self) -> None:
+        """Verifies the whole, where it can be verified."""
+        verify = getattr(self.source, "verify", None)
+        if verify is not None:
+            verify()
 
     @property
     def fingerprint(self) -> str:
@@ -224,6 +236,11 @@ def load_npz(path: Path, split: str) -> ArraySource:
     if image.ndim == 3:
         image = image[..., None]
     if names is None and train_label.size and np.issubdtype(train_label.dtype, np.integer):
+        if train_label.max() >= len(train_label):
+            raise ValueError(
+                f"{path}: train_label goes up to {train_label.max()} for {len(train_label)} images; class indices must "
+                "count from 0 (an array `classes` names classes that have no image)"
+            )
         # The training labels count the classes for both splits: a test label beyond them is a fault.
         names = [str(k) for k in range(int(train_label.max()) + 1)]
     return ArraySource(image, label, names, f"{path.name}/{split}")

@@ -331,7 +331,7 @@ def adjust_hue(image: Array, delta: ArrayLike) -> Array:
 def add_lighting(image: Array, alpha: Sequence[float] | Array) -> Array:
     """Adds `alpha` [3] times ImageNet's RGB eigenvalues along their eigenvectors, one shift for the whole image."""
     _shape(image, channels=3)
-    # A product and sum, vmapped, comes out wrong from row 101 on in jaxlib 0.10.2 (compare jax issue 39103).
+    # A product, not `sum(a * b)`: jaxlib 0.10.2 fuses that into the addition below and gets it wrong (jax issue 39103).
     weights = jnp.asarray(alpha) * jnp.asarray(IMAGENET_EIGENVALUES)
     shift = jnp.dot(jnp.asarray(IMAGENET_EIGENVECTORS), weights, precision="highest")
     return jnp.clip(image + shift[None, None], 0, 1)

@@ -30,9 +30,9 @@ def validate(
         image_size: Height and width that every image must have, in pixels; None accepts any.
 
     Raises:
-        ValueError: On the first fault: an empty source, images that are not [H, W, C] of uint8 or floating point, other
-            channels or another size than asked for, NaN or infinite pixels, labels that are no integers or out of
-            range, images and labels of different number, files that cannot be decoded.
+        ValueError: On the first fault: an empty source, images that are not [H, W, C] of uint8 or of floats in 0..1 (or
+            standardised), other channels or another size than asked for, NaN or infinite pixels, labels that are no
+            integers or out of range, images and labels of different number, files that cannot be decoded.
     """
     if len(source) == 0:
         raise ValueError(f"source: {source.name!r} is empty; it must hold at least one example")
@@ -76,6 +76,11 @@ def _check_images(image: np.ndarray, name: str, channels: int | None, size: tupl
         received = "x".join(map(str, image.shape[1:3]))
         raise ValueError(f"image: received {received} pixels in {name!r}; they must be {size[0]}x{size[1]}")
     if np.issubdtype(image.dtype, np.floating):
+        if image.min() >= 0 and image.max() > 2:  # standardised pixels have negative ones
+            raise ValueError(
+                f"image: received floating point pixels from {image.min():g} to {image.max():g} in {name!r}; "
+                "they must be in [0, 1], or uint8 in 0..255"
+            )
         for start in range(0, len(image), _CHUNK):
             finite = np.isfinite(image[start : start + _CHUNK]).all(axis=(1, 2, 3))
             if not finite.all():

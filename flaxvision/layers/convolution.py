@@ -6,12 +6,14 @@ the size of the kernel. The results are those of `jax.lax.conv_general_dilated` 
 are not available. A filter is not flipped (cross-correlation), as in Keras, TensorFlow and torch.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
@@ -147,7 +149,7 @@ def conv_transpose(
         period = x.shape[axis] * stride
         missing = (period - y.shape[axis]) % (2 * period)
         half = (missing // 2, (missing + 1) // 2)
-        around = [(0, 0)] * y.ndim
+        around: list[Any] = [(0, 0)] * y.ndim
         around[axis] = half if transpose_kernel else half[::-1]
         y = jnp.pad(y, around)
         y = y.reshape(*y.shape[:axis], -1, period, *y.shape[axis + 1 :]).sum(axis)
@@ -256,8 +258,8 @@ class ConvTranspose(nn.ConvTranspose):
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, kernel, bias = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = conv_transpose(
-            x,
-            kernel,
+            jnp.asarray(x),
+            jnp.asarray(kernel),
             self.strides or 1,
             self.padding,
             kernel_dilation=self.kernel_dilation or 1,
@@ -304,7 +306,7 @@ class DepthwiseConv(nn.Module):
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            precision=self.precision,
+            precision=self.precision,  # type: ignore[arg-type]
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
         )
@@ -363,7 +365,7 @@ def _tuple(size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _each(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...]:
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    values = tuple(map(operator.index, (value,) * rank if np.ndim(value) == 0 else tuple(value)))  # type: ignore[arg-type]
     if len(values) != rank or min(values) < 1:
         raise ValueError(f"{name}={value} must be a positive integer or {rank} of them")
     return values

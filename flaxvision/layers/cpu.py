@@ -10,6 +10,10 @@ XLA's convolutions for the CPU leave much speed behind; these are the same sums 
 * filter gradients of large feature maps are matrix products of patches, a few images at a time.
 
 The gradients are written as forward forms, linear in one operand, whose transposes are the fast arithmetic.
+
+Two things differ from the plain form. A NaN or an infinity spreads to the groups that a grouped convolution computes
+together with its own. Over a mesh of several CPU devices the pieces of a filter gradient are taken from the whole
+batch, so each device does all of that work: the results are right, the speed is one device's; `pmap_step` shares it.
 """
 
 import math

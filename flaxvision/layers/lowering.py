@@ -4,8 +4,9 @@ On cuda and tpu everything is plain `jax.lax.conv_general_dilated`; `flaxvision.
 
 Parameters and results are the same, gradients included, to rounding. `jax.lax.platform_dependent` chooses at lowering,
 so one trace serves every platform. `grad` of any order, forward over reverse (Hessian-vector products), `vmap`, `scan`
-and `remat` work. `jax.jvp` straight through a convolution does not (a `custom_vjp` has no forward mode): give the
-module `conv_general_dilated=None` for that. Half precision is computed in float32 on the CPU and rounded at the end.
+and `remat` work. `jax.jvp` straight through a convolution does not, since a `custom_vjp` has no forward mode; `Conv`
+has one with `conv_general_dilated=None`, which is Linen's own. Half precision is computed in float32 on the CPU and
+rounded at the end.
 """
 
 import math

@@ -109,7 +109,8 @@ def l2_norm_pool(
 ) -> jax.Array:
     """Takes the Euclidean norm of every window, the square root of its sum of squares.
 
-    Equals `torch.nn.LPPool*d` with `norm_type=2`. The gradient at a window of zeros is 0 (the norm has none there).
+    Equals `torch.nn.LPPool*d` with `norm_type=2`; with `ceil_mode` a window that juts out is the norm of what is in it,
+    where torch scales that up to the full window. The gradient at a window of zeros is 0 (the norm has none there).
     Sums are float32 under bfloat16 and float16; integers give float32.
 
     Args:
@@ -267,7 +268,10 @@ def _spatial(x: jax.Array) -> tuple[int, ...]:
 
 
 def _each(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    values = (value,) * rank if isinstance(value, int | np.integer) else tuple(value)
+    values: tuple[Any, ...] = (value,) * rank if np.ndim(value) == 0 else tuple(value)  # type: ignore[arg-type]
+    if any(not isinstance(v, int | np.integer) for v in values):
+        raise ValueError(f"{name} must be an integer or {rank} of them, got {value!r}")
+    values = tuple(int(v) for v in values)
     if len(values) != rank or any(v < 1 for v in values):
         raise ValueError(f"{name} must be a positive number or {rank} of them, got {value!r}")
     return values
@@ -283,6 +287,8 @@ def _geometry(x, window_shape, strides, padding, ceil_mode) -> tuple[tuple[int, 
             raise ValueError(f'padding must be "SAME", "VALID" or (low, high) pairs, got {padding!r}')
         asked = tuple(lax.padtype_to_pads(spatial, window, steps, padding))
     else:
+        if isinstance(padding, int | np.integer):
+            padding = ((int(padding), int(padding)),) * len(spatial)
         if len(padding) != len(spatial) or any(np.shape(p) != (2,) or min(p) < 0 for p in padding):
             raise ValueError(
                 f"padding must be {len(spatial)} (low, high) pairs, none negative, one for each spatial dimension, "

@@ -23,13 +23,15 @@ class LeNetDLI(nn.Module):
 
     Attributes:
         num_classes: Outputs; 0 gives the 128 features.
-        dropout_rates: After the pool and after the hidden dense layer.
+        pool_dropout_rate: After the pool.
+        dropout_rate: After the hidden dense layer.
         dtype: Of the computation.
         param_dtype: Of the parameters.
     """
 
     num_classes: int = 10
-    dropout_rates: tuple[float, float] = (0.25, 0.5)
+    pool_dropout_rate: float = 0.25
+    dropout_rate: float = 0.5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
@@ -40,10 +42,10 @@ class LeNetDLI(nn.Module):
         x = nn.relu(Conv(32, (3, 3), padding="VALID", name="conv1", **policy)(x))
         x = nn.relu(Conv(64, (3, 3), padding="VALID", name="conv2", **policy)(x))
         x = max_pool(x, 2)
-        x = nn.Dropout(self.dropout_rates[0], deterministic=not train)(x)
+        x = nn.Dropout(self.pool_dropout_rate, deterministic=not train)(x)
         x = x.reshape((x.shape[0], -1))
         x = nn.relu(nn.Dense(128, name="dense", **policy)(x))
-        x = nn.Dropout(self.dropout_rates[1], deterministic=not train)(x)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if self.num_classes:
             x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, name="head")(x)
         return x.astype(jnp.float32)

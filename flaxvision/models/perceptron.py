@@ -72,15 +72,17 @@ def perceptron_update(params: Any, x: jax.Array, y: jax.Array, learning_rate: fl
             f"got x {x.shape} and y {y.shape}"
         )
 
+    dtype = units["kernel"].dtype
+
     def show(carry, example):
         kernel, bias, wrong = carry
         xi, yi = example
         error = yi - heaviside(xi @ kernel + bias)
-        kernel = kernel + learning_rate * xi[:, None] * error[None, :]
-        return (kernel, bias + learning_rate * error, wrong + jnp.sum(error != 0)), None
+        kernel = kernel + jnp.asarray(learning_rate, dtype) * xi[:, None] * error[None, :]
+        return (kernel, bias + jnp.asarray(learning_rate, dtype) * error, wrong + jnp.sum(error != 0)), None
 
     start = (units["kernel"], units["bias"], jnp.zeros((), jnp.int32))
-    (kernel, bias, wrong), _ = jax.lax.scan(show, start, (x, y.astype(x.dtype)))
+    (kernel, bias, wrong), _ = jax.lax.scan(show, start, (x.astype(dtype), y.astype(dtype)))
     return {**params, "units": {"kernel": kernel, "bias": bias}}, wrong
 
 
