@@ -85,3 +85,8 @@ def test_a_name_is_registered_once():
 def test_info_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         fv.model_info("mlp").params = 1  # type: ignore[misc]
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match=r"task must be 'classification', .*; got 'clasification'"):
+        fv.list_models(task="clasification")

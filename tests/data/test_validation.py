@@ -79,3 +79,44 @@ def test_other_sources_are_sampled():
     ]:
         with pytest.raises(ValueError, match=message):
             data.validate(Listed([good, good, good, bad]), channels=3)
+
+
+def test_a_part_of_a_folder_is_verified_too(tmp_path):
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(80):
+            Image.fromarray(np.full((6, 6, 3), i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    broken = tmp_path / "b" / "77.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    source = data.load(tmp_path, "train", image_size=6)
+    part = data.subset(source, np.arange(len(source)), "part")
+    np.testing.assert_array_equal(part.label, source.label)
+    test = data.load(tmp_path, "test", image_size=6)
+    if broken in source.paths:  # which part it fell into is the split's affair
+        damaged = part
+    else:
+        damaged = data.subset(test, np.arange(3), "other")
+    with pytest.raises(ValueError, match=r"b/77\.png"):
+        data.validate(damaged)
+
+
+def test_floats_beyond_one_are_refused():
+    label = np.zeros(4, np.int64)
+    with pytest.raises(ValueError, match=r"pixels from 0 to 255 .* must be in \[0, 1\], or uint8"):
+        data.validate(data.ArraySource(np.linspace(0, 255, 16, dtype=np.float32).reshape(4, 2, 2, 1), label))
+    data.validate(data.ArraySource(np.linspace(-3, 3, 16, dtype=np.float32).reshape(4, 2, 2, 1), label))
+
+
+def test_absurd_labels_are_refused_before_their_classes_are_made(tmp_path):
+    image, label = np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 2, 2_000_000_000])
+    np.savez(tmp_path / "x.npz", train_image=image, train_label=label, test_image=image, test_label=label % 2)
+    with pytest.raises(ValueError, match="train_label goes up to 2000000000 for 4 images"):
+        data.load(tmp_path / "x.npz", "train")
+
+
+def test_an_example_is_a_copy():
+    source = data.ArraySource(np.full((2, 2, 2, 1), 9, np.uint8), np.zeros(2, np.int64))
+    source[0]["image"][:] = 1
+    assert source.image.min() == 9

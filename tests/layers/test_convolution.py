@@ -338,3 +338,17 @@ def test_errors_of_the_transposed():
         conv_transpose(jnp.zeros((1, 4, 3)), jnp.zeros((3, 3, 6)), padding="CAUSAL")
     with pytest.raises(ValueError, match="mask of shape"):
         ConvTranspose(2, (3,), mask=jnp.ones((3, 1))).init(jax.random.key(0), jnp.zeros((1, 4, 3)))
+
+
+def test_strides_of_numpy_integers():
+    x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 4))
+    np.testing.assert_array_equal(conv(x, kernel, np.int64(2)), conv(x, kernel, 2))
+
+
+def test_a_nan_stays_within_its_block_of_groups():
+    """The CPU form computes several groups together: a NaN reaches those, as its docstring says, and no other."""
+    x = jnp.ones((1, 4, 4, 128)).at[0, 0, 0, 0].set(jnp.nan)
+    y = conv(x, jnp.ones((3, 3, 4, 128)), feature_group_count=32)
+    bad = np.flatnonzero(np.isnan(np.asarray(y)).any((0, 1, 2)))
+    assert 0 < len(bad) <= 32
+    assert bad.max() < 32

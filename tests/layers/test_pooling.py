@@ -320,3 +320,11 @@ def test_under_vmap_and_outside_jit_alike():
     x = np.random.default_rng(0).standard_normal((3, 2, 5, 6, 2)).astype(np.float32)
     got = jax.vmap(lambda x: layers.max_pool(x, 3, 2, "SAME"))(x)
     np.testing.assert_array_equal(got, np.stack([layers.max_pool(v, 3, 2, "SAME") for v in x]))
+
+
+def test_whole_numbers_in_any_form_and_nothing_else():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 6, 2)), jnp.float32)
+    want = layers.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    np.testing.assert_array_equal(layers.max_pool(x, 3, np.int64(2), 1), want)
+    with pytest.raises(ValueError, match=r"strides must be an integer or 2 of them, got 2\.0"):
+        layers.max_pool(x, 2, 2.0)
