@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
 import sys
 from pathlib import Path
 from typing import Literal
@@ -83,9 +84,9 @@ class Config:
     parallel: Literal["jit", "pmap"] = "jit"
     """How the step is compiled for several devices."""
     validation: float = 0.0
-    """Fraction of the training set held out to watch; 0 watches the test set. Only early stopping chooses by it."""
+    """Fraction of the training set held out to watch; 0 watches the test set and chooses nothing by it."""
     early_stopping: int = 0
-    """Stop after this many evaluations without a lower loss; needs --validation."""
+    """Stop after this many evaluations without a lower loss, and test the best; needs --validation."""
     eval_every: float = 1.0
     """Epochs between evaluations and checkpoints."""
     log_every: int = 50
@@ -103,6 +104,11 @@ def main(config: Config) -> int:
     name = Path(config.dataset).stem if "/" in config.dataset or config.dataset.endswith(".npz") else config.dataset
     workdir = Path(config.workdir or f"runs/{name}-{config.model}-{config.seed}")
     info = fv.model_info(config.model)
+    for field in ("epochs", "eval_every", "log_every", "batch_size", "accumulate", "learning_rate"):
+        if not getattr(config, field) > 0:
+            raise ValueError(f"--{field.replace('_', '-')} must be positive; got {getattr(config, field)}")
+    if config.hidden is not None and config.model != "mlp":
+        raise ValueError(f"--hidden is for --model mlp; {config.model} has its own widths")
     if config.early_stopping and not config.validation:
         raise ValueError("--early-stopping needs --validation: choosing by the test set would be no test")
 
@@ -153,8 +159,12 @@ def main(config: Config) -> int:
     if config.range_test:
         workdir.mkdir(parents=True, exist_ok=True)
         found = fv.train.learning_rate_range(create_state, train_step, batches.from_step(0), run_rng)
-        fv.plot.lr_range(found.rates, found.losses, found.suggestion, path=workdir / "lr_range.png")
-        print(f"diverged at {found.diverged:.3g}; a third of it: --learning-rate {found.suggestion:.3g}")
+        fv.plot.lr_range(
+            found.rates, found.losses, found.suggestion, path=workdir / "lr_range.png", diverged=found.turned
+        )
+        if not found.diverged:
+            print(f"the loss did not diverge up to a rate of {found.rates[-1]:.3g}")
+        print(f"the loss turned at {found.turned:.3g}; a third of it: --learning-rate {found.suggestion:.3g}")
         print(f"see {workdir / 'lr_range.png'}")
         return 0
 
@@ -176,10 +186,17 @@ def main(config: Config) -> int:
         writers.append(fv.train.ProgressBar(num_steps, config.batch_size, desc=f"{config.model} on {name}"))
     manifest = {
         "model": config.model,
-        "overrides": {k: str(v) for k, v in overrides.items()},
+        "overrides": overrides | {"dtype": "bfloat16" if config.bfloat16 else "float32"},
         "data": batches.fingerprint,
+        "versions": fv.train.versions(),
     }
-    with fv.checkpoint.Checkpoints(workdir / "checkpoints", manifest=manifest) as checkpoints:
+    by_loss = bool(config.early_stopping)
+    with fv.checkpoint.Checkpoints(
+        workdir / "checkpoints",
+        manifest=manifest,
+        best_metric="loss" if by_loss else "accuracy",
+        best_mode="min" if by_loss else "max",
+    ) as checkpoints:
         checkpoints.prepare()  # a folder that can't be written fails now, not after the first epoch
         result = fv.train.fit(
             create_state(rate),
@@ -195,11 +212,15 @@ def main(config: Config) -> int:
             learning_rate=rate,
             writers=writers,
         )
+        state = result.state
+        if config.early_stopping and (restored := checkpoints.restore_best(state)) is not None:
+            state = restored.state
+            print(f"the best of the evaluations was at step {restored.step}")
     if result.stopped in ("SIGTERM", "SIGINT"):
         print(f"stopped by {result.stopped} after step {int(result.state.step)}; the same command goes on from there")
         return 0 if result.stopped == "SIGTERM" else 130
 
-    final = fv.train.evaluate(result.state, eval_step, fv.data.eval_batches(test, eval_size))
+    final = fv.train.evaluate(state, eval_step, fv.data.eval_batches(test, eval_size))
     records = fv.train.read_records(workdir / "metrics.jsonl")
     fv.plot.curves(records, path=workdir / "curves.png", steps_per_epoch=batches.steps_per_epoch)
     print(f"test accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f}, on {len(test)} images")
@@ -227,9 +248,16 @@ def load(config: Config):
 def transforms(config: Config, train, size, classes):
     """The training's, the evaluation's and the picture's transforms, standardised by the training set's figures."""
     a = fv.data.augment
-    sample = np.stack([train[i]["image"] for i in range(0, len(train), max(1, len(train) // 2000))])
-    pixels = sample / 255.0 if sample.dtype == np.uint8 else sample
-    mean, std = pixels.mean((0, 1, 2)), np.maximum(pixels.std((0, 1, 2)), 1e-3)
+    total, squares, count = 0.0, 0.0, 0
+    for i in range(0, len(train), -(-len(train) // 2000)):
+        pixels = train[i]["image"] / (255.0 if train[i]["image"].dtype == np.uint8 else 1.0)
+        total, squares, count = (
+            total + pixels.sum((0, 1)),
+            squares + (pixels**2).sum((0, 1)),
+            count + pixels[..., 0].size,
+        )
+    mean = np.asarray(total / count)
+    std = np.maximum(np.sqrt(np.maximum(squares / count - mean**2, 0)), 1e-3)
     ops = []
     if config.flip:
         ops.append(a.random_flip)
@@ -247,8 +275,14 @@ def transforms(config: Config, train, size, classes):
     return a.make_transform(*ops, mix=mix, **common), a.make_transform(**common), view
 
 
+def leave(number, frame):
+    """Outside the loop, which handles the signal itself, there is nothing to save."""
+    sys.exit(0)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, leave)
     try:
         sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -291,7 +291,9 @@ class Checkpoints:
             state = notes.place(arrays, record["leaves"], template)
             return Restored(state, entry.step, record["progress"], record["metrics"])
         if damaged := [path.name for path in sorted(self._damaged) if path.exists()]:
-            raise DamagedCheckpointError(f"no checkpoint in {self.directory} is usable, damaged: {', '.join(damaged)}")
+            raise DamagedCheckpointError(
+                f"no checkpoint in {self.directory} is usable, damaged: {', '.join(damaged)}; delete to start anew"
+            )
         return None
 
     def _prepare(self) -> None:

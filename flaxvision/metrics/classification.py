@@ -28,12 +28,13 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
         k: How many.
 
     Returns:
-        `[N]` float32. A row with a NaN logit counts as wrong.
+        `[N]` float32. A row with a NaN logit, or with a label that is no class, counts as wrong.
     """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    own = jnp.take_along_axis(logits, jnp.where(known, labels, 0)[:, None], axis=-1)
     lower = jnp.arange(logits.shape[-1])[None, :] < labels[:, None]
     ahead = jnp.sum((logits > own) | ((logits == own) & lower), axis=-1)
-    return ((ahead < k) & ~jnp.any(jnp.isnan(logits), axis=-1)).astype(jnp.float32)
+    return ((ahead < k) & known & ~jnp.any(jnp.isnan(logits), axis=-1)).astype(jnp.float32)
 
 
 def confusion_matrix(
@@ -43,7 +44,7 @@ def confusion_matrix(
 
     Args:
         predictions: Integers `[N]`.
-        labels: Integers `[N]`.
+        labels: Integers `[N]`; a row whose label is no class counts nowhere.
         num_classes: K.
         mask: `[N]`, the weight of each example; None counts every one once.
 
@@ -51,4 +52,5 @@ def confusion_matrix(
         The counts, as sums that add up over batches.
     """
     weight = jnp.ones(labels.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    weight = jnp.where((labels >= 0) & (labels < num_classes), weight, 0.0)
     return jnp.zeros((num_classes, num_classes), jnp.float32).at[labels, predictions].add(weight)

@@ -7,7 +7,7 @@ from flaxvision.train.parallel import jit_step, make_mesh, pmap_step
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
 from flaxvision.train.state import TrainState, create_state
 from flaxvision.train.step import eval_step, train_step
-from flaxvision.train.workdir import open_workdir
+from flaxvision.train.workdir import open_workdir, versions
 from flaxvision.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter, read_records
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "regression",
     "schedule",
     "train_step",
+    "versions",
 ]

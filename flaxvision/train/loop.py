@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -62,7 +63,7 @@ class EarlyStopping:
             raise KeyError(f"early stopping watches {self.metric!r}; the evaluation gave {', '.join(metrics)}")
         value = metrics[self.metric]
         sign = 1 if self.mode == "max" else -1
-        if self.best is None or sign * (value - self.best) > self.min_delta:
+        if not math.isnan(value) and (self.best is None or sign * (value - self.best) > self.min_delta):
             self.best, self.waited = value, 0
         else:
             self.waited += 1
@@ -133,7 +134,7 @@ def fit(
     metrics are in the checkpoint.
 
     Args:
-        state: Where to start.
+        state: Where to start; its buffers are the loop's from here on.
         step: A compiled train step.
         data: See `flaxvision.data.train_batches`.
         num_steps: The run's steps in all.
@@ -143,6 +144,7 @@ def fit(
         log_every: Steps between training records, each the mean since the last; each evaluation has one too.
         checkpoints: A `flaxvision.checkpoint.Checkpoints`.
         checkpoint_every: Steps between checkpoints; None for one after each evaluation. The last step always has one.
+            Only a checkpoint at an evaluation can be the best one.
         early_stopping: Looked at after each evaluation.
         learning_rate: A schedule to record.
         writers: Of records; see `flaxvision.train.writers`.
@@ -166,9 +168,9 @@ def fit(
     restored = checkpoints.restore(state) if checkpoints else None
     if restored is not None:
         state, saved, metrics = restored.state, restored.step, dict(restored.metrics or {})
-        window.sums = restored.progress["window"] or None
+        window.sums = restored.progress.get("window") or None
         if early_stopping:
-            early_stopping = dataclasses.replace(early_stopping, **restored.progress["early_stopping"])
+            early_stopping = dataclasses.replace(early_stopping, **restored.progress.get("early_stopping", {}))
     start = int(state.step)
 
     def save(at: int, at_metrics: dict[str, float] | None) -> None:

@@ -1,8 +1,9 @@
 """What a model is trained for: one pure function per task.
 
 An objective maps `(apply_fn, params, collections, batch, rng, train)` to `loss, (metrics, collections)`: the mean loss
-over the batch's real rows, metric sums with their `"weight"`, and the collections after the pass. A new task is a new
-objective; the step, the loop and the checkpoints stay.
+over the batch's real rows (`mask` 1; 0 is padding), metric sums with their `"weight"`, and the collections after the
+pass. BatchNorm sees padded rows, as zeros, in training: train on full batches. A new task is a new objective; the step,
+the loop and the checkpoints stay.
 """
 
 from __future__ import annotations
@@ -191,10 +192,13 @@ def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
     def objective(apply_fn, params, collections, batch, rng, train):
         variables = {"params": params, **collections}
         aux = []
+        image, mask = batch["image"], batch.get("mask")
+        if mask is not None:  # a padded row may hold anything, and 0 times its NaN would be a NaN gradient
+            image = jnp.where(mask.reshape((-1,) + (1,) * (image.ndim - 1)) > 0, image, jnp.zeros((), image.dtype))
         if train:
             outputs, updated = apply_fn(
                 variables,
-                batch["image"],
+                image,
                 train=True,
                 rngs={"dropout": rng},
                 mutable=[*collections, "aux_logits"],
@@ -203,12 +207,11 @@ def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
             aux = jax.tree.leaves(updated.pop("aux_logits", {}))
             collections = {**collections, **updated}
         else:
-            outputs = apply_fn(variables, batch["image"], train=False)
-        mask = batch.get("mask")
+            outputs = apply_fn(variables, image, train=False)
         mask = jnp.ones(outputs.shape[:1], jnp.float32) if mask is None else mask.astype(jnp.float32)
         weight = jnp.sum(mask)
 
-        def total(values):  # where, not a product: a padded row may hold anything, NaN too
+        def total(values):  # where, not a product: the label of a padded row may be anything too
             return jnp.sum(jnp.where(mask > 0, mask * values, 0.0))
 
         sums = {"loss": total(losses(outputs, batch))}

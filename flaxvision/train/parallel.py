@@ -45,7 +45,7 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
     evaluate = jax.jit(step, in_shardings=(everywhere, sharded), out_shardings=everywhere)
 
     def call(state, batch, *rng):
-        check_divides(batch, mesh.size)
+        check_divides(batch, mesh.local_mesh.size)
         first = next(iter(jax.tree.leaves(state)), None)
         if getattr(first, "sharding", None) != everywhere:  # fresh, from pmap_step, another mesh or a checkpoint
             state = jax.device_put(state, everywhere)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,13 +22,15 @@ class LearningRateRange:
     Attributes:
         rates: The learning rate of each step.
         losses: The loss of each step.
-        diverged: The rate at which the loss diverged; the last rate where it never did.
-        suggestion: A third of it.
+        turned: The rate at which the loss, averaged over its neighbours, was lowest: from there on it rose.
+        diverged: Whether it rose to divergence; if not, the highest rate was still too low to tell.
+        suggestion: A third of `turned`.
     """
 
     rates: list[float]
     losses: list[float]
-    diverged: float
+    turned: float
+    diverged: bool
     suggestion: float
 
 
@@ -43,7 +46,7 @@ def learning_rate_range(
     smoothing: float = 0.9,
     divergence: float = 2.0,
 ) -> LearningRateRange:
-    """Raises the learning rate from step to step until the loss diverges, then divides by 3.
+    """Raises the learning rate from step to step until the loss diverges; the rate where it turned, divided by 3.
 
     Args:
         create_state: `schedule -> state`, with the optimizer to test under that schedule.
@@ -69,8 +72,7 @@ def learning_rate_range(
     ratio = (high / low) ** (1 / (num_steps - 1))
     state = create_state(lambda count: low * ratio**count)
     rates, losses = [], []
-    average, best = 0.0, math.inf
-    diverged = high
+    average, best, diverged = 0.0, math.inf, False
     for i in range(num_steps):
         state, sums = step(state, next(batches), rng)
         loss = fm.divide(jax.device_get(sums))["loss"]
@@ -79,7 +81,11 @@ def learning_rate_range(
         average = smoothing * average + (1 - smoothing) * loss
         unbiased = average / (1 - smoothing ** (i + 1))
         if not math.isfinite(loss) or (i >= 10 and unbiased > divergence * best):
-            diverged = rates[-1]
+            diverged = True
             break
         best = min(best, unbiased)
-    return LearningRateRange(rates, losses, diverged, diverged / 3)
+    reach = max(1, num_steps // 50)
+    finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    around = [statistics.fmean(finite[max(0, i - reach) : i + reach + 1]) for i in range(len(finite))]
+    turned = rates[min(range(len(around)), key=around.__getitem__)]
+    return LearningRateRange(rates, losses, turned, diverged, turned / 3)

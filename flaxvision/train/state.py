@@ -85,7 +85,7 @@ def create_state(
         tx: An optax optimizer.
         rng: A key made by `jax.random.key`.
         sample_input: An input, or a `jax.ShapeDtypeStruct`, of the shape that the model will see.
-        variables: Start from these instead of fresh ones.
+        variables: Start from copies of these instead of fresh ones.
         ema_decay: Keep a moving average of the variables with this decay; it starts soft, `(1 + t) / (10 + t)`.
 
     Returns:
@@ -100,9 +100,11 @@ def create_state(
         params_rng, dropout_rng = jax.random.split(rng)
         sample = jnp.zeros(sample_input.shape, sample_input.dtype)
         init = jax.jit(lambda p, d, x: model.init({"params": p, "dropout": d}, x))
-        variables = dict(init(params_rng, dropout_rng, sample))
-    collections = {k: v for k, v in variables.items() if k not in ("params", "aux_logits", "intermediates")}
-    params = variables.get("params", {})
+        collections = dict(init(params_rng, dropout_rng, sample))
+    else:  # the step donates the state's buffers, and these are the caller's
+        collections = dict(jax.tree.map(jnp.array, variables))
+    params = collections.pop("params", {})
+    collections = {k: v for k, v in collections.items() if k not in ("aux_logits", "intermediates")}
     ema = None
     if ema_decay is not None:  # its own buffers: the step donates both
         ema = jax.tree.map(jnp.array, {"params": params, **collections})

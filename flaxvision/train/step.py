@@ -66,7 +66,8 @@ def train_step(
     else:
         rows = len(batch["image"])
         if rows % accumulate:
-            raise ValueError(f"accumulate must divide the batch's {rows} rows; got {accumulate}")
+            each = "" if axis_name is None else " on each device"
+            raise ValueError(f"accumulate must divide the batch's {rows} rows{each}; got {accumulate}")
         # Part i takes rows i, i + accumulate, ...: a batch sharded over devices stays where it is.
         parts = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape((rows // accumulate, accumulate, *x.shape[1:])), 0, 1), batch

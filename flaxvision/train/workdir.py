@@ -34,6 +34,10 @@ def commit() -> str | None:
     return head + ("+" if changed else "")
 
 
+def _defaults(config: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+
+
 def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[str] = ()) -> Path:
     """Makes a run's folder, or opens it again for the same run.
 
@@ -46,8 +50,8 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
         The folder. `config.json` in it holds the settings, the versions, the commit and the command.
 
     Raises:
-        ValueError: The folder is a file, its `config.json` can't be read, or it holds a run with other settings; the
-            message names each setting with both values.
+        ValueError: The folder is a file, its `config.json` can't be read, or it holds a run with other settings that
+            has records or checkpoints; the message names each setting with both values.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -60,14 +64,18 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
             old = json.loads(file.read_text())["config"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}); move the folder away or give another --workdir") from error
+        # A setting that is newer than the run had its default then.
+        old = json.loads(json.dumps(_defaults(config))) | old
         differ = [
             f"{k} was {old.get(k)!r}, now {settings.get(k)!r}"
             for k in sorted(set(old) | set(settings))
             if k not in free and old.get(k) != settings.get(k)
         ]
-        if differ:
+        begun = any((path / "checkpoints").glob("*")) or any(p.stat().st_size for p in path.glob("metrics.jsonl"))
+        if differ and begun:
             raise ValueError(f"{path} holds another run: {'; '.join(differ)}. Give another --workdir.")
-        return path
+        if not differ:
+            return path
     written = {"config": settings, "versions": versions(), "commit": commit(), "command": sys.argv}
     new = file.with_suffix(".new")
     new.write_text(json.dumps(written, indent=2) + "\n")

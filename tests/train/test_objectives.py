@@ -156,6 +156,10 @@ def test_metrics():
     np.testing.assert_array_equal(fv.metrics.correct(logits, labels), [0, 0, 0])
     np.testing.assert_array_equal(fv.metrics.correct(logits, np.array([0, 1, 1])), [1, 1, 0])
     np.testing.assert_array_equal(fv.metrics.top_k_correct(logits, labels, 2), [1, 1, 0])
+    for label in (3, 255, -1, -3):  # no class: wrong, as the ignored 255 of segmentation is
+        np.testing.assert_array_equal(fv.metrics.top_k_correct(logits, np.full(3, label), 3), [0, 0, 0])
+        counts = fv.metrics.confusion_matrix(jnp.zeros(3, jnp.int32), jnp.full(3, label), 3)
+        np.testing.assert_array_equal(counts, np.zeros((3, 3)))
     guesses, labels, weight = RNG.integers(0, 3, 50), RNG.integers(0, 3, 50), RNG.random(50).astype(np.float32)
     from sklearn.metrics import confusion_matrix
 

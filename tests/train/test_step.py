@@ -313,3 +313,22 @@ def test_bfloat16_trains_with_float32_parameters():
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("compiled", [jit_step, pmap_step])
+def test_what_padded_rows_hold_reaches_no_gradient(compiled):
+    model = fv.create_model("mlp", features=(5,), num_classes=3)
+    states = []
+    for filler in (0.0, np.nan):
+        batch = batch_of() | {"mask": (np.arange(16) < 11).astype(np.float32)}
+        batch["image"][11:] = filler
+        state = create_state(model, optax.sgd(0.5), jax.random.key(0), SAMPLE)
+        states.append(compiled(partial(train_step, objective=OBJECTIVE))(state, batch, RNG)[0])
+    assert distance(jax.device_get(states[0].params), jax.device_get(states[1].params)) == 0
+
+
+def test_given_variables_stay_the_callers():
+    variables = jax.tree.map(jnp.array, state_of().variables)
+    state = state_of(variables=variables)
+    jit_step(partial(train_step, objective=OBJECTIVE), one_device())(state, batch_of(), RNG)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(variables))
