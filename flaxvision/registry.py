@@ -1,4 +1,4 @@
-"""Names for the models: `create_model`, `list_models`, `model_info`."""
+"""Names for the models: `create_model`, `create_backbone`, `list_models`, `model_info`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,28 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     if unknown:
         raise TypeError(f"{name} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(fields)}")
     return module(**{**dict(info.defaults), **overrides})
+
+
+def create_backbone(name: str, **overrides: Any) -> nn.Module:
+    """Builds the backbone of a registered model.
+
+    Args:
+        name: One of `list_models()`, of a family with a feature hierarchy.
+        **overrides: Fields of the module, such as `dtype`.
+
+    Returns:
+        A module that maps images `[N, H, W, C]` to a dict of feature maps, finest first. Its `strides` are the pixels
+        per step of each; its parameters are `params["backbone"]` of the classifier.
+
+    Raises:
+        ValueError: There is no such model, or it has no backbone; the names are given.
+        TypeError: The module has no such field; its fields are given.
+    """
+    model = create_model(name, **overrides)
+    if not hasattr(model, "make_backbone"):
+        have = ", ".join(n for n, (module, _) in sorted(_MODELS.items()) if hasattr(module, "make_backbone"))
+        raise ValueError(f"{name} has no feature hierarchy; these have one: {have}")
+    return model.make_backbone(name=None)  # type: ignore[operator]
 
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:

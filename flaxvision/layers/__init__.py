@@ -11,7 +11,7 @@ from flaxvision.layers.convolution import (
     separable_conv,
 )
 from flaxvision.layers.neurons import RBF, digit_codes, heaviside, random_codes, sign
-from flaxvision.layers.normalization import local_response_norm
+from flaxvision.layers.normalization import ConvNorm, local_response_norm
 from flaxvision.layers.pooling import (
     TrainableAvgPool,
     adaptive_avg_pool,
@@ -23,13 +23,16 @@ from flaxvision.layers.pooling import (
     l2_norm_pool,
     max_pool,
 )
+from flaxvision.layers.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "RBF",
     "Conv",
+    "ConvNorm",
     "ConvTranspose",
     "DepthwiseConv",
     "SeparableConv",
+    "SqueezeExcite",
     "TrainableAvgPool",
     "adaptive_avg_pool",
     "avg_pool",

@@ -1,10 +1,46 @@
-"""Local response normalization."""
+"""Local response normalization, and the convolution that BatchNorm follows."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from flaxvision.layers.convolution import Conv
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, a normalization, an activation.
+
+    The unit of the Inceptions and their relatives (Ioffe and Szegedy 2015, section 3.2: the normalization's shift makes
+    the bias superfluous). Its policy comes in two callables, made once at the top of a model.
+
+    Attributes:
+        features: Output channels.
+        kernel_size: Height and width of the window.
+        strides: Steps of the window.
+        padding: As in `layers.conv`.
+        conv: Makes the convolution, such as `partial(Conv, use_bias=False, dtype=dtype)`.
+        norm: Makes the normalization, such as `partial(nn.BatchNorm, use_running_average=not train)`.
+        activation: What comes last.
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: Any = "SAME"
+    conv: Callable[..., nn.Module] = functools.partial(Conv, use_bias=False)
+    norm: Callable[..., nn.Module] = nn.BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[N, H, W, C]` to `[N, H', W', features]`; the submodules are `conv` and `bn`."""
+        x = self.conv(self.features, self.kernel_size, strides=self.strides, padding=self.padding, name="conv")(x)
+        return self.activation(self.norm(name="bn")(x))
 
 
 def local_response_norm(
