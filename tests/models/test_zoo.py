@@ -1,0 +1,123 @@
+"""What holds of every network of the zoo: shapes without arithmetic, arithmetic on the smallest of each family."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flaxvision as fv
+from flaxvision.models.backbone import Backbone
+
+SMALL = {"perceptron", "mlp", "lenet5", "lenet5_modern", "lenet_dli", "fashion_cnn"}  # test_models.py has these
+ZOO = sorted(set(fv.list_models(task="classification")) - SMALL)
+
+# The least model of each file, at a small input: variants are data of one body.
+SMALLEST: dict[str, tuple[int, int]] = {}
+FEATURES: dict[str, int] = {}
+
+
+def info_of(name):
+    return fv.model_info(name)
+
+
+def shape_of(name, rows=2):
+    info = info_of(name)
+    return jax.ShapeDtypeStruct((rows, *info.input_size, info.channels), jnp.float32)
+
+
+@functools.cache
+def shapes(name, **overrides):
+    model = fv.create_model(name, **overrides)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x), shape_of(name))
+
+
+def filled(tree, seed=0):
+    """Variables made with numpy: He-scaled kernels, shifts around 1, running statistics as they might be."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, x):
+        leaf = path[-1].key
+        if leaf == "var":
+            value = rng.uniform(0.5, 2, x.shape)
+        elif leaf == "scale":
+            value = rng.uniform(0.3, 0.8, x.shape)
+        elif leaf in ("bias", "mean"):
+            value = rng.normal(0.5 if leaf == "bias" else 0, 0.2, x.shape)
+        else:
+            value = rng.normal(0, (2 / max(1, np.prod(x.shape[:-1]))) ** 0.5, x.shape)
+        return jnp.asarray(value, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, tree)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_logits_and_features_by_shape(name):
+    model, x = fv.create_model(name), shape_of(name)
+    logits = jax.eval_shape(model.apply, shapes(name), x)
+    assert (logits.shape, logits.dtype) == ((2, model.num_classes), jnp.float32)
+    headless = fv.create_model(name, num_classes=0)
+    features = jax.eval_shape(headless.apply, shapes(name, num_classes=0), x)
+    assert (features.shape, features.dtype) == ((2, FEATURES[name]), jnp.float32)
+    other = fv.create_model(name, num_classes=7, dtype=jnp.bfloat16)
+    gray = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+    out, variables = jax.eval_shape(lambda x: other.init_with_output(jax.random.key(0), x), gray)
+    assert (out.shape, out.dtype) == ((2, 7), jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if isinstance(fv.create_model(n), Backbone)])
+def test_stages_have_their_strides(name):
+    backbone = fv.create_backbone(name)
+    x = shape_of(name)
+    variables = shapes(name)
+    parts = {c: tree["backbone"] for c, tree in variables.items() if "backbone" in tree}
+    stages = jax.eval_shape(backbone.apply, parts, x)
+    assert list(stages) == list(backbone.strides)
+    assert list(backbone.strides.values()) == sorted(backbone.strides.values())
+    for stage, stride in backbone.strides.items():
+        for extent, size in zip(stages[stage].shape[1:3], x.shape[1:3], strict=True):
+            assert abs(extent - size / stride) <= 4, (stage, stages[stage].shape)  # VALID networks lose the rim
+
+
+@pytest.mark.parametrize("name", sorted(SMALLEST))
+def test_training(name):
+    """Every parameter gets a gradient, BatchNorm moves, and bfloat16 is near float32: one compilation each."""
+    size, classes = SMALLEST[name], 5
+    model = fv.create_model(name, num_classes=classes)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, *size, info_of(name).channels)), jnp.float32)
+    variables = filled(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x))
+    statistics = {k: v for k, v in variables.items() if k != "params"}
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            logits, updated = model.apply(
+                {"params": params, **statistics},
+                x,
+                train=True,
+                rngs={"dropout": jax.random.key(2)},
+                mutable=list(statistics) or ["batch_stats"],
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(4)).mean(), updated
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, updated), grads = step(variables["params"])
+    assert np.isfinite(value)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert bool(jnp.all(jnp.isfinite(g))), path
+        assert float(jnp.abs(g).max()) > 0, path
+    for old, new in zip(jax.tree.leaves(statistics), jax.tree.leaves(dict(updated)), strict=True):
+        assert float(jnp.abs(old - new).max()) > 0
+
+    both = jax.jit(
+        lambda v, x: [fv.create_model(name, num_classes=classes, dtype=d).apply(v, x) for d in (None, jnp.bfloat16)]
+    )
+    exact, rough = both(variables, x)
+    assert rough.dtype == jnp.float32
+    error = float(jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact))
+    assert 0 < error < 0.1
