@@ -178,49 +178,29 @@ def main(config: Config) -> int:
     evaluate = functools.partial(
         fv.train.evaluate, eval_step=eval_step, batches=fv.data.eval_batches(watched, eval_size)
     )
-    writers = [
-        fv.train.JsonlWriter(workdir / "metrics.jsonl"),
-        fv.train.TensorBoardWriter(workdir / "tensorboard"),
-    ]
-    if config.progress:
-        writers.append(fv.train.ProgressBar(num_steps, config.batch_size, desc=f"{config.model} on {name}"))
-    manifest = {
-        "model": config.model,
-        "overrides": overrides | {"dtype": "bfloat16" if config.bfloat16 else "float32"},
-        "data": batches.fingerprint,
-        "versions": fv.train.versions(),
-    }
     by_loss = bool(config.early_stopping)
-    with fv.checkpoint.Checkpoints(
-        workdir / "checkpoints",
-        manifest=manifest,
+    result = fv.train.fit_in_workdir(
+        workdir,
+        create_state(rate),
+        train_step,
+        batches,
+        model=config.model,
+        overrides=overrides,
+        num_steps=num_steps,
+        rng=run_rng,
+        evaluate=evaluate,
+        eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
+        log_every=config.log_every,
+        early_stopping=fv.train.EarlyStopping(config.early_stopping) if config.early_stopping else None,
         best_metric="loss" if by_loss else "accuracy",
         best_mode="min" if by_loss else "max",
-    ) as checkpoints:
-        checkpoints.prepare()  # a folder that can't be written fails now, not after the first epoch
-        result = fv.train.fit(
-            create_state(rate),
-            train_step,
-            batches,
-            num_steps=num_steps,
-            rng=run_rng,
-            evaluate=evaluate,
-            eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
-            log_every=config.log_every,
-            checkpoints=checkpoints,
-            early_stopping=fv.train.EarlyStopping(config.early_stopping) if config.early_stopping else None,
-            learning_rate=rate,
-            writers=writers,
-        )
-        state = result.state
-        if config.early_stopping and (restored := checkpoints.restore_best(state)) is not None:
-            state = restored.state
-            print(f"the best of the evaluations was at step {restored.step}")
+        learning_rate=rate,
+        progress=f"{config.model} on {name}" if config.progress else None,
+    )
     if result.stopped in ("SIGTERM", "SIGINT"):
-        print(f"stopped by {result.stopped} after step {int(result.state.step)}; the same command goes on from there")
         return 0 if result.stopped == "SIGTERM" else 130
 
-    final = fv.train.evaluate(state, eval_step, fv.data.eval_batches(test, eval_size))
+    final = fv.train.evaluate(result.state, eval_step, fv.data.eval_batches(test, eval_size))
     records = fv.train.read_records(workdir / "metrics.jsonl")
     fv.plot.curves(records, path=workdir / "curves.png", steps_per_epoch=batches.steps_per_epoch)
     print(f"test accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f}, on {len(test)} images")
@@ -248,16 +228,7 @@ def load(config: Config):
 def transforms(config: Config, train, size, classes):
     """The training's, the evaluation's and the picture's transforms, standardised by the training set's figures."""
     a = fv.data.augment
-    total, squares, count = 0.0, 0.0, 0
-    for i in range(0, len(train), -(-len(train) // 2000)):
-        pixels = train[i]["image"] / (255.0 if train[i]["image"].dtype == np.uint8 else 1.0)
-        total, squares, count = (
-            total + pixels.sum((0, 1)),
-            squares + (pixels**2).sum((0, 1)),
-            count + pixels[..., 0].size,
-        )
-    mean = np.asarray(total / count)
-    std = np.maximum(np.sqrt(np.maximum(squares / count - mean**2, 0)), 1e-3)
+    mean, std = fv.data.channel_statistics(train)
     ops = []
     if config.flip:
         ops.append(a.random_flip)
@@ -270,7 +241,7 @@ def transforms(config: Config, train, size, classes):
     if config.cutout:
         ops.append(functools.partial(a.random_cutout, size=config.cutout))
     mix = functools.partial(a.mixup, num_classes=classes, alpha=config.mixup) if config.mixup else None
-    common = {"size": tuple(size), "mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
+    common = {"size": tuple(size), "mean": mean, "std": std}
     view = a.make_transform(*ops, size=tuple(size)) if ops else None
     return a.make_transform(*ops, mix=mix, **common), a.make_transform(**common), view
 

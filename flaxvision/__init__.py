@@ -1,6 +1,6 @@
 """Computer vision for JAX: pure Flax Linen models whose numbers can be trusted."""
 
-from flaxvision import checkpoint, data, layers, losses, metrics, models, plot, train
+from flaxvision import checkpoint, data, layers, losses, metrics, models, plot, train, weights
 from flaxvision.registry import ModelInfo, create_backbone, create_model, list_models, model_info
 
 __version__ = "0.1.0.dev0"
@@ -19,4 +19,5 @@ __all__ = [
     "models",
     "plot",
     "train",
+    "weights",
 ]

@@ -8,11 +8,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flaxvision.data import augment
-    from flaxvision.data.arrays import ArraySource, Source, Subset, stratified_split, subset
+    from flaxvision.data import augment, cropping
+    from flaxvision.data.arrays import ArraySource, Mapped, Source, Subset, stratified_split, subset
     from flaxvision.data.folder import FolderSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
     from flaxvision.data.sources import load
+    from flaxvision.data.statistics import channel_statistics
     from flaxvision.data.tfds import TfdsSource
     from flaxvision.data.validation import validate
 
@@ -20,10 +21,12 @@ _HOME = {
     "ArraySource": "arrays",
     "EvalBatches": "pipeline",
     "FolderSource": "folder",
+    "Mapped": "arrays",
     "Source": "arrays",
     "Subset": "arrays",
     "TfdsSource": "tfds",
     "TrainBatches": "pipeline",
+    "channel_statistics": "statistics",
     "eval_batches": "pipeline",
     "load": "sources",
     "stratified_split": "arrays",
@@ -36,11 +39,14 @@ __all__ = [
     "ArraySource",
     "EvalBatches",
     "FolderSource",
+    "Mapped",
     "Source",
     "Subset",
     "TfdsSource",
     "TrainBatches",
     "augment",
+    "channel_statistics",
+    "cropping",
     "eval_batches",
     "load",
     "stratified_split",
@@ -51,8 +57,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "augment":
-        return importlib.import_module(f"{__name__}.augment")
+    if name in ("augment", "cropping"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -130,6 +130,32 @@ class Subset:
         digest = hashlib.blake2b(f"{self.source.fingerprint}/{self.name}/".encode(), digest_size=16)
         digest.update(self.indices.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+class Mapped:
+    """Another source whose images go through a function when they are asked for.
+
+    Args:
+        source: What to read.
+        function: `image [H, W, C] -> image`, on the host; decoding threads call it.
+        name: What it does; part of the fingerprint.
+    """
+
+    def __init__(self, source: Source, function: Callable[[np.ndarray], np.ndarray], name: str):
+        self.source, self.function, self.name = source, function, f"{source.name}/{name}"
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        example = self.source[index]
+        return {**example, "image": self.function(example["image"])}
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the source's fingerprint and of the name."""
+        return hashlib.blake2b(f"{self.source.fingerprint}/{self.name}".encode(), digest_size=16).hexdigest()
 
 
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:

@@ -30,6 +30,7 @@ from jax.scipy.ndimage import map_coordinates
 from jax.typing import ArrayLike
 
 from flaxvision.data.mixing import cutmix as cutmix
+from flaxvision.data.mixing import mixing as mixing
 from flaxvision.data.mixing import mixup as mixup
 
 Op = Callable[[Array, Array], Array]

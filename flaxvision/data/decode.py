@@ -11,6 +11,7 @@ def decode_image(
     *,
     channels: int = 3,
     image_size: int | None = None,
+    orient: bool = True,
     name: str | None = None,
 ) -> np.ndarray:
     """Decodes a picture as it is meant to be seen.
@@ -23,6 +24,7 @@ def decode_image(
         file: Path or open binary file, in any format that Pillow reads; of several frames the first.
         channels: 3 for RGB, 1 for grey.
         image_size: Height and width of the result in pixels; None keeps the picture's own.
+        orient: Whether the EXIF orientation is applied. The figures published for ImageNet are without it.
         name: What to call the picture in an error; None takes `file`.
 
     Returns:
@@ -36,7 +38,7 @@ def decode_image(
     try:
         with Image.open(file) as opened:
             opened.load()
-            picture: Any = ImageOps.exif_transpose(opened)
+            picture: Any = ImageOps.exif_transpose(opened) if orient else opened.copy()
             if picture.mode.startswith("I"):
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             mode = "RGB" if channels == 3 else "L"

@@ -29,6 +29,7 @@ class FolderSource:
         name: What to call the source.
         image_size: Height and width of every image in pixels; see `flaxvision.data.decode.decode_image`.
         channels: 3 for RGB, 1 for grey.
+        orient: Whether the EXIF orientation is applied.
 
     Raises:
         ValueError: When `channels` or `image_size` is out of range.
@@ -44,19 +45,20 @@ class FolderSource:
         *,
         image_size: int | None = 224,
         channels: int = 3,
+        orient: bool = True,
     ):
         check_channels(channels)
         check_image_size(image_size)
         self.root, self.paths, self.label = Path(root), tuple(paths), np.asarray(label, np.int32)
         self.classes, self.name = tuple(classes), name
-        self.image_size, self.channels = image_size, channels
+        self.image_size, self.channels, self.orient = image_size, channels, orient
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         path = self.root / self.paths[index]
-        image = decode_image(path, channels=self.channels, image_size=self.image_size)
+        image = decode_image(path, channels=self.channels, image_size=self.image_size, orient=self.orient)
         return {"image": image, "label": self.label[index]}
 
     def __repr__(self) -> str:
@@ -69,7 +71,8 @@ class FolderSource:
 
     @cached_property
     def _digest(self) -> str:
-        digest = hashlib.blake2b(f"{self.name}/{self.image_size}/{self.channels}".encode(), digest_size=16)
+        identity = f"{self.name}/{self.image_size}/{self.channels}" + ("" if self.orient else "/as stored")
+        digest = hashlib.blake2b(identity.encode(), digest_size=16)
         for path, label in zip(self.paths, self.label, strict=True):
             digest.update(f"/{path}/{(self.root / path).stat().st_size}/{label}".encode())
         return digest.hexdigest()
@@ -102,7 +105,13 @@ class FolderSource:
 
 
 def load_folder(
-    folder: Path, split: str, *, seed: int = 0, image_size: int | None = 224, channels: int = 3
+    folder: Path,
+    split: str,
+    *,
+    seed: int = 0,
+    image_size: int | None = 224,
+    channels: int = 3,
+    orient: bool = True,
 ) -> FolderSource:
     """Opens one split of a folder of class folders.
 
@@ -117,6 +126,7 @@ def load_folder(
         seed: Seed of the split where the folder has none.
         image_size: As in `FolderSource`.
         channels: As in `FolderSource`.
+        orient: As in `FolderSource`.
 
     Raises:
         ValueError: When there are no class folders, one of them holds no image, or the held-out part has a class that
@@ -138,7 +148,7 @@ def load_folder(
         train, held_out = stratified_split(label, seed=seed, keys=paths)
         chosen = train if split == "train" else held_out
         paths, label = [paths[i] for i in chosen], label[chosen]
-    return FolderSource(root, paths, label, classes, name, image_size=image_size, channels=channels)
+    return FolderSource(root, paths, label, classes, name, image_size=image_size, channels=channels, orient=orient)
 
 
 def _first_folder(folder: Path, names: Sequence[str]) -> Path | None:

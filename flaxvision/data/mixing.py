@@ -9,7 +9,8 @@ number of devices under ``jit`` over a mesh, where the exchange of rows is one g
 soft targets [N, K] are mixed as they are. Use them through `flaxvision.data.augment.make_transform`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,6 +85,34 @@ def cutmix(
     kept = 1 - jnp.mean(box.astype(jnp.float32))
     image = jnp.where(box[None, :, :, None], image[partner], image)
     return {**batch, "image": image, "label": kept * targets + (1 - kept) * targets[partner]}
+
+
+def mixing(
+    num_classes: int, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0
+) -> Callable[[jax.Array, Mapping[str, Any]], dict[str, Any]] | None:
+    """Mixup, cutmix, or for each batch one of the two with equal chances.
+
+    Args:
+        num_classes: K.
+        mixup_alpha: Of `mixup`; 0 leaves it out.
+        cutmix_alpha: Of `cutmix`; 0 leaves it out.
+
+    Returns:
+        The transform, None when both are left out.
+    """
+    chosen = []
+    if mixup_alpha:
+        chosen.append(partial(mixup, alpha=mixup_alpha, num_classes=num_classes))
+    if cutmix_alpha:
+        chosen.append(partial(cutmix, alpha=cutmix_alpha, num_classes=num_classes))
+    if len(chosen) < 2:
+        return chosen[0] if chosen else None
+
+    def either(rng, batch):
+        key_choice, key_mix = jax.random.split(rng)
+        return jax.lax.cond(jax.random.bernoulli(key_choice), *chosen, key_mix, dict(batch))
+
+    return either
 
 
 def _prepare(rng, batch, alpha, num_classes, probability):

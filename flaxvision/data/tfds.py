@@ -37,6 +37,7 @@ class TfdsSource:
         version: TFDS's full name of the set, version included.
         channels: 3 or 1.
         image_size: Height and width in pixels, None for the images' own; see `flaxvision.data.decode.decode_image`.
+        orient: Whether the EXIF orientation is applied.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class TfdsSource:
         version: str,
         channels: int,
         image_size: int | None,
+        orient: bool = True,
     ):
         self._records, self._keys = records, keys
         self.classes, self.name, self.version = tuple(classes), name, version
-        self.channels, self.image_size = channels, image_size
+        self.channels, self.image_size, self.orient = channels, image_size, orient
 
     def __len__(self) -> int:
         return len(self._records)
@@ -67,12 +69,15 @@ class TfdsSource:
     def fingerprint(self) -> str:
         """Digest of the set's full name with its version, the split, the length and the decoding."""
         identity = f"{self.version}/{self.name}/{len(self)}/{self.channels}/{self.image_size}"
+        identity += "" if self.orient else "/as stored"
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     def _decode(self, record: dict[str, Any], index: int) -> dict[str, Any]:
         encoded = io.BytesIO(record[self._keys[0]])
         where = f"{self.name}[{index}]"
-        image = decode_image(encoded, channels=self.channels, image_size=self.image_size, name=where)
+        image = decode_image(
+            encoded, channels=self.channels, image_size=self.image_size, orient=self.orient, name=where
+        )
         return {"image": image, "label": np.int32(record[self._keys[1]])}
 
     def in_memory(self) -> ArraySource:
@@ -116,6 +121,7 @@ def load_tfds(
     data_dir: str | os.PathLike[str] | None = None,
     manual_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    as_stored: bool = False,
 ) -> Source:
     """Opens one split of a TFDS image classification set, preparing the set if it is not there.
 
@@ -126,6 +132,7 @@ def load_tfds(
         manual_dir: Folder with the original files, under their original names. Then no network is used for them.
         image_size: Size to which images of differing sizes are brought, in pixels; None is 224. Sets whose images
             have one size keep theirs.
+        as_stored: Leave images of differing sizes as they are stored, at their own size and orientation.
 
     Returns:
         An `ArraySource` when the decoded split takes at most 512 MiB, otherwise a `TfdsSource`.
@@ -161,7 +168,8 @@ def load_tfds(
         f"{name}/{split}",
         version=builder.info.full_name,
         channels=shape[-1] or 3,
-        image_size=None if fixed else image_size or 224,
+        image_size=None if fixed or as_stored else image_size or 224,
+        orient=not as_stored,
     )
     small = fixed and 0 < len(source) * int(np.prod(shape)) <= _MEMORY_BYTES
     return source.in_memory() if small else source

@@ -16,6 +16,7 @@ def validate(
     channels: int | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    verify: bool = True,
 ) -> None:
     """Checks that a source can be trained on.
 
@@ -28,6 +29,7 @@ def validate(
         channels: Number of channels that every image must have; None accepts any.
         num_classes: Labels must lie in 0..num_classes-1; None takes the number of the source's classes.
         image_size: Height and width that every image must have, in pixels; None accepts any.
+        verify: Whether to call the source's `verify`; decoding ImageNet once takes an hour or more.
 
     Raises:
         ValueError: On the first fault: an empty source, images that are not [H, W, C] of uint8 or of floats in 0..1 (or
@@ -50,9 +52,9 @@ def validate(
     labels = getattr(source, "label", None)
     if labels is not None:
         _check_labels(np.asarray(labels), source.name, num_classes)
-    verify = getattr(source, "verify", None)
-    if verify is not None:
-        verify()
+    verify_all = getattr(source, "verify", None)
+    if verify and verify_all is not None:
+        verify_all()
     for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)):
         example = source[int(index)]
         where = f"{source.name}[{index}]"

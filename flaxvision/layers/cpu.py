@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 PATCH_BYTES = 8 << 20  # im2col matrices of this size stay in the caches
+SMALL_MAP = 400  # XLA's own filter gradient is good for windows, which the output's extent is there, below this
 GROUP_CHANNELS = 32  # input channels that one dense convolution of several groups has at least
 GROUP_BLOCKS = 16  # dense convolutions that stand for one grouped convolution at most: each costs compile time
 
@@ -177,7 +178,8 @@ def _filter_map(x, kernel, w: Window):
     out = _out_size(x.shape, kernel.shape, w)
     depth = math.prod(window) * channels
     narrow = (channels < 16 and features < 32) or len(window) == 1  # little arithmetic for each patch copied
-    if narrow or max(w.rhs_dilation) > 1 or len(x) * math.prod(out) < 2 * depth:
+    small = math.prod(out) < SMALL_MAP and len(x) * math.prod(out) < 2 * depth
+    if narrow or small or max(w.rhs_dilation) > 1:
         return plain(x, kernel, w)  # measured: XLA's own form is as good, or better
 
     def patches_times(matrix, x, out, w):

@@ -5,9 +5,10 @@ from flaxvision.train.objectives import Objective, binary, classification, multi
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
 from flaxvision.train.parallel import jit_step, make_mesh, pmap_step
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
+from flaxvision.train.recipe import Recipe
 from flaxvision.train.state import TrainState, create_state
 from flaxvision.train.step import eval_step, train_step
-from flaxvision.train.workdir import open_workdir, versions
+from flaxvision.train.workdir import fit_in_workdir, open_workdir, versions
 from flaxvision.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter, read_records
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LearningRateRange",
     "Objective",
     "ProgressBar",
+    "Recipe",
     "TensorBoardWriter",
     "TrainState",
     "binary",
@@ -27,6 +29,7 @@ __all__ = [
     "eval_step",
     "evaluate",
     "fit",
+    "fit_in_workdir",
     "jit_step",
     "learning_rate_range",
     "make_mesh",

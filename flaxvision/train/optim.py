@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -124,12 +124,15 @@ def schedule(
             raise ValueError("one_cycle brings its own warm-up; leave warmup_steps at 0")
         return optax.cosine_onecycle_schedule(total_steps, learning_rate)
     steps = total_steps - warmup_steps
-    scales: Mapping[int, float] = {round(b * total_steps) - warmup_steps: factor for b in boundaries}
+    scales: dict[int, float] = {}
+    for boundary in boundaries:  # in a short run several may fall on one step
+        at = round(boundary * total_steps) - warmup_steps
+        scales[at] = scales.get(at, 1.0) * factor
     if name == "step" and any(s <= 0 for s in scales):
         raise ValueError(f"boundaries {tuple(boundaries)} must come after the {warmup_steps} warm-up steps")
     after: Callable[..., Any] = {
         "constant": lambda: optax.constant_schedule(learning_rate),
-        "step": lambda: optax.piecewise_constant_schedule(learning_rate, dict(scales)),
+        "step": lambda: optax.piecewise_constant_schedule(learning_rate, scales),
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, steps, alpha=end_factor),
         "polynomial": lambda: optax.polynomial_schedule(learning_rate, learning_rate * end_factor, power, steps),
     }[name]()

@@ -1,4 +1,4 @@
-"""A run's folder: `config.json` says what the run is, and another run is refused there."""
+"""A run's folder: `config.json` says what the run is, another run is refused there, and `fit` keeps all it makes there."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+
+from flaxvision import checkpoint
+from flaxvision.train import loop, writers
+from flaxvision.train.state import TrainState
 
 PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -81,3 +87,66 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
     new.write_text(json.dumps(written, indent=2) + "\n")
     os.replace(new, file)
     return path
+
+
+def fit_in_workdir(
+    path: str | os.PathLike[str],
+    state: TrainState,
+    step: Callable[..., Any],
+    data: Any,
+    *,
+    model: str,
+    overrides: dict[str, Any],
+    num_steps: int,
+    best_metric: str = "accuracy",
+    best_mode: Literal["min", "max"] = "max",
+    progress: str | None = None,
+    **options: Any,
+) -> loop.FitResult:
+    """Runs `flaxvision.train.fit` with the checkpoints and records in a folder, and says how it ended.
+
+    Args:
+        path: The folder, opened by `open_workdir`: `metrics.jsonl`, `tensorboard` and `checkpoints` come into it.
+        state: As `fit` takes it.
+        step: Likewise.
+        data: Batches with a `fingerprint`, as of `flaxvision.data.train_batches`.
+        model: The registered model, for the checkpoints' manifest.
+        overrides: Its fields; JSON values, or a dtype.
+        num_steps: As `fit` takes it.
+        best_metric: What the best checkpoint is best in.
+        best_mode: Whether more of it is better.
+        progress: Shows a progress bar of this name.
+        **options: More of `fit`'s.
+
+    Returns:
+        The `FitResult`; after early stopping its state is the best checkpoint's.
+
+    Raises:
+        OSError: Nothing can be written in the folder; before the first step.
+        ValueError: As `fit` and `flaxvision.checkpoint.Checkpoints`.
+        FloatingPointError: As `fit`.
+    """
+    path = Path(path)
+    records: list[Any] = [
+        writers.JsonlWriter(path / "metrics.jsonl"),
+        writers.TensorBoardWriter(path / "tensorboard"),
+    ]
+    if progress is not None:
+        records.append(writers.ProgressBar(num_steps, data.batch_size, desc=progress))
+    manifest = {
+        "model": model,
+        "overrides": overrides | {"dtype": np.dtype(overrides.get("dtype") or "float32").name},
+        "data": data.fingerprint,
+        "versions": versions(),
+    }
+    with checkpoint.Checkpoints(
+        path / "checkpoints", manifest=manifest, best_metric=best_metric, best_mode=best_mode
+    ) as checkpoints:
+        checkpoints.prepare()  # a folder that can't be written fails now, not after the first epoch
+        result = loop.fit(state, step, data, num_steps=num_steps, checkpoints=checkpoints, writers=records, **options)
+        if options.get("early_stopping") and (restored := checkpoints.restore_best(result.state)) is not None:
+            result = dataclasses.replace(result, state=restored.state)
+            print(f"the best of the evaluations was at step {restored.step}")
+    if result.stopped in ("SIGTERM", "SIGINT"):
+        print(f"stopped by {result.stopped} after step {int(result.state.step)}; the same command goes on from there")
+    return result
