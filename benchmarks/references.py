@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import published
+
+import flaxvision as fv
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
@@ -70,6 +74,8 @@ class Problem(NamedTuple):
         bfloat16: Compute in bfloat16, with float32 parameters.
         weights: Our parameters in the order of their creation: kernels HWIO and `[in, out]`, biases.
         logits: Ours in evaluation, `[N, K]`.
+        variables: All of our variables, for the published networks.
+        fields: Of our model, where they are not the defaults.
     """
 
     model: str
@@ -78,6 +84,8 @@ class Problem(NamedTuple):
     bfloat16: bool
     weights: list[np.ndarray]
     logits: np.ndarray
+    variables: Mapping[str, Any] = MappingProxyType({})
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 class Reference(NamedTuple):
@@ -103,8 +111,9 @@ def check_available(library: str, model: str) -> None:
         ValueError: The model has no counterpart here.
         ImportError: The library is not installed.
     """
-    if model not in CHAINS:
-        raise ValueError(f"--vs has no network for {model!r} in {library}; it has {', '.join(sorted(CHAINS))}")
+    if model not in CHAINS and not published.has(library, model):
+        names = [*CHAINS, *filter(lambda name: published.has(library, name), fv.list_models())]
+        raise ValueError(f"--vs has no network for {model!r} in {library}; it has {', '.join(sorted(names))}")
     if importlib.util.find_spec(library) is None:
         raise ImportError(f'--vs {library} needs {library}, which is not installed: pip install -e ".[reference]"')
 
@@ -129,6 +138,32 @@ def load_keras(problem: Problem) -> Reference:
 
     if keras.backend.backend() != "jax":
         raise RuntimeError(f"--vs keras is for the JAX backend; Keras was imported with {keras.backend.backend()}")
+    if problem.model in CHAINS:
+        model = _keras_chain(problem)
+    else:
+        model = published.keras_model(
+            problem.model, problem.variables, problem.images.shape[1:], bfloat16=problem.bfloat16
+        )
+    model.compile(
+        optimizer=keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=True,
+    )
+    images, labels = jax.device_put(problem.images), jax.device_put(problem.labels)
+    reference = Reference(
+        version=keras.__version__,
+        params=sum(math.prod(w.shape) for w in model.trainable_weights),
+        forward=lambda: model.predict_on_batch(images),
+        train=lambda: model.train_on_batch(images, labels),
+    )
+    source = "keras" if published.in_keras(problem.model) and problem.model not in CHAINS else None
+    _check_logits("keras", np.asarray(model(images, training=False), np.float32), problem, source)
+    return reference
+
+
+def _keras_chain(problem: Problem) -> Any:
+    import keras
+
     layers = keras.layers
     options: dict[str, Any] = {"dtype": "mixed_bfloat16" if problem.bfloat16 else "float32"}
     stack = [keras.Input(problem.images.shape[1:], dtype="float32")]
@@ -155,20 +190,7 @@ def load_keras(problem: Problem) -> Reference:
     _check_shapes("keras", [tuple(w.shape) for w in model.trainable_weights], problem.weights)
     for variable, value in zip(model.trainable_weights, problem.weights, strict=True):
         variable.assign(value)
-    model.compile(
-        optimizer=keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=True,
-    )
-    images, labels = jax.device_put(problem.images), jax.device_put(problem.labels)
-    reference = Reference(
-        version=keras.__version__,
-        params=sum(math.prod(w.shape) for w in model.trainable_weights),
-        forward=lambda: model.predict_on_batch(images),
-        train=lambda: model.train_on_batch(images, labels),
-    )
-    _check_logits("keras", np.asarray(model(images, training=False), np.float32), problem)
-    return reference
+    return model
 
 
 def load_torch(problem: Problem) -> Reference:
@@ -194,6 +216,45 @@ def load_torch(problem: Problem) -> Reference:
         tf32 = jax.config.jax_default_matmul_precision in (None, "default", "tensorfloat32")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
+    if problem.model in CHAINS:
+        model = _torch_chain(problem).to(device)
+    else:
+        stride = bool(problem.fields.get("stride_in_1x1"))
+        model = published.torch_model(problem.model, problem.variables, problem.images.shape[1:], stride).to(device)
+    images = torch.from_numpy(np.ascontiguousarray(problem.images.transpose(0, 3, 1, 2))).to(device)
+    labels = torch.from_numpy(problem.labels.astype(np.int64)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM)
+    loss_of = nn.CrossEntropyLoss()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def logits_of() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=problem.bfloat16):
+            return model(images).float()
+
+    def forward() -> torch.Tensor:
+        model.eval()
+        with torch.inference_mode():
+            logits = logits_of()
+        wait()
+        return logits
+
+    def train() -> None:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(logits_of(), labels).backward()
+        optimizer.step()
+        wait()
+
+    published_in = None if problem.model in CHAINS else published.torch_source(problem.model)
+    _check_logits("torch", forward().cpu().numpy(), problem, published_in)
+    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Reference(torch.__version__, params, forward, train)
+
+
+def _torch_chain(problem: Problem) -> Any:
+    import torch
+    from torch import nn
+
     activations = {"relu": nn.ReLU, "tanh": nn.Tanh}
     _, side, _, channels = problem.images.shape
     stack: list[nn.Module] = []
@@ -221,7 +282,7 @@ def load_torch(problem: Problem) -> Reference:
             stack.append(plain[kind](*arguments))
         if activation:
             stack.append(activations[activation]())
-    model = nn.Sequential(*stack).to(device)
+    model = nn.Sequential(*stack)
     weights = []
     for i, value in enumerate(problem.weights):
         permute = permutes[i // 2]
@@ -237,33 +298,7 @@ def load_torch(problem: Problem) -> Reference:
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), weights, strict=True):
             parameter.copy_(torch.from_numpy(value))
-    images = torch.from_numpy(np.ascontiguousarray(problem.images.transpose(0, 3, 1, 2))).to(device)
-    labels = torch.from_numpy(problem.labels.astype(np.int64)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM)
-    loss_of = nn.CrossEntropyLoss()
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def logits_of() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=problem.bfloat16):
-            return model(images).float()
-
-    def forward() -> torch.Tensor:
-        model.eval()
-        with torch.inference_mode():
-            logits = logits_of()
-        wait()
-        return logits
-
-    def train() -> None:
-        model.train()
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(logits_of(), labels).backward()
-        optimizer.step()
-        wait()
-
-    _check_logits("torch", forward().cpu().numpy(), problem)
-    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Reference(torch.__version__, params, forward, train)
+    return model
 
 
 LOADERS: dict[str, Callable[[Problem], Reference]] = {"keras": load_keras, "torch": load_torch}
@@ -275,8 +310,12 @@ def _check_shapes(library: str, theirs: list[tuple[int, ...]], weights: list[np.
         raise RuntimeError(f"the {library} network is another one: its parameters are {theirs}, ours are {ours}")
 
 
-def _check_logits(library: str, theirs: np.ndarray, problem: Problem) -> None:
-    error = float(np.max(np.abs(theirs - problem.logits)) / np.max(np.abs(problem.logits)))
+def _check_logits(library: str, theirs: np.ndarray, problem: Problem, source: str | None = None) -> None:
+    ours = problem.logits
+    if source is not None:  # a published network: ours as that library has it
+        ours = published.our_logits(problem, source)
+        theirs = theirs[: len(ours)]
+    error = float(np.max(np.abs(theirs - ours)) / np.max(np.abs(ours)))
     limit = 1e-4 if jax.default_backend() == "cpu" and not problem.bfloat16 else 5e-2
     if not error <= limit:
         raise RuntimeError(

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+import published
 import references
 import tyro
 
@@ -45,6 +46,8 @@ class Config:
     """A registered classifier."""
     batch_size: int = 128
     """Images a step, over all devices."""
+    image_size: int | None = None
+    """Height and width of the images; the published size by default."""
     mode: Literal["forward", "train", "both"] = "both"
     """What to time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -129,14 +132,16 @@ def main(config: Config) -> dict[str, Any]:
         "block": config.block,
         **machine.describe(jax.devices()[0], config.devices),
     }
-    model = fv.create_model(config.model, dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None)
+    fields = {} if config.model in references.CHAINS else published.fields(config.model, config.libraries)
+    model = fv.create_model(config.model, dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None, **fields)
     random = np.random.default_rng(0)
-    shape = info.input_size if len(info.input_size) == 1 else (*info.input_size, info.channels)
+    size = (config.image_size,) * 2 if config.image_size else info.input_size
+    shape = size if len(size) == 1 else (*size, info.channels)
     images = random.standard_normal((config.batch_size, *shape), np.float32)
     weights, classes = initial_weights(model, images)
     labels = random.integers(0, classes, config.batch_size).astype(np.int32)
     params = sum(w.size for w in weights)
-    record.update(params=params, input=list(images.shape))
+    record.update(params=params, input=list(images.shape), fields=fields)
 
     batch = jax.device_put(
         {"image": images, "label": labels}, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -154,10 +159,12 @@ def main(config: Config) -> dict[str, Any]:
     if config.libraries:
         forward, _ = make_forward(model, batch, mesh)
         bfloat16 = config.dtype == "bfloat16"
-        problem = references.Problem(config.model, images, labels, bfloat16, weights, np.asarray(forward()))
+        variables = published.variables_of(model, images.shape[1:])
+        logits = np.asarray(forward())
+        problem = references.Problem(config.model, images, labels, bfloat16, weights, logits, variables, fields)
         for library in config.libraries:
             reference = references.LOADERS[library](problem)
-            if reference.params != params:
+            if config.model in references.CHAINS and reference.params != params:
                 raise RuntimeError(f"the {library} network has {reference.params:,} parameters, ours has {params:,}")
             record[library] = reference.version
             for mode in modes:
@@ -278,7 +285,8 @@ def show(record: dict[str, Any], modes: tuple[str, ...]) -> None:
 def _create_state(model: Any, images: Any) -> fv.train.TrainState:
     tx = fv.train.optimizer("momentum", references.LEARNING_RATE, momentum=references.MOMENTUM)
     sample = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
-    return fv.train.create_state(model, tx, jax.random.key(0), sample)
+    variables = published.variables_of(model, images.shape[1:])
+    return fv.train.create_state(model, tx, jax.random.key(0), sample, variables=variables)
 
 
 def _flops(step: Any, *arguments: Any) -> float | None:

@@ -18,11 +18,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def throughput(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("throughput", "references", "machine"):
+    for name in ("throughput", "references", "published", "libraries", "drawing", "machine"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("throughput")
     yield module
-    for name in ("throughput", "references", "machine"):
+    for name in ("throughput", "references", "published", "libraries", "drawing", "machine"):
         sys.modules.pop(name, None)
 
 

@@ -1,0 +1,344 @@
+"""The networks of torchvision, timm, pytorchcv and Keras, each behind the same few methods, for parity comparisons.
+
+`build` makes one in float32 or float64, without pretrained weights and with every dropout off. Batches come as ours do,
+images `[N, H, W, C]` and integer labels; tensors go by the library's names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import drawing
+import numpy as np
+
+Tensors = dict[str, np.ndarray]
+Batch = tuple[np.ndarray, np.ndarray]
+
+AUX_WEIGHT = 0.3
+
+# Their name for our model, where it is another one.
+_NAMES = {
+    "torchvision": {"alexnet_tv": "alexnet", "googlenet_bn": "googlenet"},
+    "timm": {
+        "xception": "legacy_xception",
+        "mobilenet_v2": "mobilenetv2_100",
+        "senet154": "legacy_senet154",
+        **{f"se_resnet{n}": f"legacy_seresnet{n}" for n in (18, 34, 50, 101, 152)},
+    },
+    "pytorchcv": {"bn_inception": "bninception"},
+    "keras": {
+        "vgg16": "VGG16",
+        "vgg19": "VGG19",
+        "inception_v3": "InceptionV3",
+        "inception_resnet_v2": "InceptionResNetV2",
+        "xception": "Xception",
+        "mobilenet_v2": "MobileNetV2",
+        **{f"resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
+    },
+}
+AUX_HEADS = {"googlenet_bn": ("aux1", "aux2"), "inception_v3": ("aux1",)}
+
+
+class Outputs(NamedTuple):
+    """Of a forward pass.
+
+    Attributes:
+        logits: `[N, K]`.
+        aux: Those of the auxiliary classifiers by our names for them.
+    """
+
+    logits: np.ndarray
+    aux: dict[str, np.ndarray]
+
+
+class Trained(NamedTuple):
+    """Of a few SGD steps.
+
+    Attributes:
+        losses: Before each step.
+        tensors: After the last one, the state with its statistics biased, as ours are.
+    """
+
+    losses: list[float]
+    tensors: Tensors
+
+
+def build(
+    source: str, model: str, size: tuple[int, int], *, classes: int = 1000, double: bool = False, aux: bool = False
+) -> TorchNetwork | KerasNetwork:
+    """Makes a library's network.
+
+    Args:
+        source: "torchvision", "timm", "pytorchcv" or "keras".
+        model: Our registry name.
+        size: Height and width of the images.
+        classes: Of the classifier.
+        double: Compute in float64.
+        aux: With the auxiliary classifiers that `AUX_HEADS` names.
+
+    Returns:
+        The network, its weights whatever they are.
+
+    Raises:
+        ValueError: There is no such source.
+    """
+    name = _NAMES.get(source, {}).get(model, model)
+    if source == "keras":
+        return KerasNetwork(name, size, classes, double)
+    return TorchNetwork(_torch_module(source, name, classes, aux), source, double, AUX_HEADS[model] if aux else ())
+
+
+def _torch_module(source: str, name: str, classes: int, aux: bool) -> Any:
+    if source == "torchvision":
+        _import_torchvision()
+        import torchvision
+
+        options: dict[str, Any] = {}
+        if name in ("googlenet", "inception_v3"):
+            options = {"aux_logits": aux, "init_weights": False}
+        return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+    if source == "timm":
+        _import_torchvision()
+        import timm
+
+        return timm.create_model(name, pretrained=False, num_classes=classes, drop_rate=0.0)
+    if source == "pytorchcv":
+        from pytorchcv.model_provider import get_model
+
+        return get_model(name, pretrained=False, num_classes=classes)
+    raise ValueError(f"source must be 'torchvision', 'timm', 'pytorchcv' or 'keras', got {source!r}")
+
+
+@functools.cache
+def _import_torchvision() -> None:
+    """Imports torchvision beside a torch without CUDA too, where a helper for that is on the path."""
+    try:
+        import torchvision_on_cpu  # noqa: F401
+    except ImportError:
+        import torchvision  # noqa: F401
+
+
+class TorchNetwork:
+    """A torch module.
+
+    Attributes:
+        version: Of its library and of torch.
+        shapes: Of its state, by name.
+        params: Trainable parameters.
+        frozen: Names of tensors that no gradient reaches: its buffers.
+    """
+
+    def __init__(self, module: Any, source: str, double: bool, aux: tuple[str, ...]):
+        import torch
+
+        self._torch, self._aux = torch, aux
+        self.module = module.double() if double else module
+        for part in self.module.modules():
+            if isinstance(part, torch.nn.modules.dropout._DropoutNd):
+                part.p = 0.0
+        self.version = f"{source} {importlib.metadata.version(source)}, torch {torch.__version__.partition('+')[0]}"
+        self.shapes = {name: tuple(value.shape) for name, value in self.module.state_dict().items()}
+        self.params = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        self._norms = {
+            name: part
+            for name, part in self.module.named_modules()
+            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+        }
+
+    def load(self, tensors: Tensors) -> None:
+        """Sets the whole state."""
+        self.module.load_state_dict({name: self._torch.from_numpy(value) for name, value in tensors.items()})
+
+    def state(self) -> Tensors:
+        """A copy of the whole state."""
+        return {name: value.detach().numpy().copy() for name, value in self.module.state_dict().items()}
+
+    def statistics(self, images: np.ndarray) -> dict[str, tuple[float, float]]:
+        """A mean and a variance of every BatchNorm's input, in training on these images; clears the running ones."""
+        momenta = {name: part.momentum for name, part in self._norms.items()}
+        for part in self._norms.values():
+            part.reset_running_stats()
+            part.momentum = None  # a cumulative average: of one batch, that batch's
+        self._run(images, train=True)
+        for name, part in self._norms.items():
+            part.momentum = momenta[name]
+        seen = {name: part for name, part in self._norms.items() if part.num_batches_tracked > 0}
+        return drawing.statistics_of(
+            {name: part.running_mean.numpy() for name, part in seen.items()},
+            {name: part.running_var.numpy() for name, part in seen.items()},
+        )
+
+    def forward(self, images: np.ndarray, *, train: bool = False) -> Outputs:
+        """The logits; the state stays as it is."""
+        kept = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        logits, aux = self._run(images, train)
+        with self._torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(kept[name])
+        return Outputs(logits.detach().numpy(), {name: value.detach().numpy() for name, value in aux.items()})
+
+    def gradients(self, batch: Batch) -> tuple[float, Tensors]:
+        """The loss in training and its gradient by name; the statistics move."""
+        loss = self._loss(batch)
+        self.module.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = {name: p.grad.numpy() for name, p in self.module.named_parameters() if p.grad is not None}
+        return loss.item(), gradients
+
+    def train(self, batches: Sequence[Batch], rate: float, momentum: float) -> Trained:
+        """SGD with momentum, a step for each batch."""
+        torch = self._torch
+        optimizer = torch.optim.SGD(self.module.parameters(), rate, momentum=momentum)
+        start = {name: (p.running_mean.clone(), p.running_var.clone()) for name, p in self._norms.items()}
+        counts: dict[str, int] = {}
+
+        def count(name: str, images: Any) -> None:
+            counts[name] = images.numel() // images.shape[1]
+
+        hooks = [
+            part.register_forward_pre_hook(lambda _, inputs, name=name: count(name, inputs[0]))
+            for name, part in self._norms.items()
+        ]
+        losses = []
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            loss = self._loss(batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        for hook in hooks:
+            hook.remove()
+        # torch's running variance is unbiased: n / (n - 1) times what each step saw.
+        for name, part in self._norms.items():
+            if name in counts:
+                old = start[name][1] * (1 - part.momentum) ** len(batches)
+                n = counts[name]
+                part.running_var.copy_(old + (part.running_var - old) * ((n - 1) / n))
+        return Trained(losses, self.state())
+
+    def _run(self, images: np.ndarray, train: bool) -> tuple[Any, dict[str, Any]]:
+        torch = self._torch
+        self.module.train(train)
+        x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        x = x.to(next(self.module.parameters()).dtype)
+        with torch.set_grad_enabled(train):
+            y = self.module(x)
+        if train and self._aux:  # GoogLeNet gives the logits, then the heads from the last to the first
+            return y[0], dict(zip(self._aux, reversed(y[1:]), strict=True))
+        return (y[0] if isinstance(y, tuple) else y), {}
+
+    def _loss(self, batch: Batch) -> Any:
+        images, labels = batch
+        target = self._torch.from_numpy(labels.astype(np.int64))
+        logits, aux = self._run(images, train=True)
+        criterion = self._torch.nn.functional.cross_entropy
+        return criterion(logits, target) + AUX_WEIGHT * sum(criterion(value, target) for value in aux.values())
+
+
+class KerasNetwork:
+    """A network of `keras.applications` on the JAX backend; attributes as `TorchNetwork`'s."""
+
+    def __init__(self, name: str, size: tuple[int, int], classes: int, double: bool):
+        os.environ["KERAS_BACKEND"] = "jax"
+        import jax
+        import keras
+
+        if keras.backend.backend() != "jax":
+            raise RuntimeError(f"Keras must run on JAX, it was imported with {keras.backend.backend()}")
+        self._jax, self._double = jax, double
+        keras.backend.clear_session()  # the numbers of layers without a name start again
+        keras.config.set_floatx("float64" if double else "float32")
+        with self._precision():
+            self.model = getattr(keras.applications, name)(
+                weights=None, input_shape=(*size, 3), classes=classes, classifier_activation=None
+            )
+        keras.config.set_floatx("float32")
+        for layer in self.model.layers:
+            if isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0.0
+        self.version = f"keras {keras.__version__}, jax {jax.__version__}"
+        self.shapes = {w.path: tuple(w.shape) for w in self.model.weights}
+        self.params = sum(math.prod(w.shape) for w in self.model.trainable_weights)
+        self._momenta = {
+            variable.path: layer.momentum
+            for layer in self.model.layers
+            if isinstance(layer, keras.layers.BatchNormalization)
+            for variable in layer.non_trainable_variables
+        }
+        self._trainable = [v.path for v in self.model.trainable_variables]
+        self._others = [v.path for v in self.model.non_trainable_variables]
+        self._apply = jax.jit(self.model.stateless_call, static_argnames="training")
+
+    def _precision(self) -> Any:
+        return self._jax.enable_x64(self._double)
+
+    def load(self, tensors: Tensors) -> None:
+        """Sets the whole state."""
+        with self._precision():
+            for variable in self.model.weights:
+                variable.assign(tensors[variable.path])
+
+    def state(self) -> Tensors:
+        """A copy of the whole state."""
+        return {w.path: np.array(w.value) for w in self.model.weights}
+
+    def _variables(self) -> tuple[list[Any], list[Any]]:
+        return [v.value for v in self.model.trainable_variables], [v.value for v in self.model.non_trainable_variables]
+
+    def statistics(self, images: np.ndarray) -> dict[str, tuple[float, float]]:
+        """A mean and a variance of every BatchNorm's input, in training on these images."""
+        with self._precision():
+            trainable, others = self._variables()
+            zeros = [self._jax.numpy.zeros_like(v) for v in others]
+            _, after = self._apply(trainable, zeros, self._images(images), training=True)
+        batch = {
+            path: np.asarray(value) / (1 - self._momenta[path])
+            for path, value in zip(self._others, after, strict=True)
+            if path in self._momenta
+        }
+        means = {path.rpartition("/")[0]: v for path, v in batch.items() if path.endswith("moving_mean")}
+        return drawing.statistics_of(means, {name: batch[f"{name}/moving_variance"] for name in means})
+
+    def forward(self, images: np.ndarray, *, train: bool = False) -> Outputs:
+        """The logits; the state stays as it is."""
+        with self._precision():
+            logits, _ = self._apply(*self._variables(), self._images(images), training=train)
+        return Outputs(np.asarray(logits), {})
+
+    def gradients(self, batch: Batch) -> tuple[float, Tensors]:
+        """The loss in training and its gradient by name."""
+        with self._precision():
+            trainable, others = self._variables()
+            (loss, _), gradients = self._value_and_grad(trainable, others, self._images(batch[0]), batch[1])
+        return float(loss), {path: np.asarray(g) for path, g in zip(self._trainable, gradients, strict=True)}
+
+    def train(self, batches: Sequence[Batch], rate: float, momentum: float) -> Trained:
+        """SGD with momentum, a step for each batch."""
+        losses = []
+        with self._precision():
+            trainable, others = self._variables()
+            velocity = [0 * value for value in trainable]
+            for images, labels in batches:
+                (loss, others), gradients = self._value_and_grad(trainable, others, self._images(images), labels)
+                velocity = [momentum * v + g for v, g in zip(velocity, gradients, strict=True)]
+                trainable = [p - rate * v for p, v in zip(trainable, velocity, strict=True)]
+                losses.append(float(loss))
+        paths, values = self._trainable + self._others, [*trainable, *others]
+        return Trained(losses, {path: np.asarray(value) for path, value in zip(paths, values, strict=True)})
+
+    def _images(self, images: np.ndarray) -> Any:
+        return self._jax.numpy.asarray(images, "float64" if self._double else "float32")
+
+    @functools.cached_property
+    def _value_and_grad(self) -> Any:
+        def loss_of(trainable, others, images, labels):
+            logits, others = self.model.stateless_call(trainable, others, images, training=True)
+            logs = self._jax.nn.log_softmax(logits)
+            return -self._jax.numpy.mean(logs[np.arange(len(images)), labels]), others
+
+        return self._jax.jit(self._jax.value_and_grad(loss_of, has_aux=True))
