@@ -6,11 +6,12 @@ images `[N, H, W, C]` and integer labels; tensors go by the library's names.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import drawing
@@ -30,7 +31,7 @@ _NAMES = {
         "senet154": "legacy_senet154",
         **{f"se_resnet{n}": f"legacy_seresnet{n}" for n in (18, 34, 50, 101, 152)},
     },
-    "pytorchcv": {"bn_inception": "bninception"},
+    "pytorchcv": {"bn_inception": "bninception", "alexnet_ungrouped": "alexnet"},
     "keras": {
         "vgg16": "VGG16",
         "vgg19": "VGG19",
@@ -253,7 +254,7 @@ class KerasNetwork:
         self._jax, self._double = jax, double
         keras.backend.clear_session()  # the numbers of layers without a name start again
         keras.config.set_floatx("float64" if double else "float32")
-        with self._precision():
+        with self._settings():
             self.model = getattr(keras.applications, name)(
                 weights=None, input_shape=(*size, 3), classes=classes, classifier_activation=None
             )
@@ -274,12 +275,14 @@ class KerasNetwork:
         self._others = [v.path for v in self.model.non_trainable_variables]
         self._apply = jax.jit(self.model.stateless_call, static_argnames="training")
 
-    def _precision(self) -> Any:
-        return self._jax.enable_x64(self._double)
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        with self._jax.enable_x64(self._double), self._jax.numpy_rank_promotion("allow"):
+            yield
 
     def load(self, tensors: Tensors) -> None:
         """Sets the whole state."""
-        with self._precision():
+        with self._settings():
             for variable in self.model.weights:
                 variable.assign(tensors[variable.path])
 
@@ -292,7 +295,7 @@ class KerasNetwork:
 
     def statistics(self, images: np.ndarray) -> dict[str, tuple[float, float]]:
         """A mean and a variance of every BatchNorm's input, in training on these images."""
-        with self._precision():
+        with self._settings():
             trainable, others = self._variables()
             zeros = [self._jax.numpy.zeros_like(v) for v in others]
             _, after = self._apply(trainable, zeros, self._images(images), training=True)
@@ -306,13 +309,13 @@ class KerasNetwork:
 
     def forward(self, images: np.ndarray, *, train: bool = False) -> Outputs:
         """The logits; the state stays as it is."""
-        with self._precision():
+        with self._settings():
             logits, _ = self._apply(*self._variables(), self._images(images), training=train)
         return Outputs(np.asarray(logits), {})
 
     def gradients(self, batch: Batch) -> tuple[float, Tensors]:
         """The loss in training and its gradient by name."""
-        with self._precision():
+        with self._settings():
             trainable, others = self._variables()
             (loss, _), gradients = self._value_and_grad(trainable, others, self._images(batch[0]), batch[1])
         return float(loss), {path: np.asarray(g) for path, g in zip(self._trainable, gradients, strict=True)}
@@ -320,7 +323,7 @@ class KerasNetwork:
     def train(self, batches: Sequence[Batch], rate: float, momentum: float) -> Trained:
         """SGD with momentum, a step for each batch."""
         losses = []
-        with self._precision():
+        with self._settings():
             trainable, others = self._variables()
             velocity = [0 * value for value in trainable]
             for images, labels in batches:

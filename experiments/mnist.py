@@ -140,14 +140,13 @@ def main(config: Config) -> int:
         label_smoothing=config.label_smoothing,
         loss=fv.losses.lenet_map if loss == "lenet_map" else None,
     )
-    compile_step = fv.train.jit_step if config.parallel == "jit" else fv.train.pmap_step
-    train_step = compile_step(
-        functools.partial(fv.train.train_step, objective=objective, transform=augment, accumulate=config.accumulate)
-    )
-    eval_step = compile_step(
-        functools.partial(
-            fv.train.eval_step, objective=objective, transform=plain, use_ema=config.ema_decay is not None
-        )
+    train_step, eval_step = fv.train.compile_steps(
+        objective,
+        augment=augment,
+        plain=plain,
+        accumulate=config.accumulate,
+        use_ema=config.ema_decay is not None,
+        parallel=config.parallel,
     )
 
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))

@@ -100,8 +100,8 @@ def create_backbone(name: str, **overrides: Any) -> nn.Module:
         **overrides: Fields of the module, such as `dtype`.
 
     Returns:
-        A module that maps images `[N, H, W, C]` to a dict of feature maps, finest first. Its `strides` are the pixels
-        per step of each; its parameters are `params["backbone"]` of the classifier.
+        A module that maps images `[N, H, W, C]` to a dict of feature maps. Its `strides` are the pixels per step of
+        each, finest first; its parameters are `params["backbone"]` of the classifier.
 
     Raises:
         ValueError: There is no such model, or it has no backbone; the names are given.

@@ -122,7 +122,8 @@ def load_folder(
 
     Args:
         folder: The folder.
-        split: "train", "test" or "val".
+        split: "train", "test" or "val"; a folder without parts also has "all", which is
+            everything in it.
         seed: Seed of the split where the folder has none.
         image_size: As in `FolderSource`.
         channels: As in `FolderSource`.
@@ -132,13 +133,17 @@ def load_folder(
         ValueError: When there are no class folders, one of them holds no image, or the held-out part has a class that
             the training part lacks; the path is named.
     """
-    check_split(str(folder), split, tuple(_SUBFOLDERS))
     parts = {part: _first_folder(folder, names) for part, names in _SUBFOLDERS.items()}
+    check_split(str(folder), split, (*_SUBFOLDERS,) if any(parts.values()) else (*_SUBFOLDERS, "all"))
+    name = f"{folder.resolve().name}/{split}"
+    options: Any = {"image_size": image_size, "channels": channels, "orient": orient}
+    if split == "all":
+        classes = _class_names(folder)
+        return FolderSource(folder, *_list_images(folder, classes), classes, name, **options)
     if parts["train"] is None and parts["test"] is not None:
         raise ValueError(f"{folder}: it holds {parts['test'].name}, but no subfolder train")
     train_root = parts["train"] or folder
     classes = _class_names(train_root)
-    name = f"{folder.resolve().name}/{split}"
     root = parts[split] if parts["test"] is not None else train_root
     assert root is not None
     if unknown := sorted(set(_class_names(root)) - set(classes)):
@@ -148,7 +153,7 @@ def load_folder(
         train, held_out = stratified_split(label, seed=seed, keys=paths)
         chosen = train if split == "train" else held_out
         paths, label = [paths[i] for i in chosen], label[chosen]
-    return FolderSource(root, paths, label, classes, name, image_size=image_size, channels=channels, orient=orient)
+    return FolderSource(root, paths, label, classes, name, **options)
 
 
 def _first_folder(folder: Path, names: Sequence[str]) -> Path | None:

@@ -35,7 +35,8 @@ def load(
               binary version;
             * the path of a folder of class folders, with subfolders `train` and `test` or `val`, or without them:
               then 20 % of each class are held out.
-        split: "train" or "test"; a folder may also have "val", and a TFDS name takes TFDS's words ("train[:90%]").
+        split: "train" or "test"; a folder may also have "val" and "all", and a TFDS name takes TFDS's words
+            ("train[:90%]").
         data_dir: Where TFDS keeps its sets. None is TFDS's own default.
         manual_dir: Folder with the original files of a TFDS set, from which it is prepared without a network. With the
             files of its binary version, "cifar10" is read from them and TFDS has no part in it.

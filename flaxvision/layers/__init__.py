@@ -1,5 +1,12 @@
 """Layers that two or more models share and Linen lacks."""
 
+from flaxvision.layers.capsules import (
+    PrimaryCapsules,
+    RoutedCapsules,
+    capsule_lengths,
+    routing_by_agreement,
+    squash,
+)
 from flaxvision.layers.convolution import (
     Conv,
     ConvTranspose,
@@ -31,11 +38,14 @@ __all__ = [
     "ConvNorm",
     "ConvTranspose",
     "DepthwiseConv",
+    "PrimaryCapsules",
+    "RoutedCapsules",
     "SeparableConv",
     "SqueezeExcite",
     "TrainableAvgPool",
     "adaptive_avg_pool",
     "avg_pool",
+    "capsule_lengths",
     "conv",
     "conv_transpose",
     "depthwise_avg_pool",
@@ -49,6 +59,8 @@ __all__ = [
     "local_response_norm",
     "max_pool",
     "random_codes",
+    "routing_by_agreement",
     "separable_conv",
     "sign",
+    "squash",
 ]

@@ -11,7 +11,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Backbone(nn.Module):
-    """A network that maps images `[N, H, W, C]` to a dict of feature maps, finest first.
+    """A network that maps images `[N, H, W, C]` to a dict of feature maps.
 
     A family subclasses it with its fields and `__call__(x, *, train=False)`; its classifier subclasses that with
     `num_classes`, makes its trunk with `part_of(self, ...)` and names it `backbone`, so that `params["backbone"]`
@@ -20,7 +20,7 @@ class Backbone(nn.Module):
 
     @property
     def strides(self) -> dict[str, int]:
-        """For each stage, pixels of the image per step of its feature map; same keys and order as the output."""
+        """Pixels of the image per step of each stage's feature map, finest first; the output's keys (jit sorts those)."""
         raise TypeError(f"{type(self).__name__} does not say the strides of its stages")
 
 

@@ -1,9 +1,9 @@
 """Training: state, objectives, steps, their compilation, optimizers and the loop."""
 
 from flaxvision.train.loop import EarlyStopping, FitResult, evaluate, fit
-from flaxvision.train.objectives import Objective, binary, classification, multilabel, regression
+from flaxvision.train.objectives import Objective, binary, capsule, classification, multilabel, regression
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
-from flaxvision.train.parallel import jit_step, make_mesh, pmap_step
+from flaxvision.train.parallel import compile_steps, jit_step, make_mesh, pmap_step
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
 from flaxvision.train.recipe import Recipe
 from flaxvision.train.state import TrainState, create_state
@@ -24,7 +24,9 @@ __all__ = [
     "TensorBoardWriter",
     "TrainState",
     "binary",
+    "capsule",
     "classification",
+    "compile_steps",
     "create_state",
     "eval_step",
     "evaluate",

@@ -8,6 +8,7 @@ the loop and the checkpoints stay.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxvision import losses as fl
 from flaxvision import metrics as fm
 
 PerExample = Callable[[jax.Array, jax.Array], jax.Array]
@@ -181,9 +183,79 @@ def regression(loss: str = "mse", *, huber_delta: float = 1.0) -> Objective:
     return _objective(losses, measure)
 
 
+def capsule(
+    *,
+    reconstruction_weight: float = 5e-4,
+    present: float = 0.9,
+    absent: float = 0.1,
+    absent_weight: float = 0.5,
+) -> Objective:
+    """CapsNet's: the margin loss of the capsules' lengths, plus the error of the image drawn from one capsule.
+
+    Sabour, Frosst and Hinton 2017, sections 3 and 4.1. `batch["label"]` is integers `[N]`, or targets `[N, K]`; the
+    drawing is of the capsule of the (largest) true class in training, of the longest one otherwise. Images are in
+    [0, 1]. Metrics: `loss` (all of it), `accuracy`, `margin`, and `reconstruction`, the sum of squares over an image's
+    pixels, where the model has a decoder.
+
+    Args:
+        reconstruction_weight: Factor of the sum of squares; 0 leaves the decoder out.
+        present: See `flaxvision.losses.margin`.
+        absent: Likewise.
+        absent_weight: Likewise.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: `reconstruction_weight` is negative; when traced, the labels' shape does not fit.
+    """
+    if reconstruction_weight < 0:
+        raise ValueError(f"reconstruction_weight must not be negative; got {reconstruction_weight}")
+
+    def objective(apply_fn, params, collections, batch, rng, train):
+        image, mask = _real_rows(batch)
+        label = batch["label"]
+        classes = label if label.ndim == 1 else jnp.argmax(label, axis=-1)
+        lengths, updated = apply_fn(
+            {"params": params, **collections},
+            image,
+            train=train,
+            label=classes if train else None,
+            rngs={"dropout": rng} if train else None,
+            mutable=[*(collections if train else ()), *(["reconstruction"] if reconstruction_weight else ())],
+        )
+        updated = dict(updated)
+        drawings = jax.tree.leaves(updated.pop("reconstruction", {}))
+        targets = jax.nn.one_hot(label, lengths.shape[-1]) if label.ndim == 1 else label.astype(lengths.dtype)
+        _expect(targets.shape == lengths.shape, "labels [N] or targets shaped as the outputs", lengths, label)
+        margin = fl.margin(lengths, targets, present=present, absent=absent, absent_weight=absent_weight)
+        found = {"loss": margin, "accuracy": fm.correct(lengths, classes), "margin": margin}
+        if drawings:
+            error = jnp.sum(jnp.square(drawings[0] - image), axis=(1, 2, 3))
+            found |= {"loss": margin + reconstruction_weight * error, "reconstruction": error}
+        mask = jnp.ones(lengths.shape[:1], jnp.float32) if mask is None else mask.astype(jnp.float32)
+        sums = {name: _total(values, mask) for name, values in found.items()} | {"weight": jnp.sum(mask)}
+        return sums["loss"] / jnp.maximum(sums["weight"], 1.0), (sums, {**collections, **updated})
+
+    return objective
+
+
 def _expect(fits: bool, what: str, outputs: jax.Array, label: jax.Array) -> None:
     if not fits:
         raise ValueError(f"the objective wants {what}; got outputs {outputs.shape} and labels {label.shape}")
+
+
+def _real_rows(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
+    """The images and the mask; a padded row may hold anything, and 0 times its NaN would be a NaN gradient."""
+    image, mask = batch["image"], batch.get("mask")
+    if mask is not None:
+        image = jnp.where(mask.reshape((-1,) + (1,) * (image.ndim - 1)) > 0, image, jnp.zeros((), image.dtype))
+    return image, mask
+
+
+def _total(values: jax.Array, mask: jax.Array) -> jax.Array:
+    # where, not a product: the label of a padded row may be anything too
+    return jnp.sum(jnp.where(mask > 0, mask * values, 0.0))
 
 
 def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
@@ -192,9 +264,7 @@ def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
     def objective(apply_fn, params, collections, batch, rng, train):
         variables = {"params": params, **collections}
         aux = []
-        image, mask = batch["image"], batch.get("mask")
-        if mask is not None:  # a padded row may hold anything, and 0 times its NaN would be a NaN gradient
-            image = jnp.where(mask.reshape((-1,) + (1,) * (image.ndim - 1)) > 0, image, jnp.zeros((), image.dtype))
+        image, mask = _real_rows(batch)
         if train:
             outputs, updated = apply_fn(
                 variables,
@@ -210,10 +280,7 @@ def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
             outputs = apply_fn(variables, image, train=False)
         mask = jnp.ones(outputs.shape[:1], jnp.float32) if mask is None else mask.astype(jnp.float32)
         weight = jnp.sum(mask)
-
-        def total(values):  # where, not a product: the label of a padded row may be anything too
-            return jnp.sum(jnp.where(mask > 0, mask * values, 0.0))
-
+        total = functools.partial(_total, mask=mask)
         sums = {"loss": total(losses(outputs, batch))}
         objective_sum = sums["loss"] + aux_weight * sum(total(losses(a, batch)) for a in aux)
         sums.update({name: total(values) for name, values in measure(outputs, batch).items()}, weight=weight)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from flaxvision.train.objectives import Objective
+from flaxvision.train.step import Transform, eval_step, train_step
 
 AXIS = "data"
 
@@ -88,6 +92,35 @@ def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) ->
         return (train if rng else evaluate)(state, batch, *rng)
 
     return call
+
+
+def compile_steps(
+    objective: Objective,
+    *,
+    augment: Transform | None = None,
+    plain: Transform | None = None,
+    accumulate: int = 1,
+    use_ema: bool = False,
+    parallel: Literal["jit", "pmap"] = "jit",
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Compiles the pair of steps that a run needs.
+
+    Args:
+        objective: Of both.
+        augment: The training's transform; see `train_step`.
+        plain: The evaluation's.
+        accumulate: As in `train_step`.
+        use_ema: As in `eval_step`.
+        parallel: `"jit"` for `jit_step`, `"pmap"` for `pmap_step`, over all devices.
+
+    Returns:
+        The train step and the eval step.
+    """
+    compile_step = {"jit": jit_step, "pmap": pmap_step}[parallel]
+    return (
+        compile_step(partial(train_step, objective=objective, transform=augment, accumulate=accumulate)),
+        compile_step(partial(eval_step, objective=objective, transform=plain, use_ema=use_ema)),
+    )
 
 
 def check_divides(batch: dict[str, Any], devices: int) -> None:

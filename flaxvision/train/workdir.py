@@ -1,4 +1,4 @@
-"""A run's folder: `config.json` says what the run is, another run is refused there, and `fit` keeps all it makes there."""
+"""A run's folder: `config.json` says what the run is, another run is refused there, and its records lie beside it."""
 
 from __future__ import annotations
 

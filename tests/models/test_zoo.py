@@ -75,7 +75,7 @@ def test_stages_have_their_strides(name):
     variables = shapes(name)
     parts = {c: tree["backbone"] for c, tree in variables.items() if "backbone" in tree}
     stages = jax.eval_shape(backbone.apply, parts, x)
-    assert list(stages) == list(backbone.strides)
+    assert set(stages) == set(backbone.strides)
     assert list(backbone.strides.values()) == sorted(backbone.strides.values())
     for stage, stride in backbone.strides.items():
         for extent, size in zip(stages[stage].shape[1:3], x.shape[1:3], strict=True):

@@ -1,0 +1,168 @@
+"""The parity ledger: every model beside every library that has it, with the same weights.
+
+    python benchmarks/parity.py                                       # all that the ledger lacks; hours on one core
+    python benchmarks/parity.py --models 'resnet*' --sources timm     # a part
+    python benchmarks/parity.py --report                              # only writes the table anew
+
+Wants `pip install -e ".[reference]" pytorchcv`. Each pair appends a JSON line to benchmarks/results/parity.jsonl as it
+finishes, and benchmarks/results/parity.md is written from all lines; a pair that has a line is left out unless --again.
+`benchmarks/comparison.py` says what is compared, `benchmarks/drawing.py` where the weights come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import comparison
+import jax
+import machine
+import tyro
+
+import flaxvision as fv
+
+RESULTS = Path(__file__).parent / "results" / "parity.jsonl"
+LIBRARIES = ("torchvision", "timm", "keras", "pytorchcv")
+
+# Where the architecture or the library wants other sizes than `comparison.Pair`'s; the first pattern that fits holds.
+_SIZES: dict[tuple[str, str], dict[str, Any]] = {
+    ("vgg*", "keras"): {"size": (224, 250), "training_size": (224, 225)},  # its VGGs have no adaptive pool
+    ("vgg*", "*"): {"size": (67, 81), "training_size": (49, 67)},
+    ("alexnet_tv", "*"): {"size": (97, 131), "training_size": (79, 97)},
+    ("alexnet*", "*"): {"size": (227, 229), "training_size": (227, 229)},  # the dense layers fix the size
+    ("zfnet", "*"): {"size": (224, 225), "training_size": (224, 225)},
+    ("*inception*", "*"): {"training_size": (75, 97)},
+    ("xception", "*"): {"training_size": (75, 97)},
+}
+_AUX_SIZES = {"googlenet_bn": (65, 97), "inception_v3": (299, 315)}
+
+_FAMILIES = ("alexnet", "zfnet", "vgg", "googlenet", "bn_inception", "inception", "resnet", "xception", "se")
+
+# Columns of the table: title, key, tolerance.
+_COLUMNS = (
+    ("forward, eval", "forward_eval", comparison.FORWARD_TOLERANCE),
+    ("forward, train", "forward_train", comparison.FORWARD_TOLERANCE),
+    ("gradient", "gradient", comparison.TRAINING_TOLERANCE),
+    ("worst tensor's gradient", "gradient_worst", comparison.TRAINING_TOLERANCE),
+    ("loss", "drift_loss", comparison.TRAINING_TOLERANCE),
+    ("parameters", "drift_params", comparison.TRAINING_TOLERANCE),
+    ("statistics", "drift_statistics", comparison.TRAINING_TOLERANCE),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Write the parity ledger."""
+
+    models: str = "*"
+    """A shell pattern of registry names."""
+    sources: tuple[str, ...] = LIBRARIES
+    """Libraries to compare with."""
+    forward_only: bool = False
+    """Print the forward errors alone and write nothing."""
+    again: bool = False
+    """Pairs that the ledger has, too."""
+    report: bool = False
+    """Compare nothing, only write the table."""
+    output: Path = RESULTS
+    """File of JSON lines; the table lies beside it, with the ending .md."""
+
+
+def pairs(models: str = "*", sources: Iterable[str] = LIBRARIES) -> list[comparison.Pair]:
+    """Every model with every installed library that has it, and once more with auxiliary classifiers."""
+    found = []
+    for model in fv.list_models(models, task="classification"):
+        for source in [s for s in fv.weights.sources(model) if s in sources]:
+            fits = (
+                o for (m, s), o in _SIZES.items() if fnmatch.fnmatchcase(model, m) and fnmatch.fnmatchcase(source, s)
+            )
+            found.append(comparison.Pair(model, source, **next(fits, {})))
+            if source == "torchvision" and (size := _AUX_SIZES.get(model)):
+                found.append(comparison.Pair(model, source, size=size, training_size=size, aux=True))
+    return found
+
+
+def failures(line: dict[str, Any]) -> list[str]:
+    """What of a line of the ledger is not within its tolerance."""
+    checks = [*_COLUMNS, ("auxiliary logits", "forward_aux", comparison.FORWARD_TOLERANCE)]
+    found = [f"{title} {line[key]:.1e}" for title, key, limit in checks if key in line and not line[key] <= limit]
+    if line["params_ours"] + line["params_folded"] != line["params_theirs"]:
+        found.append(f"{line['params_ours']} parameters, theirs {line['params_theirs']}")
+    return found
+
+
+def compare(pair: comparison.Pair) -> dict[str, Any]:
+    """One line of the ledger."""
+    start = time.perf_counter()
+    line: dict[str, Any] = {"model": pair.model, "source": pair.source, "aux": pair.aux}
+    line |= comparison.forward(pair)
+    line |= comparison.training(pair, trajectory=not pair.aux)
+    line |= {"size": pair.size, "training_size": pair.training_size, "batch": pair.batch}
+    return line | {"seconds": round(time.perf_counter() - start)} | machine.describe(jax.devices()[0])
+
+
+def read(path: Path) -> dict[tuple[str, str, bool], dict[str, Any]]:
+    """The newest line of every pair."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {(line["model"], line["source"], line["aux"]): line for line in lines}
+
+
+def table(lines: Iterable[dict[str, Any]]) -> str:
+    """The ledger as Markdown."""
+    rows = sorted(
+        lines, key=lambda line: (_family(line["model"]), _natural(line["model"]), line["source"], line["aux"])
+    )
+    head = ["model", "against", "parameters", *(title for title, _, _ in _COLUMNS)]
+    text = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for line in rows:
+        name = f"`{line['model']}`" + (" with auxiliaries" if line["aux"] else "")
+        params = f"{line['params_ours']:,}"
+        if line["params_folded"]:
+            params += f" + {line['params_folded']:,} folded"
+        cells = [name, line["source"], params, *(_cell(line.get(key)) for _, key, _ in _COLUMNS)]
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _family(model: str) -> int:
+    return next((i for i, family in enumerate(_FAMILIES) if model.startswith(family)), len(_FAMILIES))
+
+
+def _natural(model: str) -> tuple[Any, ...]:
+    digits = "".join(c if c.isdigit() else " " for c in model).split()
+    return (model.translate(str.maketrans("", "", "0123456789")), *map(int, digits))
+
+
+def main(config: Config) -> None:
+    """Compares what the ledger lacks."""
+    done = read(config.output)
+    if not config.report:
+        import torch
+
+        torch.set_num_threads(1)
+    for pair in [] if config.report else pairs(config.models, config.sources):
+        key = (pair.model, pair.source, pair.aux)
+        label = f"{pair.model} {pair.source}{' aux' if pair.aux else ''}"
+        if config.forward_only:
+            print(label, {k: v for k, v in comparison.forward(pair).items() if k != "version"}, flush=True)
+        elif config.again or key not in done:
+            line = compare(pair)
+            done[key] = line
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+            with config.output.open("a") as file:
+                print(json.dumps(line), file=file)
+            print(label, f"{line['seconds']} s;", "; ".join(failures(line)) or "within the tolerances", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))

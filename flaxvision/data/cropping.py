@@ -1,0 +1,123 @@
+"""Crops of photographs on the host: uint8 [H, W, C] of any size to uint8 [size, size, C], for the worker threads.
+
+The random ones draw from a numpy generator, as `flaxvision.data.train_batches` hands one to its transform.
+`flaxvision.data.augment` has the same on the device, for images that have one size already.
+"""
+
+import math
+
+import numpy as np
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    area: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    tries: int = 10,
+) -> np.ndarray:
+    """Resizes a random part (Szegedy 2014, section 6) to `size`.
+
+    The part's share of the area is uniform in `area`, its width by height log-uniform in `ratio`. The first of `tries`
+    draws that fits is taken; if none does, the largest centred part within `ratio`, as torchvision does.
+
+    Args:
+        image: uint8 [H, W, C], C 1 or 3.
+        rng: Where to draw from.
+        size: Height and width of the result.
+        area: Lowest and highest share.
+        ratio: Lowest and highest width by height.
+        tries: Draws.
+
+    Returns:
+        uint8 [size, size, C].
+    """
+    height, width = image.shape[:2]
+    log_ratio = np.log(ratio)
+    for _ in range(tries):
+        pixels = height * width * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+            return _resize(image, (left, top, left + w, top + h), size)
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    left, top = (width - w) // 2, (height - h) // 2
+    return _resize(image, (left, top, left + w, top + h), size)
+
+
+def random_scaled_crop(
+    image: np.ndarray, rng: np.random.Generator, *, size: int, shorter: tuple[int, int] = (256, 256)
+) -> np.ndarray:
+    """Resizes the shorter side to a whole number uniform in `shorter` and cuts out `size` anywhere.
+
+    With equal bounds it is AlexNet's crop (Krizhevsky 2012, section 4.1), with others VGG's scale jittering (Simonyan
+    2014, section 3.1).
+
+    Args:
+        image: uint8 [H, W, C], C 1 or 3.
+        rng: Where to draw from.
+        size: Height and width of the result; at most the shorter side.
+        shorter: Lowest and highest length of the shorter side.
+
+    Returns:
+        uint8 [size, size, C].
+
+    Raises:
+        ValueError: `size` is larger than the shorter side may be.
+    """
+    _check(size, shorter[0])
+    height, width = _scaled(image, int(rng.integers(shorter[0], shorter[1] + 1)))
+    top, left = rng.integers(0, height - size + 1), rng.integers(0, width - size + 1)
+    return _cut(image, (height, width), (int(top), int(left)), size)
+
+
+def center_crop(image: np.ndarray, *, size: int, shorter: int) -> np.ndarray:
+    """Resizes the shorter side to `shorter` and cuts out the middle.
+
+    Args:
+        image: uint8 [H, W, C], C 1 or 3.
+        size: Height and width of the result; at most `shorter`.
+        shorter: Length of the shorter side.
+
+    Returns:
+        uint8 [size, size, C].
+
+    Raises:
+        ValueError: `size` is larger than `shorter`.
+    """
+    _check(size, shorter)
+    height, width = _scaled(image, shorter)
+    return _cut(image, (height, width), (round((height - size) / 2), round((width - size) / 2)), size)
+
+
+def _check(size: int, shorter: int) -> None:
+    if not 1 <= size <= shorter:
+        raise ValueError(f"size must be between 1 and the shorter side's {shorter} pixels; got {size}")
+
+
+def _scaled(image: np.ndarray, shorter: int) -> tuple[int, int]:
+    """Height and width when the shorter side is `shorter`; the longer one is cut to whole pixels, as torchvision's."""
+    height, width = image.shape[:2]
+    least = min(height, width)
+    return int(height * shorter / least), int(width * shorter / least)
+
+
+def _cut(image: np.ndarray, scaled: tuple[int, int], corner: tuple[int, int], size: int) -> np.ndarray:
+    """What resizing to `scaled` and cutting at `corner` gives, without computing what is cut off."""
+    (height, width), (top, left) = scaled, corner
+    y, x = image.shape[0] / height, image.shape[1] / width
+    box = (left * x, top * y, min((left + size) * x, image.shape[1]), min((top + size) * y, image.shape[0]))
+    return _resize(image, box, size)
+
+
+def _resize(image: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    """Resizes the part under `box` (left, top, right, bottom), bilinear with antialiasing."""
+    from PIL import Image
+
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return pixels.reshape(size, size, image.shape[-1])

@@ -1,0 +1,93 @@
+"""The published weights that `load` knows by a tag: where they lie, what they expect, how well they do."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+
+from flaxvision.data.preprocessing import Preprocessing
+from flaxvision.registry import model_info
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsInfo:
+    """Published weights of one model.
+
+    Attributes:
+        tag: `LIBRARY/NAME`; the library is the `source` of `convert`.
+        url: The publisher's address, or `hf://OWNER/REPOSITORY/FILE` on the Hugging Face hub.
+        digest: `sha256:` or `md5:` and the file's digest or, where the publisher gives just that, its beginning. None
+            where the publisher gives none in advance: then what the server says of the file is checked.
+        revision: The hub's commit; None for the repository's newest.
+        preprocessing: The evaluation transform of the published accuracy.
+        classes: Outputs.
+        top1: Published accuracy in percent on the validation images of ImageNet (2012); None where there is none.
+        top5: Likewise.
+        licence: Of the weights, as their publisher states it (SPDX).
+        recipe: Where the training is described.
+        note: What else to know.
+    """
+
+    tag: str
+    url: str
+    digest: str | None
+    preprocessing: Preprocessing
+    revision: str | None = None
+    classes: int = 1000
+    top1: float | None = None
+    top5: float | None = None
+    licence: str = ""
+    recipe: str = ""
+    note: str = ""
+
+    @property
+    def source(self) -> str:
+        """The library whose names the tensors have."""
+        return self.tag.partition("/")[0]
+
+
+def tags(name: str) -> tuple[str, ...]:
+    """The tags of a model's published weights.
+
+    Args:
+        name: A registry name.
+
+    Returns:
+        Tags, as `load(name, tag)` takes them.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    return tuple(_table().get(model_info(name).name, {}))
+
+
+def tag_of(name: str, tag: str) -> WeightsInfo:
+    """What is known of published weights.
+
+    Args:
+        name: A registry name.
+        tag: One of `tags(name)`.
+
+    Returns:
+        Its `WeightsInfo`.
+
+    Raises:
+        ValueError: There is no such model, or it has no such tag; the nearest are given.
+    """
+    known = tags(name)
+    if tag not in known:
+        near = difflib.get_close_matches(str(tag), known, n=3, cutoff=0.5) or known
+        raise ValueError(f"{name} has no weights {tag!r}; there are {', '.join(near) or 'none published for it'}")
+    return _table()[name][tag]
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, WeightsInfo]]:
+    from flaxvision.weights import tags_keras, tags_timm, tags_torchvision
+
+    table: dict[str, dict[str, WeightsInfo]] = {}
+    for library in (tags_torchvision, tags_timm, tags_keras):
+        for name, info in library.entries():
+            table.setdefault(name, {})[info.tag] = info
+    return table

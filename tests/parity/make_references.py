@@ -1,0 +1,80 @@
+"""Writes references.npz: what torchvision, timm, pytorchcv and Keras make of weights drawn by name.
+
+    pip install -e ".[reference]" pytorchcv
+    python tests/parity/make_references.py
+
+The file holds logits, auxiliary logits and two numbers for each BatchNorm; `test_parity.py` draws the weights and the
+images again, without any of these libraries.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+if BENCHMARKS not in sys.path:
+    sys.path.insert(0, BENCHMARKS)
+
+import comparison
+
+FILE = Path(__file__).parent / "references.npz"
+SMALL = {"classes": 100}
+
+# The smallest of every family, by every library where their networks differ; the other depths are in the ledger.
+CASES = {
+    f"{pair.source}/{pair.model}{'/aux' if pair.aux else ''}": pair
+    for pair in (
+        comparison.Pair("alexnet_tv", "torchvision", (79, 97), **SMALL),
+        comparison.Pair("alexnet_ungrouped", "pytorchcv", (227, 229), **SMALL),
+        comparison.Pair("bn_inception", "pytorchcv", (65, 81), **SMALL),
+        comparison.Pair("googlenet_bn", "torchvision", (65, 97), aux=True, **SMALL),
+        comparison.Pair("inception_resnet_v2", "timm", (75, 97), **SMALL),
+        comparison.Pair("inception_v3", "keras", (75, 97), **SMALL),
+        comparison.Pair("inception_v3", "torchvision", (299, 315), aux=True, **SMALL),
+        comparison.Pair("inception_v4", "timm", (75, 97), **SMALL),
+        comparison.Pair("mobilenet_v2", "keras", (65, 82), **SMALL),
+        comparison.Pair("mobilenet_v2", "torchvision", (65, 81), **SMALL),
+        comparison.Pair("resnet18", "torchvision", (65, 81), **SMALL),
+        comparison.Pair("resnet50", "keras", (65, 81), **SMALL),
+        comparison.Pair("resnet50", "torchvision", (65, 81), **SMALL),
+        comparison.Pair("se_resnet18", "timm", (65, 81), **SMALL),
+        comparison.Pair("se_resnet50", "timm", (65, 81), **SMALL),
+        comparison.Pair("squeezenet1_0", "torchvision", (65, 81), **SMALL),
+        comparison.Pair("vgg11_bn", "torchvision", (49, 67), **SMALL),
+        comparison.Pair("xception", "keras", (75, 97), **SMALL),
+        comparison.Pair("xception", "timm", (75, 97), **SMALL),
+        comparison.Pair("zfnet", "pytorchcv", (224, 225), **SMALL),
+    )
+}
+
+
+def make(pair: comparison.Pair) -> dict[str, np.ndarray]:
+    """What one network gives, by name."""
+    theirs = pair.theirs()
+    statistics, tensors = comparison.weights(pair, theirs)
+    theirs.load(tensors)
+    images = pair.images("images")
+    found = {
+        "logits": theirs.forward(images).logits,
+        "statistics": np.array([statistics[name] for name in sorted(statistics)], np.float32).reshape(-1, 2),
+        "version": np.array(theirs.version),
+    }
+    if pair.aux or not statistics or pair.model == "resnet18":
+        trained = theirs.forward(images, train=True)
+        found |= {"train": trained.logits, **trained.aux}
+    return found
+
+
+def main() -> None:
+    """Writes all of them anew."""
+    import torch
+
+    torch.set_num_threads(1)
+    arrays = {f"{case}/{name}": value for case, pair in CASES.items() for name, value in make(pair).items()}
+    np.savez_compressed(FILE, **arrays)
+    print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

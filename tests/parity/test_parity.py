@@ -1,0 +1,109 @@
+"""The same weights give the same logits as other libraries, which this run does not need.
+
+`make_references.py` asked the libraries; the weights are drawn again from their names.
+"""
+
+import fnmatch
+
+import comparison
+import drawing
+import numpy as np
+import parity
+import pytest
+from make_references import CASES, FILE
+
+import flaxvision as fv
+from flaxvision.weights.convert import layout_of, shapes_of, slots_of
+
+
+@pytest.fixture(scope="module")
+def references():
+    with np.load(FILE) as file:
+        return {name: file[name] for name in file.files}
+
+
+def shapes_there(pair):
+    """Names and shapes of the library's tensors."""
+    layout = layout_of(pair.model, pair.source)
+    slots = slots_of(layout, shapes_of(pair.model, pair.ours()))
+    tensors = {s.name: np.broadcast_to(np.float32(0), s.shape) for s in slots if s.constant is None}
+    return {name: value.shape for name, value in (layout.restore or dict)(tensors).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_weights_same_logits(references, case):
+    pair, stored = CASES[case], {k.rpartition("/")[2]: v for k, v in references.items() if k.rpartition("/")[0] == case}
+    shapes = shapes_there(pair)
+    names = sorted(drawing.norms(shapes))
+    assert len(names) == len(stored["statistics"])
+    variables = pair.variables(drawing.draw(shapes, dict(zip(names, stored["statistics"].tolist(), strict=True))))
+    images = pair.images("images")
+    assert comparison.error(comparison.outputs(pair.ours(), variables, images).logits, stored["logits"]) <= 1e-4
+    if "train" in stored and names:
+        trained = comparison.outputs(pair.ours(), variables, images, train=True)
+        assert comparison.error(trained.logits, stored["train"]) <= 1e-4
+        assert set(trained.aux) == set(comparison.libraries.AUX_HEADS[pair.model] if pair.aux else ())
+        for name, logits in trained.aux.items():
+            assert comparison.error(logits, stored[name]) <= 1e-4, name
+
+
+def test_references_are_small():
+    assert FILE.stat().st_size < 300_000
+
+
+def test_every_pair_has_a_case_of_its_family():
+    covered = {type(pair.ours()) for pair in CASES.values()}
+    assert {type(pair.ours()) for pair in parity.pairs()} == covered
+
+
+def test_drawing_depends_on_the_name_alone():
+    shapes = {"bn.weight": (8,), "bn.bias": (8,), "bn.running_mean": (8,), "bn.running_var": (8,)}
+    shapes |= {"bn.num_batches_tracked": (), "conv.weight": (8, 3, 3, 3), "fc.weight": (5, 8), "fc.bias": (5,)}
+    drawn = drawing.draw(shapes, {"bn": (2.0, 4.0)})
+    again = drawing.draw(dict(reversed(shapes.items())), {"bn": (2.0, 4.0)})
+    assert {name: value.shape for name, value in drawn.items()} == shapes
+    assert all(np.array_equal(again[name], value) for name, value in drawn.items())
+    assert not np.array_equal(drawn["bn.bias"][:5], drawn["fc.bias"])
+    np.testing.assert_allclose(drawn["conv.weight"].sum((1, 2, 3)), 0, atol=1e-5)
+    assert np.all(np.abs(drawn["bn.bias"] - 1) <= 0.5)
+    assert np.all(np.abs(drawn["bn.running_mean"] - 2) <= 1)
+    assert np.all((4 / 1.5 <= drawn["bn.running_var"]) & (drawn["bn.running_var"] <= 4 / 0.5))
+    # The stream of numbers is part of references.npz.
+    np.testing.assert_allclose(drawn["fc.bias"], BIAS, rtol=1e-6)
+
+
+BIAS = []
+
+
+def test_drawing_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"'conv\.mystery' with shape \(3,\)"):
+        drawing.draw({"conv.mystery": (3,)})
+
+
+def test_statistics_of_layers():
+    means, variances = {"bn": np.array([1.0, 3.0])}, {"bn": np.array([4.0, 6.0])}
+    assert drawing.statistics_of(means, variances) == {"bn": (2.0, 6.0)}
+
+
+def test_relative_error():
+    assert comparison.error([np.array([3.0, 4.5])], [np.array([3.0, 4.0])]) == pytest.approx(0.1)
+
+
+def test_the_ledger_is_complete_and_within_its_tolerances():
+    lines = parity.read(parity.RESULTS)
+    assert set(lines) == {(pair.model, pair.source, pair.aux) for pair in parity.pairs()}
+    assert {key: bad for key, line in lines.items() if (bad := parity.failures(line))} == {}
+    text = parity.RESULTS.with_suffix(".md").read_text()
+    assert parity.table(lines.values()) in text
+
+
+def test_the_ledger_knows_what_is_not_within_its_tolerances():
+    line = {"forward_eval": 2e-4, "gradient": float("nan"), "drift_loss": 1e-7}
+    line |= {"params_ours": 10, "params_theirs": 12, "params_folded": 1}
+    assert parity.failures(line) == ["forward, eval 2.0e-04", "gradient nan", "10 parameters, theirs 12"]
+
+
+def test_sources_in_the_ledger_are_sources():
+    known = {source for model in fv.list_models(task="classification") for source in fv.weights.sources(model)}
+    assert set(parity.LIBRARIES) <= known
+    assert not [s for s in known if fnmatch.fnmatchcase(s, "torch*") and s not in parity.LIBRARIES]

@@ -1,0 +1,428 @@
+"""Files of tensors: formats, damage, and bundles of our own."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import h5py
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import flaxvision as fv
+from flaxvision.weights.files import replacing
+
+MODEL = {"name": "mlp", "features": (6, 5), "num_classes": 3, "input_size": (4,)}
+
+
+@pytest.fixture
+def tensors():
+    rng = np.random.default_rng(0)
+    return {
+        "layer1.0.weight": rng.standard_normal((4, 3, 3, 3)).astype(np.float32),
+        "fc.bias": rng.standard_normal(300),
+        "n": np.asarray(3),
+    }
+
+
+@pytest.fixture
+def variables():
+    model = fv.create_model("mlp", features=(6, 5), num_classes=3)
+    return jax.tree.map(np.asarray, model.init(jax.random.key(0), jnp.zeros((1, 4))))
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype
+        np.testing.assert_array_equal(found[key], tensor)
+
+
+def flipped(path, where):
+    data = bytearray(path.read_bytes())
+    data[where] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_safetensors(tmp_path, tensors):
+    tensors["half"] = np.ones(3, ml_dtypes.bfloat16)
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    same(fv.weights.read(tmp_path / "a.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1, -2000])
+def test_a_truncated_safetensors_file(tmp_path, tensors, keep):
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or no safetensors file"):
+        fv.weights.read(path)
+
+
+def test_a_safetensors_header_that_lies(tmp_path, tensors):
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    flipped(path, 12)
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+        fv.weights.read(path)
+
+
+def test_npz(tmp_path, tensors):
+    np.savez(tmp_path / "a.npz", **tensors)
+    same(fv.weights.read(tmp_path / "a.npz"), tensors)
+    np.savez_compressed(tmp_path / "b.npz", **tensors)
+    same(fv.weights.read(tmp_path / "b.npz"), tensors)
+
+
+def test_a_damaged_npz(tmp_path, tensors):
+    path = tmp_path / "a.npz"
+    np.savez(path, **tensors)
+    whole = path.read_bytes()
+    for keep in (0, 10, len(whole) // 2, len(whole) - 5):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file"):
+            fv.weights.read(path)
+    path.write_bytes(whole)
+    flipped(path, 400)  # within the first array
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file: BadZipFile Bad CRC"):
+        fv.weights.read(path)
+
+
+class Bomb:
+    """Says so when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.environ["FLAXVISION_BOMB"],)
+
+
+def test_an_npz_that_holds_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLAXVISION_BOMB", str(tmp_path / "ran"))
+    np.savez(tmp_path / "a.npz", x=np.array([Bomb()], object))
+    with pytest.raises(ValueError, match=r"a\.npz is damaged .*allow_pickle=False"):
+        fv.weights.read(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as file:
+        file.writestr("x.npy", pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"b\.npz is damaged"):
+        fv.weights.read(tmp_path / "b.npz")
+    (tmp_path / "c.npz").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"c\.npz is damaged"):
+        fv.weights.read(tmp_path / "c.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def keras_tensors():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "conv1/kernel": (3, 3, 3, 4),
+        "conv1/bias": (4,),
+        "bn/gamma": (4,),
+        "bn/beta": (4,),
+        "bn/moving_mean": (4,),
+        "bn/moving_variance": (4,),
+        "bare_bn/beta": (4,),
+        "bare_bn/moving_mean": (4,),
+        "bare_bn/moving_variance": (4,),
+        "sep/depthwise_kernel": (3, 3, 4, 1),
+        "sep/pointwise_kernel": (1, 1, 4, 5),
+        "predictions/kernel": (5, 3),
+        "predictions/bias": (3,),
+    }
+    return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+
+
+def layers_of(tensors):
+    layers = {}
+    for key, tensor in tensors.items():
+        layers.setdefault(key.partition("/")[0], {})[key.partition("/")[2]] = tensor
+    return layers
+
+
+def write_keras2(group, tensors, rename=lambda layer, leaf: f"{layer}/{leaf}:0"):
+    layers = layers_of(tensors)
+    group.attrs["layer_names"] = np.array([name.encode() for name in ["input_1", *layers]])
+    group.create_group("input_1").attrs["weight_names"] = np.array([], "S1")
+    for layer, leaves in layers.items():
+        names = [rename(layer, leaf) for leaf in leaves]
+        group.create_group(layer).attrs["weight_names"] = np.array([name.encode() for name in names])
+        for name, tensor in zip(names, leaves.values(), strict=True):
+            group[layer][name] = tensor
+
+
+def test_h5_of_keras_2(tmp_path):
+    tensors = keras_tensors()
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        write_keras2(file, tensors)
+    same(fv.weights.read(tmp_path / "a.h5"), tensors)
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file.attrs["model_config"] = "{}"
+        write_keras2(file.create_group("model_weights"), tensors, lambda layer, leaf: f"{layer}/{leaf}")
+    same(fv.weights.read(tmp_path / "whole.h5"), tensors)
+
+
+def test_h5_with_the_oldest_names(tmp_path):
+    """As keras.applications' VGG has them: `block1_conv1_W_1:0`; the ranks and the order say what is what."""
+    tensors = keras_tensors()
+    old = {"kernel": "W", "bias": "b"}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        write_keras2(file, tensors, lambda layer, leaf: f"{layer}_{old.get(leaf, leaf)}_1:0")
+    same(fv.weights.read(tmp_path / "a.h5"), tensors)
+
+
+def test_h5_of_keras_3(tmp_path):
+    tensors = keras_tensors()
+    classes = ("conv2d", "batch_normalization", "batch_normalization_1", "separable_conv2d", "dense")
+    with h5py.File(tmp_path / "a.weights.h5", "w") as file:
+        for kind, (layer, leaves) in zip(classes, layers_of(tensors).items(), strict=True):
+            group = file.create_group(f"layers/{kind}/vars")
+            group.attrs["name"] = layer
+            for i, tensor in enumerate(leaves.values()):
+                group[str(i)] = tensor
+        file.create_group("layers/input_layer/vars").attrs["name"] = "input"
+        file.create_group("vars")
+    same(fv.weights.read(tmp_path / "a.weights.h5"), tensors)
+
+
+def test_a_damaged_h5(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        write_keras2(file, keras_tensors())
+    whole = path.read_bytes()
+    for keep in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ValueError, match=r"a\.h5 is damaged or no HDF5 file"):
+            fv.weights.read(path)
+    with h5py.File(path, "w") as file:
+        file["x"] = np.zeros(3)
+    with pytest.raises(ValueError, match=r"a\.h5 is damaged .*lists no layer_names"):
+        fv.weights.read(path)
+    with h5py.File(path, "w") as file:
+        write_keras2(file, {"lstm/a": np.zeros((2, 2, 2)), "lstm/b": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"its layer lstm has variables of the ranks \(3, 1\)"):
+        fv.weights.read(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.ckpt must end in one of \.safetensors, \.npz"):
+        fv.weights.read(tmp_path / "a.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.npz"):
+        fv.weights.read(tmp_path / "a.npz")
+    save_file({}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="holds no tensors"):
+        fv.weights.read(tmp_path / "a.safetensors")
+
+
+def test_a_torch_file_without_torch_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.pth").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"a\.pth takes torch: pip install 'flaxvision\[reference\]'"):
+        fv.weights.read(tmp_path / "a.pth")
+
+
+@pytest.mark.reference
+def test_torch_files(tmp_path, tensors):
+    import torch
+
+    state = {key: torch.tensor(tensor) for key, tensor in tensors.items()}
+    for i, stored in enumerate(
+        (
+            state,
+            {"state_dict": state, "epoch": 3},
+            {"model": state, "args": {"lr": 0.1}},
+            {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+        )
+    ):
+        torch.save(stored, tmp_path / f"{i}.pth")
+        same(fv.weights.read(tmp_path / f"{i}.pth"), tensors)
+    torch.save({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.nn.Parameter(torch.ones(2))}, tmp_path / "b.pt")
+    same(fv.weights.read(tmp_path / "b.pt"), {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)})
+
+
+@pytest.mark.reference
+def test_torch_files_that_hold_something_else(tmp_path, tensors, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("FLAXVISION_BOMB", str(tmp_path / "ran"))
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": Bomb()}, path)
+    with pytest.raises(ValueError, match=r"a\.pth is damaged or holds more than tensors, which is never read"):
+        fv.weights.read(path)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"a\.pth is damaged or "):
+        fv.weights.read(path)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"a": torch.ones(2), "epoch": 3}, path)
+    with pytest.raises(ValueError, match=r"a\.pth holds no state_dict: epoch are no tensors"):
+        fv.weights.read(path)
+    torch.save({key: torch.tensor(tensor) for key, tensor in tensors.items()}, path)
+    whole = path.read_bytes()
+    for keep in (0, 100, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ValueError, match=r"a\.pth is damaged or "):
+            fv.weights.read(path)
+
+
+@pytest.mark.reference
+def test_keras_writes_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    import keras
+
+    inputs = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(4, 3, name="conv1")(inputs)
+    x = keras.layers.BatchNormalization(scale=False)(x)
+    x = keras.layers.SeparableConv2D(5, 3, use_bias=False, name="sep")(x)
+    x = keras.layers.DepthwiseConv2D(3, use_bias=False, name="dw")(x)
+    x = keras.layers.Dense(3, name="predictions")(keras.layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, x)
+    model.save_weights(tmp_path / "a.weights.h5")
+    same(fv.weights.read(tmp_path / "a.weights.h5"), {w.path: np.asarray(w) for w in model.weights})
+
+
+def saved(path, variables, **more):
+    return fv.weights.save(path, variables, **MODEL, **more)
+
+
+def test_a_bundle(tmp_path, variables):
+    path = tmp_path / "runs" / "mlp.safetensors"
+    card_path = saved(path, variables, metadata={"top1": 98.5, "labels": ["a", "b", "c"]})
+    assert card_path == tmp_path / "runs" / "mlp.json"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["mlp.json", "mlp.safetensors"]
+    found, card = fv.weights.read_bundle(path)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    assert (card["model"], card["overrides"]) == ("mlp", {"features": (6, 5), "num_classes": 3})
+    assert card["parameters"] == 4 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3
+    assert card["metadata"] == {"top1": 98.5, "labels": ["a", "b", "c"]}
+    assert card["versions"].keys() == {"flaxvision", "jax", "flax", "numpy", "python"}
+    # Other programs read it as well.
+    assert fv.weights.read(path).keys() == {
+        f"params/{layer}/{leaf}" for layer in ("hidden1", "hidden2", "head") for leaf in ("kernel", "bias")
+    }
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask():
+    old = os.umask(0)
+    os.umask(old)
+    return old
+
+
+def test_a_bundle_with_dtypes_and_statistics(tmp_path):
+    model = fv.create_model("resnet20_cifar", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    fv.weights.save(tmp_path / "a.safetensors", variables, name="resnet20_cifar", **options)
+    found, card = fv.weights.read_bundle(tmp_path / "a.safetensors")
+    assert card["overrides"] == {"dtype": jnp.dtype("bfloat16"), "param_dtype": jnp.dtype("bfloat16")}
+    assert hash(fv.create_model("resnet20_cifar", **card["overrides"]))
+    assert found["params"]["head"]["kernel"].dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+
+
+def test_a_bundle_of_other_variables(tmp_path, variables):
+    path = tmp_path / "a.safetensors"
+    del variables["params"]["head"]["bias"]
+    with pytest.raises(ValueError, match=r"do not fit mlp; 1 missing: params/head/bias \[3\]"):
+        saved(path, variables)
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        saved(tmp_path / "a.npz", variables)
+    variables["params"]["head"]["bias"] = np.zeros(3, np.float32)
+    with pytest.raises(TypeError, match=r"metadata\.f is .* which JSON cannot hold"):
+        saved(path, variables, metadata={"f": print})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", [10, 300, -1])
+def test_a_damaged_bundle(tmp_path, variables, where):
+    path = tmp_path / "a.safetensors"
+    saved(path, variables)
+    flipped(path, where)
+    with pytest.raises(ValueError, match=r"a\.safetensors has the sha256 .* one of them is damaged"):
+        fv.weights.read_bundle(path)
+
+
+def test_a_truncated_bundle(tmp_path, variables):
+    path = tmp_path / "a.safetensors"
+    saved(path, variables)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="damaged"):
+        fv.weights.read_bundle(path)
+
+
+def test_a_damaged_card(tmp_path, variables):
+    path = tmp_path / "a.safetensors"
+    card_path = saved(path, variables)
+    whole = card_path.read_text()
+    for text, said in (
+        (whole[:50], r"a\.json is damaged"),
+        ("[]", r"a\.json is damaged"),
+        (whole.replace('"format": 1', '"format": 2'), "has format 2, this flaxvision reads 1"),
+        (whole.replace('"num_classes": 3', '"num_classes": 4'), r"does not fit mlp; .*\[5, 3\] instead of \[5, 4\]"),
+    ):
+        card_path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            fv.weights.read_bundle(path)
+    card_path.unlink()
+    with pytest.raises(ValueError, match=r"has no card: .*a\.json is missing"):
+        fv.weights.read_bundle(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        fv.weights.read_bundle(tmp_path / "b.safetensors")
+
+
+def test_an_interrupted_save_leaves_no_mixture(tmp_path, variables, monkeypatch):
+    """Wherever it stops, a bundle is the old one, the new one or an error."""
+    path = tmp_path / "a.safetensors"
+    saved(path, variables, metadata={"run": 1})
+    other = jax.tree.map(lambda leaf: leaf + 1, variables)
+    real = os.replace
+    for stop in (0, 1, 2):
+        calls = []
+
+        def replace(old, new, stop=stop, calls=calls):
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            calls.append(new)
+            real(old, new)
+
+        monkeypatch.setattr(os, "replace", replace)
+        if stop < 2:
+            with pytest.raises(KeyboardInterrupt):
+                saved(path, other, metadata={"run": 2})
+        else:
+            saved(path, other, metadata={"run": 2})
+        monkeypatch.undo()
+        assert not list(tmp_path.glob(".*"))
+        if stop == 1:  # the new tensors without their card
+            with pytest.raises(ValueError, match="has no card"):
+                fv.weights.read_bundle(path)
+            continue
+        found, card = fv.weights.read_bundle(path)
+        assert card["metadata"] == {"run": 2 if stop == 2 else 1}
+        jax.tree.map(np.testing.assert_array_equal, found, other if stop == 2 else variables)
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    code = (
+        "import os, sys; from flaxvision.weights.files import replacing\n"
+        f"with replacing({str(path)!r}) as partial:\n"
+        "    partial.write_text('half'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert path.read_text() == "old"
+    with replacing(path) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_the_card_is_for_people(tmp_path, variables):
+    card = json.loads(saved(tmp_path / "a.safetensors", variables).read_text())
+    assert card["input_size"] == [4]
+    assert len(card["sha256"]) == 64
