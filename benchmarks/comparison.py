@@ -90,9 +90,13 @@ class Pair:
 
     @property
     def _overrides(self) -> dict[str, Any]:
-        given = {"num_classes": self.classes, "dropout_rate": 0.0, "aux_heads": self.aux}
-        fields = {field.name for field in dataclasses.fields(fv.create_model(self.model))}
-        return {name: value for name, value in given.items() if name in fields}
+        given: dict[str, Any] = {"num_classes": self.classes}
+        for field in dataclasses.fields(fv.create_model(self.model)):
+            if field.name.endswith("dropout_rate"):
+                given[field.name] = 0.0
+            elif field.name == "aux_heads":
+                given[field.name] = self.aux
+        return given
 
     @property
     def _fields(self) -> dict[str, Any]:
@@ -105,10 +109,12 @@ def error(ours: Any, theirs: Any) -> float:
     return _norm([x - y for x, y in zip(_doubles(a), _doubles(b), strict=True)]) / _norm(_doubles(b))
 
 
-def weights(pair: Pair, theirs: Any) -> Tensors:
-    """Draws the library's tensors, with statistics that suit its activations."""
+def weights(pair: Pair, theirs: Any) -> tuple[dict[str, tuple[float, float]], Tensors]:
+    """Draws the library's tensors, with statistics that suit its activations; gives both."""
     theirs.load(drawing.draw(theirs.shapes))
-    return drawing.draw(theirs.shapes, theirs.statistics(pair.images("calibration")))
+    size = pair.training_size if theirs.double else pair.size
+    statistics = theirs.statistics(pair.images("calibration", size))
+    return statistics, drawing.draw(theirs.shapes, statistics)
 
 
 def forward(pair: Pair) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def forward(pair: Pair) -> dict[str, Any]:
         `forward_eval`, `forward_train`, and `forward_aux` (the worst auxiliary classifier) where the pair has them.
     """
     theirs = pair.theirs()
-    tensors = weights(pair, theirs)
+    _, tensors = weights(pair, theirs)
     theirs.load(tensors)
     images = pair.images("images")
     wanted = {train: theirs.forward(images, train=train) for train in (False, True)}
@@ -162,7 +168,7 @@ def training(pair: Pair, *, trajectory: bool = True) -> dict[str, Any]:
     batches = pair.batches()
     theirs = pair.theirs(double=True)
     # The images of the drawing are float32 numbers; so are the weights. The arithmetic is float64.
-    start = {name: value.astype(np.float64) for name, value in weights(pair, theirs).items()}
+    start = {name: value.astype(np.float64) for name, value in weights(pair, theirs)[1].items()}
     theirs.load(start)
     loss, tensors = theirs.gradients(batches[0])
     gradient = pair.variables(start | tensors)["params"]

@@ -131,13 +131,13 @@ class TorchNetwork:
         version: Of its library and of torch.
         shapes: Of its state, by name.
         params: Trainable parameters.
-        frozen: Names of tensors that no gradient reaches: its buffers.
+        double: Computes in float64.
     """
 
     def __init__(self, module: Any, source: str, double: bool, aux: tuple[str, ...]):
         import torch
 
-        self._torch, self._aux = torch, aux
+        self._torch, self._aux, self.double = torch, aux, double
         self.module = module.double() if double else module
         for part in self.module.modules():
             if isinstance(part, torch.nn.modules.dropout._DropoutNd):
@@ -251,7 +251,7 @@ class KerasNetwork:
 
         if keras.backend.backend() != "jax":
             raise RuntimeError(f"Keras must run on JAX, it was imported with {keras.backend.backend()}")
-        self._jax, self._double = jax, double
+        self._jax, self.double = jax, double
         keras.backend.clear_session()  # the numbers of layers without a name start again
         keras.config.set_floatx("float64" if double else "float32")
         with self._settings():
@@ -277,7 +277,7 @@ class KerasNetwork:
 
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:
-        with self._jax.enable_x64(self._double), self._jax.numpy_rank_promotion("allow"):
+        with self._jax.enable_x64(self.double), self._jax.numpy_rank_promotion("allow"):
             yield
 
     def load(self, tensors: Tensors) -> None:
@@ -335,7 +335,7 @@ class KerasNetwork:
         return Trained(losses, {path: np.asarray(value) for path, value in zip(paths, values, strict=True)})
 
     def _images(self, images: np.ndarray) -> Any:
-        return self._jax.numpy.asarray(images, "float64" if self._double else "float32")
+        return self._jax.numpy.asarray(images, "float64" if self.double else "float32")
 
     @functools.cached_property
     def _value_and_grad(self) -> Any:

@@ -37,6 +37,7 @@ _SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("alexnet_tv", "*"): {"size": (97, 131), "training_size": (79, 97)},
     ("alexnet*", "*"): {"size": (227, 229), "training_size": (227, 229)},  # the dense layers fix the size
     ("zfnet", "*"): {"size": (224, 225), "training_size": (224, 225)},
+    ("bn_inception", "*"): {"size": (223, 224), "training_size": (223, 224)},  # its last pool is 7x7
     ("*inception*", "*"): {"training_size": (75, 97)},
     ("xception", "*"): {"training_size": (75, 97)},
 }

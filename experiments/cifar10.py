@@ -20,7 +20,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 
@@ -145,9 +144,11 @@ def main(config: Config) -> int:
     plain = a.make_transform(**common)
     objective = fv.train.classification(label_smoothing=config.label_smoothing, aux_weight=config.aux_weight)
 
-    if config.eval_only:
-        options = {"source": config.source} if config.source else {}
-        model, variables = fv.weights.load_model(config.model, config.weights, **options, **overrides)
+    if config.eval_only and config.weights:
+        options = {"source": config.source, "dtype": overrides["dtype"]}
+        model, variables = fv.weights.load_model(config.model, config.weights, **options)
+        if model.num_classes != classes:
+            raise ValueError(f"{test.name} has {classes} classes, the weights {config.weights} {model.num_classes}")
         _, eval_step = fv.train.compile_steps(objective, plain=plain, parallel=config.parallel)
         state = fv.train.create_state(model, optax.identity(), jax.random.key(0), None, variables=variables)
         report(fv.train.evaluate(state, eval_step, fv.data.eval_batches(test, config.eval_batch_size)), test)
@@ -222,7 +223,7 @@ def draw(train, batches, view, rng, path) -> None:
     """Draws the first images as the model will see them, before normalisation."""
     with batches.from_step(0) as iterator:
         shown = {k: v[:32] for k, v in next(iterator).items()}
-    images = np.asarray(jax.jit(view)(rng, shown)["image"])
+    images = jax.jit(view)(rng, shown)["image"]
     fv.plot.image_grid(images, [train.classes[k] for k in shown["label"]], path=path)
 
 

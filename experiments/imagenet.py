@@ -74,17 +74,13 @@ RECIPES = {
     ),
     # Krizhevsky 2012, sections 4.1 and 5. The authors lowered the rate by hand, three times in 90 epochs.
     "alexnet": Recipe(
-        batch_size=128, learning_rate=0.01, boundaries=(1 / 3, 2 / 3, 8 / 9), weight_decay=5e-4, crop="scaled",
-        lighting=0.1, eval_shorter=256,
+        batch_size=128, learning_rate=0.01, weight_decay=5e-4, crop="scaled", lighting=0.1, eval_shorter=256
     ),
     # Simonyan 2014, section 3.1: 74 epochs, the rate lowered by hand three times, scale jittering.
-    "vgg": Recipe(
-        epochs=74.0, learning_rate=0.01, boundaries=(1 / 3, 2 / 3, 8 / 9), weight_decay=5e-4, crop="scaled",
-        shorter=(256, 512), lighting=0.1,
-    ),
+    "vgg": Recipe(epochs=74.0, learning_rate=0.01, weight_decay=5e-4, crop="scaled", shorter=(256, 512), lighting=0.1),
     # Szegedy 2014, section 6: 4 % less every 8 epochs. The other numbers are those of Caffe's bvlc_googlenet.
     "googlenet": Recipe(
-        epochs=250.0, batch_size=32, learning_rate=0.01, boundaries=every(8, 250), factor=0.96, weight_decay=2e-4,
+        epochs=250.0, batch_size=32, learning_rate=0.01, boundaries=every(8, 250), factor=0.96, weight_decay=2e-4
     ),
     # Szegedy 2015, section 8: RMSprop; its 50 replicas of 32 images, here together. Weight decay as in TF-Slim.
     "inception": Recipe(
@@ -98,17 +94,13 @@ RECIPES = {
     # Hu 2017, section 5: divided by 10 every 30 epochs.
     "senet": Recipe(epochs=100.0, batch_size=1024, learning_rate=0.6, boundaries=(0.3, 0.6, 0.9)),
     # The solver of Iandola 2016: 170,000 steps of 512, the rate falling in a line.
-    "squeezenet": Recipe(
-        epochs=68.0, batch_size=512, learning_rate=0.04, schedule="polynomial", weight_decay=2e-4,
-    ),
+    "squeezenet": Recipe(epochs=68.0, batch_size=512, learning_rate=0.04, schedule="polynomial", weight_decay=2e-4),
     # torchvision's for MobileNetV2: 2 % less every epoch.
-    "mobilenet": Recipe(
-        epochs=300.0, learning_rate=0.045, boundaries=every(1, 300), factor=0.98, weight_decay=4e-5,
-    ),
+    "mobilenet": Recipe(epochs=300.0, learning_rate=0.045, boundaries=every(1, 300), factor=0.98, weight_decay=4e-5),
     # For the drawn patterns, which measure nothing but that the program runs.
     "demo": Recipe(
-        epochs=3.0, batch_size=32, optimizer="nesterov", learning_rate=0.05, schedule="one_cycle", area=(0.35, 1.0),
-        size=64, eval_size=64,
+        epochs=2.0, batch_size=32, optimizer="nesterov", learning_rate=0.05, schedule="one_cycle", area=(0.35, 1.0),
+        size=48, eval_size=48,
     ),
 }  # fmt: skip
 # The first pattern that fits a model's name says its recipe.
@@ -148,7 +140,11 @@ class Config(Recipe):
     workdir: str | None = None
     """Where the run is kept; the same folder again goes on where it was. Default: runs/DATASET-MODEL-RECIPE-SEED."""
     weights: str | None = None
-    """A published tag or a file to evaluate, with the preprocessing that belongs to it."""
+    """A published tag, or a file, to evaluate with the preprocessing that belongs to it."""
+    source: str | None = None
+    """Of a file that is no bundle of flaxvision: the library whose names its tensors have."""
+    preprocessing: str | None = None
+    """Of a file: whose it expects, a tag or as of fv.data.preprocessing_for. Default: the model's first tag's."""
     eval_only: bool = False
     """Measure --weights; no training."""
     eval_batch_size: int = 256
@@ -192,21 +188,20 @@ def main(config: Config) -> int:
         print("these are drawn patterns, not photographs: --dataset imagenet2012 or a folder takes real ones")
     info = fv.model_info(config.model)
     size, eval_size = config.size or info.input_size[0], config.eval_size or info.input_size[0]
-    read = functools.partial(
-        fv.data.load, config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir, seed=config.seed,
-        as_stored=True,
-    )  # fmt: skip
+    places = {"data_dir": config.data_dir, "manual_dir": config.manual_dir}
+    read = functools.partial(fv.data.load, config.dataset, **places, seed=config.seed, as_stored=True)
     # imagenet2012 has a test part too, without labels.
     photos = read(config.eval_split or ("validation" if config.dataset.startswith("imagenet2012") else "test"))
     a, classes = fv.data.augment, len(photos.classes)
     overrides = {"num_classes": classes, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     objective = fv.train.classification(label_smoothing=config.label_smoothing, aux_weight=config.aux_weight)
 
-    if config.eval_only:
-        assert config.weights is not None
-        prepared = fv.data.Mapped(photos, fv.data.preprocessing_for(config.model, config.weights), config.weights)
+    if config.eval_only and config.weights:
+        tag = config.preprocessing or (config.weights if config.weights in fv.weights.tags(config.model) else None)
+        prepared = fv.data.Mapped(photos, fv.data.preprocessing_for(config.model, tag), f"prepared as {tag}")
         fv.data.validate(prepared, channels=3, num_classes=classes)
-        model, variables = fv.weights.load_model(config.model, config.weights, dtype=overrides["dtype"])
+        options = {"source": config.source, "dtype": overrides["dtype"]}
+        model, variables = fv.weights.load_model(config.model, config.weights, **options)
         if model.num_classes != classes:
             raise ValueError(f"{photos.name} has {classes} classes, the weights {config.weights} {model.num_classes}")
         _, eval_step = fv.train.compile_steps(objective, parallel=config.parallel)
@@ -215,10 +210,8 @@ def main(config: Config) -> int:
         report(fv.train.evaluate(state, eval_step, batches), photos)
         return 0
 
-    middle = functools.partial(
-        fv.data.cropping.center_crop, size=eval_size, shorter=config.eval_shorter or round(eval_size * 8 / 7)
-    )
-    test = fv.data.Mapped(photos, middle, f"middle of {eval_size}")
+    middle = fv.data.Preprocessing(crop=eval_size, resize=config.eval_shorter or round(eval_size * 8 / 7))
+    test = fv.data.Mapped(photos, lambda image: np.asarray(middle.resized(image)), repr(middle))
     train = read("train")
     for source in (train, test):
         fv.data.validate(source, channels=3, num_classes=classes, verify=config.verify)
@@ -228,8 +221,15 @@ def main(config: Config) -> int:
     if config.aux_weight and "aux_heads" in fields:
         overrides["aux_heads"] = True
     model = fv.create_model(config.model, **overrides)
+    crop = functools.partial(fv.data.cropping.random_resized_crop, size=size, area=config.area)
+    if config.crop == "scaled":
+        crop = functools.partial(fv.data.cropping.random_scaled_crop, size=size, shorter=config.shorter)
     batches = fv.data.train_batches(
-        train, config.batch_size, seed=config.seed, transform=cropper(config, size), num_threads=config.threads
+        train,
+        config.batch_size,
+        seed=config.seed,
+        transform=lambda example, rng: {**example, "image": crop(example["image"], rng)},
+        num_threads=config.threads,
     )
     rates = config.rates(batches.steps_per_epoch)
     ops = [a.random_flip] if config.flip else []
@@ -254,7 +254,7 @@ def main(config: Config) -> int:
     fv.train.open_workdir(workdir, config, free=free)
     with batches.from_step(0) as iterator:
         shown = {k: v[:32] for k, v in next(iterator).items()}
-    pictures = np.asarray(jax.jit(a.make_transform(*ops))(run_rng, shown)["image"])
+    pictures = jax.jit(a.make_transform(*ops))(run_rng, shown)["image"]
     fv.plot.image_grid(pictures, [train.classes[k] for k in shown["label"]], path=workdir / "samples.png")
     held_out = fv.data.eval_batches(test, config.eval_batch_size, num_threads=config.threads)
     result = fv.train.fit_in_workdir(
@@ -279,15 +279,6 @@ def main(config: Config) -> int:
     report(result.metrics, test)
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
-
-
-def cropper(config: Config, size: int):
-    """The crop that the threads make of each photograph: `(example, rng) -> example`."""
-    if config.crop == "resized":
-        crop = functools.partial(fv.data.cropping.random_resized_crop, size=size, area=config.area)
-    else:
-        crop = functools.partial(fv.data.cropping.random_scaled_crop, size=size, shorter=config.shorter)
-    return lambda example, rng: {**example, "image": crop(example["image"], rng)}
 
 
 def report(metrics: dict[str, float], test) -> None:

@@ -10,12 +10,62 @@ import flaxvision as fv
 
 # Trainable parameters at the defaults, from the papers' own figures.
 GOLDEN = {
+    "alexnet": 60_965_224,
+    "alexnet_dli": 21_881_681,
+    "alexnet_tv": 61_100_840,
+    "alexnet_ungrouped": 62_378_344,
+    "bn_inception": 11_295_240,
+    "capsnet": 6_804_224,
     "fashion_cnn": 1_413_834,
+    "googlenet": 6_998_552,
+    "googlenet_bn": 6_624_904,
+    "inception_resnet_v2": 55_843_464,
+    "inception_v3": 23_834_568,
+    "inception_v4": 42_679_816,
     "lenet5": 60_000,
     "lenet5_modern": 61_706,
     "lenet_dli": 1_199_882,
     "mlp": 266_610,
+    "mobilenet_v2": 3_504_872,
     "perceptron": 3,
+    "resnet101": 44_549_160,
+    "resnet110_cifar": 1_727_962,
+    "resnet152": 60_192_808,
+    "resnet18": 11_689_512,
+    "resnet20_cifar": 269_722,
+    "resnet32_cifar": 464_154,
+    "resnet34": 21_797_672,
+    "resnet44_cifar": 658_586,
+    "resnet50": 25_557_032,
+    "resnet56_cifar": 853_018,
+    "se_bn_inception": 11_931_622,
+    "se_inception_resnet_v2": 65_092_718,
+    "se_inception_v3": 25_496_188,
+    "se_resnet101": 49_326_872,
+    "se_resnet152": 66_821_848,
+    "se_resnet18": 11_778_592,
+    "se_resnet34": 21_958_868,
+    "se_resnet50": 28_088_024,
+    "senet154": 115_088_984,
+    "squeezenet1_0": 1_248_424,
+    "vgg11": 132_863_336,
+    "vgg11_bn": 132_868_840,
+    "vgg13": 133_047_848,
+    "vgg13_bn": 133_053_736,
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_365_992,
+    "vgg16_dli": 134_333_137,
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
+    "xception": 22_855_952,
+    "zfnet": 62_357_608,
+}
+# With the classifiers and decoders that the defaults leave out.
+LARGER = {
+    ("googlenet", "aux_heads"): 13_378_280,
+    ("googlenet_bn", "aux_heads"): 13_004_888,
+    ("inception_v3", "aux_heads"): 27_161_264,
+    ("capsnet", "decoder"): 8_215_568,
 }
 
 
@@ -32,12 +82,41 @@ def test_the_golden_table_covers_the_registry():
     assert set(fv.list_models()) == set(GOLDEN)
 
 
+def variables_of(name, **overrides):
+    model = fv.create_model(name, **overrides)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x), sample_of(fv.model_info(name)))
+
+
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_parameter_counts_are_exact(name):
-    info = fv.model_info(name)
-    model = fv.create_model(name)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), sample_of(info))
-    assert count(variables) == GOLDEN[name] == info.params
+    assert count(variables_of(name)) == GOLDEN[name] == fv.model_info(name).params
+
+
+@pytest.mark.parametrize(("name", "part"), sorted(LARGER))
+def test_parameter_counts_with_all_parts(name, part):
+    assert count(variables_of(name, **{part: True})) == LARGER[name, part]
+
+
+def test_squeeze_and_excitation_adds_its_two_dense_layers():
+    """What no publication gives: the Inceptions plus C²/8 + C/16 + C for each module's C channels."""
+    v3 = [256, 288, 288, *[768] * 5, 1280, 2048, 2048]
+    v2 = [320, *[320] * 10, 1088, *[1088] * 20, 2080, *[2080] * 10]
+    for name, plain, channels in [
+        ("se_inception_v3", "inception_v3", v3),
+        ("se_inception_resnet_v2", "inception_resnet_v2", v2),
+    ]:
+        assert GOLDEN[name] - GOLDEN[plain] == sum(c * c // 8 + c // 16 + c for c in channels), name
+
+
+def test_the_cifar_nets_by_hand():
+    """Table 6 of the paper says 0.27, 0.46, 0.66, 0.85 and 1.7 million; 3x3 kernels, BatchNorms and the classifier."""
+    for n in (3, 5, 7, 9, 18):
+        layers, into = [(3, 16)], 16
+        for width in (16, 32, 64):
+            layers += [(into, width)] + [(width, width)] * (2 * n - 1)
+            into = width
+        want = sum(9 * a * b + 2 * b for a, b in layers) + 650
+        assert GOLDEN[f"resnet{6 * n + 2}_cifar"] == want
 
 
 def test_mlp_counts_follow_its_widths():

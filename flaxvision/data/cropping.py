@@ -1,7 +1,8 @@
 """Crops of photographs on the host: uint8 [H, W, C] of any size to uint8 [size, size, C], for the worker threads.
 
-The random ones draw from a numpy generator, as `flaxvision.data.train_batches` hands one to its transform.
-`flaxvision.data.augment` has the same on the device, for images that have one size already.
+They draw from a numpy generator, as `flaxvision.data.train_batches` hands one to its transform.
+`flaxvision.data.augment` has their like on the device, for images that have one size already, and
+`flaxvision.data.Preprocessing` what evaluation takes.
 """
 
 import math
@@ -67,48 +68,14 @@ def random_scaled_crop(
         uint8 [size, size, C].
 
     Raises:
-        ValueError: `size` is larger than the shorter side may be.
+        ValueError: The bounds are in disorder, or `size` is larger than they are.
     """
-    _check(size, shorter[0])
-    height, width = _scaled(image, int(rng.integers(shorter[0], shorter[1] + 1)))
+    if not 1 <= size <= shorter[0] <= shorter[1]:
+        raise ValueError(f"want 1 <= size <= shorter[0] <= shorter[1]; got size={size}, shorter={shorter}")
+    goal, least = int(rng.integers(shorter[0], shorter[1] + 1)), min(image.shape[:2])
+    height, width = (side * goal // least for side in image.shape[:2])
     top, left = rng.integers(0, height - size + 1), rng.integers(0, width - size + 1)
-    return _cut(image, (height, width), (int(top), int(left)), size)
-
-
-def center_crop(image: np.ndarray, *, size: int, shorter: int) -> np.ndarray:
-    """Resizes the shorter side to `shorter` and cuts out the middle.
-
-    Args:
-        image: uint8 [H, W, C], C 1 or 3.
-        size: Height and width of the result; at most `shorter`.
-        shorter: Length of the shorter side.
-
-    Returns:
-        uint8 [size, size, C].
-
-    Raises:
-        ValueError: `size` is larger than `shorter`.
-    """
-    _check(size, shorter)
-    height, width = _scaled(image, shorter)
-    return _cut(image, (height, width), (round((height - size) / 2), round((width - size) / 2)), size)
-
-
-def _check(size: int, shorter: int) -> None:
-    if not 1 <= size <= shorter:
-        raise ValueError(f"size must be between 1 and the shorter side's {shorter} pixels; got {size}")
-
-
-def _scaled(image: np.ndarray, shorter: int) -> tuple[int, int]:
-    """Height and width when the shorter side is `shorter`; the longer one is cut to whole pixels, as torchvision's."""
-    height, width = image.shape[:2]
-    least = min(height, width)
-    return int(height * shorter / least), int(width * shorter / least)
-
-
-def _cut(image: np.ndarray, scaled: tuple[int, int], corner: tuple[int, int], size: int) -> np.ndarray:
-    """What resizing to `scaled` and cutting at `corner` gives, without computing what is cut off."""
-    (height, width), (top, left) = scaled, corner
+    # What resizing the whole and cutting gives, without computing what is cut off.
     y, x = image.shape[0] / height, image.shape[1] / width
     box = (left * x, top * y, min((left + size) * x, image.shape[1]), min((top + size) * y, image.shape[0]))
     return _resize(image, box, size)

@@ -122,8 +122,7 @@ def load_folder(
 
     Args:
         folder: The folder.
-        split: "train", "test" or "val"; a folder without parts also has "all", which is
-            everything in it.
+        split: "train", "test" or "val"; a folder without parts also has "all", which is everything in it.
         seed: Seed of the split where the folder has none.
         image_size: As in `FolderSource`.
         channels: As in `FolderSource`.

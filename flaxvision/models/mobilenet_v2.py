@@ -155,6 +155,7 @@ class MobileNetV2(MobileNetV2Backbone):
     num_classes: int = 1000
     dropout_rate: float = 0.2
 
+    @nn.nowrap
     def make_backbone(self, name: str | None = "backbone") -> nn.Module:
         """Makes the trunk alone, of the same fields."""
         return part_of(self, MobileNetV2Backbone, name)

@@ -127,6 +127,7 @@ class ResNetBackbone(Backbone):
         bottleneck: Units are `Bottleneck` (output `4 * features`) or `BasicBlock`.
         stride_in_1x1: See `Bottleneck`; a `BasicBlock` has no choice.
         epsilon: Of the BatchNorms; Keras' is 1.001e-5.
+        momentum: Decay of their running statistics; Keras' is 0.99.
         axis_name: Device axis over which BatchNorm averages under `pmap`.
         dtype: Of the computation.
         param_dtype: Of the parameters.
@@ -137,6 +138,7 @@ class ResNetBackbone(Backbone):
     bottleneck: bool = True
     stride_in_1x1: bool = False
     epsilon: float = 1e-5
+    momentum: float = 0.9
     axis_name: str | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -188,6 +190,7 @@ class CifarResNetBackbone(Backbone):
         stage_sizes: Residual units of each stage, the paper's n.
         features: Channels of each stage.
         epsilon: Of the BatchNorms.
+        momentum: Decay of their running statistics.
         axis_name: Device axis over which BatchNorm averages under `pmap`.
         dtype: Of the computation.
         param_dtype: Of the parameters.
@@ -196,6 +199,7 @@ class CifarResNetBackbone(Backbone):
     stage_sizes: tuple[int, ...] = (3, 3, 3)
     features: tuple[int, ...] = (16, 32, 64)
     epsilon: float = 1e-5
+    momentum: float = 0.9
     axis_name: str | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -241,7 +245,7 @@ def _policy(module: Any, train: bool, kernel_init: Callable[..., jax.Array]):
     norm = functools.partial(
         nn.BatchNorm,
         use_running_average=not train,
-        momentum=0.9,
+        momentum=module.momentum,
         epsilon=module.epsilon,
         axis_name=module.axis_name,
         **types,

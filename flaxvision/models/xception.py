@@ -139,6 +139,7 @@ class Xception(XceptionBackbone):
     num_classes: int = 1000
     dropout_rate: float = 0.0
 
+    @nn.nowrap
     def make_backbone(self, name: str | None = "backbone") -> nn.Module:
         """Makes the trunk alone, of the same fields."""
         return part_of(self, XceptionBackbone, name)

@@ -79,16 +79,15 @@ def save(
         "metadata": dict(metadata or {}),
     }
     card = plain(card, "card")
-    with replacing(path) as partial:
+    # Both are whole on the disk before the first takes its place. Stopped between the two, the card is the old one,
+    # whose sha256 is not that of the tensors: an error to read, and never another's weights.
+    with replacing(card_of(path)) as card_partial, replacing(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # safetensors makes a file that only its owner may read
         save_file(leaves, partial, metadata={"format": "flaxvision", "model": name})
         partial.chmod(mode)
         card["sha256"] = sha256_of(partial)
-        # From here to the new card's place the bundle is an error to read, and never another's tensors.
-        card_of(path).unlink(missing_ok=True)
-    with replacing(card_of(path)) as partial:
-        partial.write_text(json.dumps(card, indent=2) + "\n")
+        card_partial.write_text(json.dumps(card, indent=2) + "\n")
     return card_of(path)
 
 

@@ -129,6 +129,7 @@ def _download(url: str, partial: Path, retries: int, timeout: float, pause: floa
             _append(url, partial, state, timeout, progress)
             return state["stated"]
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 416:  # what is there does not fit what is served now
                 partial.unlink(missing_ok=True)
             elif error.code not in (408, 425, 429) and error.code < 500:

@@ -47,6 +47,23 @@ class WeightsInfo:
         return self.tag.partition("/")[0]
 
 
+# Files that are published in a layout of their own, converted by the user: their evaluation transforms, by source.
+_BY_SOURCE = {
+    ("squeezenet1_0", "deep_compression"): Preprocessing(
+        227, 256, mean=(104.0, 117.0, 123.0), std=(1.0, 1.0, 1.0), divisor=1.0, order="BGR"
+    ),
+    ("mobilenet_v2", "coral"): Preprocessing(
+        224, 256, mean=(127.0, 127.0, 127.0), std=(1 / 0.0078431377,) * 3, divisor=1.0
+    ),
+} | {(f"resnet{depth}_cifar", "akamaster"): Preprocessing(32, None) for depth in (20, 32, 44, 56, 110)}
+
+
+def preprocessing_of(name: str, weights: str) -> Preprocessing:
+    """The evaluation transform of a tag, or of a source whose weights are no tag; raises as `tag_of`."""
+    known = _BY_SOURCE.get((model_info(name).name, weights))
+    return known or tag_of(name, weights).preprocessing
+
+
 def tags(name: str) -> tuple[str, ...]:
     """The tags of a model's published weights.
 

@@ -1,5 +1,6 @@
 """What holds of every network of the zoo: shapes without arithmetic, arithmetic on the smallest of each family."""
 
+import fnmatch
 import functools
 
 import jax
@@ -14,9 +15,42 @@ from flaxvision.models.backbone import Backbone
 SMALL = {"perceptron", "mlp", "lenet5", "lenet5_modern", "lenet_dli", "fashion_cnn"}  # test_models.py has these
 ZOO = sorted(set(fv.list_models(task="classification")) - SMALL)
 
-# The least model of each file, at a small input: variants are data of one body.
-SMALLEST: dict[str, tuple[int, int]] = {}
-FEATURES: dict[str, int] = {}
+FEATURES = {
+    "alexnet*": 4096,
+    "zfnet": 4096,
+    "vgg*": 4096,
+    "googlenet*": 1024,
+    "*bn_inception": 1024,
+    "*inception_v3": 2048,
+    "inception_v4": 1536,
+    "*inception_resnet_v2": 1536,
+    "*resnet18": 512,
+    "*resnet34": 512,
+    "resnet*_cifar": 64,
+    "*resnet50": 2048,
+    "*resnet101": 2048,
+    "*resnet152": 2048,
+    "senet154": 2048,
+    "xception": 2048,
+    "squeezenet1_0": 512,
+    "mobilenet_v2": 1280,
+    "capsnet": 1152 * 8,
+}
+# One model of each body, cut where it only repeats itself, at a small input.
+SMALLEST: dict[str, tuple[tuple[int, int], dict]] = {
+    "alexnet_tv": ((63, 70), {"hidden_features": 32}),
+    "zfnet": ((63, 63), {"hidden_features": 32}),
+    "vgg11_bn": ((32, 33), {"hidden_features": 32}),
+    "squeezenet1_0": ((33, 35), {}),
+    "googlenet_bn": ((32, 33), {}),
+    "bn_inception": ((32, 33), {}),
+    "inception_v3": ((75, 76), {}),
+    "resnet18": ((33, 40), {}),
+    "resnet20_cifar": ((16, 17), {}),
+    "se_resnet18": ((33, 40), {}),
+    "xception": ((71, 72), {}),
+    "mobilenet_v2": ((33, 40), {}),
+}
 
 
 def info_of(name):
@@ -60,7 +94,8 @@ def test_logits_and_features_by_shape(name):
     assert (logits.shape, logits.dtype) == ((2, model.num_classes), jnp.float32)
     headless = fv.create_model(name, num_classes=0)
     features = jax.eval_shape(headless.apply, shapes(name, num_classes=0), x)
-    assert (features.shape, features.dtype) == ((2, FEATURES[name]), jnp.float32)
+    (width,) = {n for pattern, n in FEATURES.items() if fnmatch.fnmatchcase(name, pattern)}
+    assert (features.shape, features.dtype) == ((2, width), jnp.float32)
     other = fv.create_model(name, num_classes=7, dtype=jnp.bfloat16)
     gray = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
     out, variables = jax.eval_shape(lambda x: other.init_with_output(jax.random.key(0), x), gray)
@@ -85,8 +120,9 @@ def test_stages_have_their_strides(name):
 @pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_training(name):
     """Every parameter gets a gradient, BatchNorm moves, and bfloat16 is near float32: one compilation each."""
-    size, classes = SMALLEST[name], 5
-    model = fv.create_model(name, num_classes=classes)
+    size, fields = SMALLEST[name]
+    fields = {"num_classes": 5, **fields}
+    model = fv.create_model(name, **fields)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, *size, info_of(name).channels)), jnp.float32)
     variables = filled(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x))
@@ -114,9 +150,7 @@ def test_training(name):
     for old, new in zip(jax.tree.leaves(statistics), jax.tree.leaves(dict(updated)), strict=True):
         assert float(jnp.abs(old - new).max()) > 0
 
-    both = jax.jit(
-        lambda v, x: [fv.create_model(name, num_classes=classes, dtype=d).apply(v, x) for d in (None, jnp.bfloat16)]
-    )
+    both = jax.jit(lambda v, x: [fv.create_model(name, dtype=d, **fields).apply(v, x) for d in (None, jnp.bfloat16)])
     exact, rough = both(variables, x)
     assert rough.dtype == jnp.float32
     error = float(jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact))

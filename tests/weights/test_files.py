@@ -268,6 +268,7 @@ def test_torch_files_that_hold_something_else(tmp_path, tensors, monkeypatch):
 
 
 @pytest.mark.reference
+@pytest.mark.filterwarnings("default:__array__ implementation:DeprecationWarning")  # Keras' own
 def test_keras_writes_what_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     import keras
@@ -398,8 +399,8 @@ def test_an_interrupted_save_leaves_no_mixture(tmp_path, variables, monkeypatch)
             saved(path, other, metadata={"run": 2})
         monkeypatch.undo()
         assert not list(tmp_path.glob(".*"))
-        if stop == 1:  # the new tensors without their card
-            with pytest.raises(ValueError, match="has no card"):
+        if stop == 1:  # the new tensors with the old card
+            with pytest.raises(ValueError, match="one of them is damaged"):
                 fv.weights.read_bundle(path)
             continue
         found, card = fv.weights.read_bundle(path)

@@ -94,7 +94,7 @@ LAYOUTS: tuple[Layout, ...] = (
         ("resnet50", "resnet101", "resnet152"),
         keras_name,
         style="keras",
-        fields={"stride_in_1x1": True, "epsilon": 1.001e-5},
+        fields={"stride_in_1x1": True, "epsilon": 1.001e-5, "momentum": 0.99},
         adapt=fold_biases,
         restore=zero_biases,
         first="backbone/stem_conv",

@@ -1,0 +1,175 @@
+"""experiments/imagenet.py: its recipes, runs of a tiny net on a folder, an evaluation of given weights."""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxvision as fv
+from flaxvision import registry
+from flaxvision.models.resnet import CifarResNet
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "imagenet.py"
+
+
+def load_script():
+    found = importlib.util.spec_from_file_location("imagenet_experiment", SCRIPT)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+imagenet = load_script()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A registered ResNet of one unit, to compile in no time."""
+    info = dataclasses.replace(
+        fv.model_info("resnet20_cifar"), name="tiny", weights=(), defaults=(("stage_sizes", (1,)), ("features", (8,)))
+    )
+    monkeypatch.setitem(registry._MODELS, "tiny", (CifarResNet, info))
+    return "tiny"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Dark and light photographs of different sizes, in train and val."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 24), ("val", 7)):
+        for name, level in (("dark", 30), ("light", 200)):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(40, 70, 2)
+                pixels = level + rng.integers(0, 40, (height, width, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / part / name / f"{i}.jpg")
+    return str(tmp_path / "photos")
+
+
+def config_of(tmp_path, recipe, folder, **options):
+    defaults = {"recipe": recipe, "dataset": folder, "model": "tiny", "epochs": 3.0, "batch_size": 16}
+    options = {"workdir": str(tmp_path / "run"), "eval_batch_size": 8, "log_every": 1, "threads": 2} | options
+    return imagenet.Config(**dataclasses.asdict(imagenet.RECIPES[recipe]) | defaults | options, progress=False)
+
+
+def test_every_classifier_of_images_has_a_recipe_that_can_run():
+    chosen = {}
+    for name in fv.list_models(task="classification"):
+        chosen[name] = imagenet.parse(["--model", name, "--dataset", "imagenet2012"]).recipe
+    for name, recipe in {
+        "resnet50": "resnet", "alexnet": "alexnet", "zfnet": "alexnet", "vgg16_bn": "vgg", "googlenet": "googlenet",
+        "inception_resnet_v2": "inception", "se_inception_v3": "inception", "se_resnet50": "senet", "senet154": "senet",
+        "xception": "xception", "mobilenet_v2": "mobilenet", "squeezenet1_0": "squeezenet", "bn_inception": "inception",
+    }.items():  # fmt: skip
+        assert chosen[name] == recipe
+    assert set(chosen.values()) < set(imagenet.RECIPES)
+    for recipe in imagenet.RECIPES.values():
+        steps = 1_281_167 // recipe.batch_size
+        assert np.isfinite(float(recipe.rates(steps)(recipe.num_steps(steps) - 1)))
+        recipe.update_rule(recipe.rates(steps))
+
+
+@pytest.mark.parametrize(("recipe", "rates"), [
+    ("resnet", {29: 0.1, 31: 0.01, 61: 1e-3, 81: 1e-4}),
+    ("resnet_cosine", {5.1: 0.4, 47.5: 0.2}),
+    ("long", {5: 0.5, 302.5: 0.25}),
+    ("alexnet", {29: 0.01, 31: 1e-3}),
+    ("googlenet", {7: 0.01, 9: 0.0096, 249: 0.01 * 0.96**31}),
+    ("inception", {1: 0.045, 3: 0.045 * 0.94, 99: 0.045 * 0.94**49}),
+    ("senet", {29: 0.6, 31: 0.06, 91: 6e-4}),
+    ("squeezenet", {34: 0.02}),
+    ("mobilenet", {0.5: 0.045, 10.5: 0.045 * 0.98**10}),
+])  # fmt: skip
+def test_the_rates_of_the_papers_by_epoch(recipe, rates):
+    schedule = imagenet.RECIPES[recipe].rates(1000)
+    for epoch, rate in rates.items():
+        assert float(schedule(int(epoch * 1000))) == pytest.approx(rate, rel=1e-3)
+
+
+def test_flags_override_the_recipe():
+    config = imagenet.parse(
+        ["--dataset", "somewhere", "--model=vgg11", "--batch-size", "64", "--shorter", "256", "300"]
+    )
+    assert (config.recipe, config.epochs, config.weight_decay, config.crop) == ("vgg", 74.0, 5e-4, "scaled")
+    assert (config.batch_size, config.shorter) == (64, (256, 300))
+    assert imagenet.parse([]).recipe == "demo"
+    assert imagenet.parse(["--recipe=resnet_cosine"]).warmup_epochs == 5.0
+    assert imagenet.parse(["--recipe", "long", "--model", "vgg11"]).epochs == 600.0
+
+
+def test_the_help_shows_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        imagenet.parse(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(re.sub("[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
+    for field in dataclasses.fields(imagenet.Config):
+        assert f"--{field.name.replace('_', '-')} " in text.replace(",", " ")
+
+
+@pytest.mark.parametrize(("recipe", "options"), [
+    ("long", {"size": 24, "eval_size": 32, "eval_shorter": 36, "warmup_epochs": 0.0, "learning_rate": 0.1}),
+    ("alexnet", {"size": 32, "shorter": (36, 40), "eval_shorter": 36, "parallel": "pmap", "learning_rate": 0.1}),
+])  # fmt: skip
+def test_a_folder_trains_and_every_photograph_counts_once(tmp_path, folder, tiny, recipe, options, capsys):
+    config = config_of(tmp_path, recipe, folder, **options)
+    assert imagenet.main(config) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"top-1 \d+\.\d\d%, loss \d\.\d+, on 14 images", text)
+    records = fv.train.read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["split"] == "validation"] == [3, 6, 9]
+    assert all(r["accuracy"] * 14 == pytest.approx(round(r["accuracy"] * 14)) for r in records if len(r) < 5)
+    with Image.open(tmp_path / "run" / "samples.png") as picture:
+        assert np.asarray(picture.convert("L"), float).std() > 10
+    assert imagenet.main(config) == 0  # done: nothing is trained again
+    assert capsys.readouterr().out == text
+    assert fv.train.read_records(tmp_path / "run" / "metrics.jsonl") == records
+
+
+def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny, capsys):
+    model = fv.create_model("tiny")
+    rng = np.random.default_rng(2)
+    variables = jax.tree.map(
+        lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32) * np.where(rng.random(x.shape) < 0.5, -1, 1),
+        model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)),
+    )
+    variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
+    fv.weights.save(tmp_path / "tiny.safetensors", variables, name="tiny")
+    photos = fv.data.load("patterns", "test", as_stored=True)
+    prepare = fv.data.preprocessing_for("tiny")
+    logits = model.apply(variables, np.stack([prepare(photos[i]["image"]) for i in range(len(photos))]))
+    ranks = np.argsort(-np.asarray(logits), -1)
+    top1, top5 = (np.mean([photos.label[i] in ranks[i, :k] for i in range(250)]) for k in (1, 5))
+    options = {"eval_only": True, "weights": str(tmp_path / "tiny.safetensors"), "eval_batch_size": 64}
+    config = config_of(tmp_path, "demo", "patterns", **options)
+    assert imagenet.main(config) == 0
+    text = capsys.readouterr().out
+    assert "these are drawn patterns" in text
+    assert f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss" in text
+    assert "on 250 images" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_can_not_be_evaluated_is_refused(tmp_path, folder, tiny):
+    with pytest.raises(ValueError, match="--eval-only and --weights FILE-OR-TAG go together"):
+        imagenet.main(config_of(tmp_path, "demo", folder, eval_only=True))
+    with pytest.raises(ValueError, match="--eval-only and --weights FILE-OR-TAG go together"):
+        imagenet.main(config_of(tmp_path, "demo", folder, weights="torchvision/IMAGENET1K_V1"))
+    fresh = fv.create_model("tiny").init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    fv.weights.save(tmp_path / "ten.safetensors", fresh, name="tiny")
+    options = {"eval_only": True, "weights": str(tmp_path / "ten.safetensors")}
+    with pytest.raises(ValueError, match=r"photos/test has 2 classes, the weights .*ten\.safetensors 10"):
+        imagenet.main(config_of(tmp_path, "demo", folder, **options))
+    with pytest.raises(ValueError, match="--eval-every must be positive; got -1"):
+        imagenet.main(config_of(tmp_path, "demo", folder, eval_every=-1.0))
+    broken = Path(folder) / "val" / "dark" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"dark/0\.jpg: not a readable image"):
+        imagenet.main(config_of(tmp_path, "demo", folder))
+    assert not (tmp_path / "run").exists()
