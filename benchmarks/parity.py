@@ -38,7 +38,7 @@ _SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("alexnet*", "*"): {"size": (227, 229), "training_size": (227, 229)},  # the dense layers fix the size
     ("zfnet", "*"): {"size": (224, 225), "training_size": (224, 225)},
     ("bn_inception", "*"): {"size": (223, 224), "training_size": (223, 224)},  # its last pool is 7x7
-    ("*inception*", "*"): {"training_size": (75, 97)},
+    ("*inception*", "*"): {"size": (139, 171), "training_size": (107, 139)},  # unpadded: maps shrink fast
     ("xception", "*"): {"training_size": (75, 97)},
 }
 _AUX_SIZES = {"googlenet_bn": (65, 97), "inception_v3": (299, 315)}

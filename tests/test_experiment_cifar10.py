@@ -118,7 +118,7 @@ def test_a_run_learns_and_goes_on(tmp_path, npz, tiny, parallel, capsys):
     assert cifar10.main(config) == 0  # done: nothing is trained again
     assert capsys.readouterr().out == text
     assert fv.train.read_records(tmp_path / "run" / "metrics.jsonl") == records
-    with pytest.raises(ValueError, match="holds another run: weight_decay was 0.0005, now 0.1"):
+    with pytest.raises(ValueError, match=r"holds another run: weight_decay was 0\.0005, now 0\.1"):
         cifar10.main(dataclasses.replace(config, weight_decay=0.1))
 
 
@@ -141,14 +141,11 @@ def test_given_weights_are_measured_on_every_image_once(tmp_path, npz, tiny, cap
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="--eval-only and --weights FILE-OR-TAG go together"):
         cifar10.main(dataclasses.replace(config, weights=None))
+    other = fv.create_model("tiny", num_classes=7).init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    fv.weights.save(tmp_path / "seven.safetensors", other, name="tiny", num_classes=7)
+    config = dataclasses.replace(config, dataset="patterns", weights=str(tmp_path / "seven.safetensors"))
     with pytest.raises(ValueError, match=r"patterns/test has 10 classes, the weights .* 7"):
-        fv.weights.save(
-            tmp_path / "seven.safetensors",
-            fv.create_model("tiny", num_classes=7).init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)),
-            name="tiny",
-            num_classes=7,
-        )
-        cifar10.main(dataclasses.replace(config, dataset="patterns", weights=str(tmp_path / "seven.safetensors")))
+        cifar10.main(config)
     assert "these are drawn patterns" in capsys.readouterr().out
 
 

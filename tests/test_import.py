@@ -18,6 +18,9 @@ HEAVY = (
     "sklearn",
     "PIL",
     "tqdm",
+    "safetensors",
+    "huggingface_hub",
+    "h5py",
 )
 
 
@@ -47,7 +50,19 @@ def test_importing_starts_no_device():
 
 @pytest.mark.parametrize(
     "module",
-    [fv, fv.data, fv.data.augment, fv.layers, fv.losses, fv.metrics, fv.models, fv.plot, fv.train, fv.checkpoint],
+    [
+        fv,
+        fv.data,
+        fv.data.augment,
+        fv.layers,
+        fv.losses,
+        fv.metrics,
+        fv.models,
+        fv.plot,
+        fv.train,
+        fv.checkpoint,
+        fv.weights,
+    ],
 )
 def test_every_public_name_exists_and_is_documented(module):
     names = getattr(module, "__all__", None) or [

@@ -61,8 +61,8 @@ class Preprocessing:
         pixels = np.asarray(self.resized(image), np.float32)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         pixels = pixels[..., ::-1] if self.order == "BGR" else pixels
-        pixels = pixels / np.float32(self.divisor)
-        return np.ascontiguousarray((pixels - np.float32(self.mean)) / np.float32(self.std))
+        mean, std = (np.asarray(values, np.float32) for values in (self.mean, self.std))
+        return np.ascontiguousarray((pixels / np.float32(self.divisor) - mean) / std)
 
     def resized(self, image: Any) -> Any:
         """The resized and cropped PIL image, before its pixels are normalized; arguments and errors as of a call."""

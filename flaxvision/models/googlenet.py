@@ -194,7 +194,8 @@ class GoogLeNetBackbone(Backbone):
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if not self.batch_norm:
             init = {"kernel_init": nn.initializers.lecun_uniform(), "bias_init": nn.initializers.constant(0.2)}
-            return partial(ConvNorm, conv=partial(Conv, **init, **policy), norm=lambda name: lambda x: x)
+            no_norm: Any = lambda name: lambda x: x
+            return partial(ConvNorm, conv=partial(Conv, **init, **policy), norm=no_norm)
         conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.normal(0.01), **policy)
         norm = partial(
             nn.BatchNorm,

@@ -189,8 +189,8 @@ class InceptionV3Aux(nn.Module):
         small = partial(Conv, use_bias=False, kernel_init=nn.initializers.normal(0.01))
         conv = partial(small, dtype=self.dtype, param_dtype=self.param_dtype)
         x = global_avg_pool(conv_chain(partial(self.unit, conv=conv), x, "conv2", (768, 5, 1, "VALID")))
-        init = {"kernel_init": nn.initializers.normal(0.001)}
-        x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, name="head", **init)(x)
+        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.001), name="head", **policy)(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

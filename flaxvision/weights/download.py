@@ -124,6 +124,7 @@ def _sweep(directory: Path) -> None:
 def _download(url: str, partial: Path, retries: int, timeout: float, pause: float, progress: bool) -> str | None:
     """Writes what `url` serves to `partial`; returns the digest that the server states, if any."""
     state: dict[str, Any] = {"stated": None, "etag": None}
+    reason: Exception = ConnectionError("it was not tried")
     for attempt in range(retries + 1):
         try:
             _append(url, partial, state, timeout, progress)
@@ -134,7 +135,7 @@ def _download(url: str, partial: Path, retries: int, timeout: float, pause: floa
                 partial.unlink(missing_ok=True)
             elif error.code not in (408, 425, 429) and error.code < 500:
                 raise ConnectionError(f"{url} was refused: HTTP {error.code} {error.reason}") from error
-            reason: Exception = error
+            reason = error
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
                 raise

@@ -7,14 +7,15 @@ crop, but not how the pictures were resized before it: here the shorter side bec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from flaxvision.data.preprocessing import Preprocessing
 from flaxvision.weights.tags import WeightsInfo
 
 _BASE = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _ENDING = "_weights_tf_dim_ordering_tf_kernels.h5"
-_CAFFE = {"mean": (103.939, 116.779, 123.68), "std": (1.0, 1.0, 1.0), "divisor": 1.0, "order": "BGR"}
-_TF = {"mean": (1.0, 1.0, 1.0), "std": (1.0, 1.0, 1.0), "divisor": 127.5}
+_CAFFE: dict[str, Any] = {"mean": (103.939, 116.779, 123.68), "std": (1.0, 1.0, 1.0), "divisor": 1.0, "order": "BGR"}
+_TF: dict[str, Any] = {"mean": (1.0, 1.0, 1.0), "std": (1.0, 1.0, 1.0), "divisor": 127.5}
 
 # name, file, md5, crop, mode, top-1, top-5
 _WEIGHTS = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from flaxvision.data.preprocessing import Preprocessing
 from flaxvision.weights.tags import WeightsInfo
@@ -20,7 +21,7 @@ _TIMM = "https://github.com/huggingface/pytorch-image-models"
 _RELEASES = "https://github.com/rwightman/pytorch-image-models/releases/download/"
 
 # name, timm's name and tag, crop, crop / resize, interpolation, normalization, top-1, top-5, recipe
-_HUB = (
+_HUB: tuple[tuple[Any, ...], ...] = (
     ("vgg11", "vgg11.tv_in1k", 224, 0.875, "bilinear", _IMAGENET, 69.022, 88.624, _TV),
     ("vgg11_bn", "vgg11_bn.tv_in1k", 224, 0.875, "bilinear", _IMAGENET, 70.382, 89.808, _TV),
     ("vgg13", "vgg13.tv_in1k", 224, 0.875, "bilinear", _IMAGENET, 69.932, 89.250, _TV),
@@ -46,7 +47,7 @@ _HUB = (
 )
 
 # name, tag, folder and file (its ending is the beginning of its sha256), the rest as above
-_FILES = (
+_FILES: tuple[tuple[Any, ...], ...] = (
     ("xception", "tf_in1k", "v0.1-cadene/xception-43020ad28", 299, 0.8975, "bicubic", _HALF, 79.040, 94.382, _CADENE),
     (
         "se_resnet18",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from flaxvision.data.preprocessing import Preprocessing
 from flaxvision.weights.tags import WeightsInfo
@@ -10,7 +11,7 @@ from flaxvision.weights.tags import WeightsInfo
 _RECIPES = "https://github.com/pytorch/vision/tree/main/references/classification#"
 _NEW = "https://github.com/pytorch/vision/issues/3995#"
 _V1, _V2 = "IMAGENET1K_V1", "IMAGENET1K_V2"
-_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 # name, tag, file (its ending is the beginning of its sha256), resize, crop, top-1, top-5, recipe
 _WEIGHTS = (

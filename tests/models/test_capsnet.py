@@ -89,13 +89,14 @@ def test_routed_capsules_in_chunks(monkeypatch):
     def ours(u, kernel):
         return jnp.sum(weight * layer.apply({"params": {"kernel": kernel}}, u))
 
-    want = jax.value_and_grad(plain, (0, 1))(u, kernel)
+    want = jax.jit(jax.value_and_grad(plain, (0, 1)))(u, kernel)
     for size in (1, 2 * 4 * 7 * 4 * 5, 1 << 20):  # one, two and all images at a time
         monkeypatch.setattr(capsules, "CHUNK_BYTES", size)
-        got = jax.value_and_grad(ours, (0, 1))(u, kernel)
+        got = jax.jit(jax.value_and_grad(lambda u, kernel: ours(u, kernel), (0, 1)))(u, kernel)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
     # The shares' own dependence on the predictions is part of the gradient: finite differences see it.
     step = jnp.zeros_like(kernel).at[2, 1, 3].set(1e-2)
+    plain = jax.jit(plain)
     slope = (plain(u, kernel + step) - plain(u, kernel - step)) / 2e-2
     np.testing.assert_allclose(want[1][1][2, 1, 3].sum(), slope, rtol=1e-2)
 
@@ -184,13 +185,14 @@ def test_fields():
     )
     assert features.shape == (2, 9216)
     assert features.dtype == jnp.float32
-    once = fv.create_model("capsnet", **TINY, routing_iterations=1)
-    variables = once.init(jax.random.key(0), x)
-    thrice = fv.create_model("capsnet", **TINY)
-    assert float(jnp.abs(once.apply(variables, x) - thrice.apply(variables, x)).max()) > 0
-    half = fv.create_model("capsnet", **TINY, dtype=jnp.bfloat16).apply(variables, x)
+    _, variables = tiny(decoder=False)
+    once, thrice, half = (
+        jax.jit(fv.create_model("capsnet", **TINY | fields).apply)(variables, x)
+        for fields in ({"routing_iterations": 1}, {}, {"dtype": jnp.bfloat16})
+    )
+    assert float(jnp.abs(once - thrice).max()) > 1e-4
     assert half.dtype == jnp.float32
-    np.testing.assert_allclose(half, thrice.apply(variables, x), rtol=0.1, atol=0.01)
+    np.testing.assert_allclose(half, thrice, rtol=0.1, atol=0.01)
 
 
 def test_errors():
@@ -224,10 +226,12 @@ def test_objective(train):
     def loss(params, batch):
         return objective(model.apply, params, {}, batch, jax.random.key(0) if train else None, train)
 
-    (value, (sums, collections)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"], batch)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, (sums, collections)), grads = step(variables["params"], batch)
     assert collections == {}
     told = label if train else None
-    lengths, sown = model.apply(variables, x, label=told, mutable=["reconstruction"])
+    apply = jax.jit(lambda label: model.apply(variables, x, label=label, mutable=["reconstruction"]))
+    lengths, sown = apply(told)
     margin = fv.losses.margin(lengths, jax.nn.one_hot(label, 3))[:3].sum()
     error = jnp.square(sown["reconstruction"]["image"][0] - x)[:3].sum()
     np.testing.assert_allclose(sums["margin"], margin, rtol=1e-5)
@@ -241,7 +245,7 @@ def test_objective(train):
         assert float(jnp.abs(g).max()) > 0, path
     # Targets in place of classes give the same.
     soft = batch | {"label": jax.nn.one_hot(label, 3)}
-    np.testing.assert_allclose(loss(variables["params"], soft)[0], value, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(loss)(variables["params"], soft)[0], value, rtol=1e-5)
 
 
 def test_objective_without_a_decoder():
