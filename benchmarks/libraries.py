@@ -251,14 +251,12 @@ class KerasNetwork:
 
         if keras.backend.backend() != "jax":
             raise RuntimeError(f"Keras must run on JAX, it was imported with {keras.backend.backend()}")
-        self._jax, self.double = jax, double
+        self._jax, self._config, self.double = jax, keras.config, double
         keras.backend.clear_session()  # the numbers of layers without a name start again
-        keras.config.set_floatx("float64" if double else "float32")
         with self._settings():
             self.model = getattr(keras.applications, name)(
                 weights=None, input_shape=(*size, 3), classes=classes, classifier_activation=None
             )
-        keras.config.set_floatx("float32")
         for layer in self.model.layers:
             if isinstance(layer, keras.layers.Dropout):
                 layer.rate = 0.0
@@ -277,8 +275,19 @@ class KerasNetwork:
 
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:
-        with self._jax.enable_x64(self.double), self._jax.numpy_rank_promotion("allow"):
-            yield
+        # On JAX Keras' promotion of types turns float64 into float32, in every BatchNorm for one.
+        from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as narrower
+
+        floatx, narrow = self._config.floatx(), narrower["float64"]
+        if self.double:
+            self._config.set_floatx("float64")
+            narrower["float64"] = "float64"
+        try:
+            with self._jax.enable_x64(self.double), self._jax.numpy_rank_promotion("allow"):
+                yield
+        finally:
+            self._config.set_floatx(floatx)
+            narrower["float64"] = narrow
 
     def load(self, tensors: Tensors) -> None:
         """Sets the whole state."""

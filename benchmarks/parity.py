@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from typing import Any
 
 import comparison
 import jax
+import libraries
 import machine
 import tyro
 
@@ -32,7 +34,7 @@ LIBRARIES = ("torchvision", "timm", "keras", "pytorchcv")
 
 # Where the architecture or the library wants other sizes than `comparison.Pair`'s; the first pattern that fits holds.
 _SIZES: dict[tuple[str, str], dict[str, Any]] = {
-    ("vgg*", "keras"): {"size": (224, 250), "training_size": (224, 225)},  # its VGGs have no adaptive pool
+    ("vgg*", "keras"): {"size": (224, 250), "training_size": (224, 225), "batch": 1},  # its VGGs have no adaptive pool
     ("vgg*", "*"): {"size": (67, 81), "training_size": (49, 67)},
     ("alexnet_tv", "*"): {"size": (97, 131), "training_size": (79, 97)},
     ("alexnet*", "*"): {"size": (227, 229), "training_size": (227, 229)},  # the dense layers fix the size
@@ -55,6 +57,42 @@ _COLUMNS = (
     ("parameters", "drift_params", comparison.TRAINING_TOLERANCE),
     ("statistics", "drift_statistics", comparison.TRAINING_TOLERANCE),
 )
+
+
+_TEXT = """# Parity: the same weights, the same numbers
+
+{models} models beside the libraries that have them, {count} comparisons, written by `benchmarks/parity.py`:
+
+    pip install -e ".[reference]" pytorchcv
+    python benchmarks/parity.py
+
+The weights are drawn by the names of the library's tensors, running statistics too (`benchmarks/drawing.py`), loaded
+there, and converted by `flaxvision.weights.convert`. Errors are relative, `||ours - theirs|| / ||theirs||`:
+
+| | worst of all | tolerance |
+| --- | --- | --- |
+{summary}
+
+{failures}
+
+* **forward**: logits in float32, with running statistics (eval) and with those of the batch (train).
+* **gradient**: of the cross-entropy (auxiliary heads weigh {aux}), all parameters as one vector, batch statistics,
+  float64 on both sides. **worst tensor's gradient**: the same of the one tensor that differs most.
+* **loss, parameters, statistics**: the drift over {steps} steps of SGD with momentum {momentum} on two batches in turn,
+  BatchNorm in training, float64: the worst step's loss; the parameters and the running statistics at the end, as a
+  share of the way that they went from their start. The learning rate lessens the loss by 5 % a step to first order.
+  torch's running variances are unbiased, ours biased: theirs are multiplied by (n - 1) / n for the comparison.
+* Dropout is off on both sides. Images are small, of odd and unequal sides where the architecture permits; every line
+  of [parity.jsonl](parity.jsonl) says which. Networks with auxiliary heads are compared once more with them, without a
+  trajectory.
+* **parameters**: trainable ones, ours and theirs alike. `+ n`: Keras' ResNets have n biases of convolutions in front of
+  a BatchNorm more, which change nothing but its mean and are converted into that.
+* Where libraries differ under one name, `flaxvision.weights.fields(name, source)` makes our network theirs.
+
+{table}
+
+Against {versions}. Machine: {machine}; {hours:.1f} hours, shared with other work.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +142,7 @@ def compare(pair: comparison.Pair) -> dict[str, Any]:
     line: dict[str, Any] = {"model": pair.model, "source": pair.source, "aux": pair.aux}
     line |= comparison.forward(pair)
     line |= comparison.training(pair, trajectory=not pair.aux)
-    line |= {"size": pair.size, "training_size": pair.training_size, "batch": pair.batch}
+    line |= {"size": pair.size, "training_size": pair.training_size, "batch": pair.batch, "host_cores": os.cpu_count()}
     return line | {"seconds": round(time.perf_counter() - start)} | machine.describe(jax.devices()[0])
 
 
@@ -115,24 +153,47 @@ def read(path: Path) -> dict[tuple[str, str, bool], dict[str, Any]]:
 
 
 def table(lines: Iterable[dict[str, Any]]) -> str:
-    """The ledger as Markdown."""
+    """The rows of the ledger as Markdown, by family."""
     rows = sorted(
         lines, key=lambda line: (_family(line["model"]), _natural(line["model"]), line["source"], line["aux"])
     )
     head = ["model", "against", "parameters", *(title for title, _, _ in _COLUMNS)]
     text = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for line in rows:
-        name = f"`{line['model']}`" + (" with auxiliaries" if line["aux"] else "")
-        params = f"{line['params_ours']:,}"
-        if line["params_folded"]:
-            params += f" + {line['params_folded']:,} folded"
-        cells = [name, line["source"], params, *(_cell(line.get(key)) for _, key, _ in _COLUMNS)]
+        name = f"`{line['model']}`" + (" with auxiliary heads" if line["aux"] else "")
+        params = f"{line['params_ours']:,}" + (f" + {folded:,}" if (folded := line["params_folded"]) else "")
+        cells = [name, line["source"], params, *(_cell(line, key) for _, key, _ in _COLUMNS)]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
+def report(lines: Iterable[dict[str, Any]]) -> str:
+    """The ledger with what one must know to read it."""
+    lines = list(lines)
+    worst = {key: max(line[key] for line in lines if key in line) for _, key, _ in _COLUMNS}
+    versions = sorted({part for line in lines for part in line["version"].split(", ")})
+    versions += sorted({f"{name} {line[name]}" for line in lines for name in ("jax", "flax")})
+    summary = [f"| {title} | {worst[key]:.1e} | {limit:.0e} |" for title, key, limit in _COLUMNS]
+    bad = [f"* `{line['model']}`, {line['source']}: {'; '.join(f)}" for line in lines if (f := failures(line))]
+    return _TEXT.format(
+        count=len(lines),
+        models=len({line["model"] for line in lines}),
+        summary="\n".join(summary),
+        failures="\n".join(["Not within the tolerances:", "", *bad]) if bad else "All are within the tolerances.",
+        table=table(lines),
+        aux=libraries.AUX_WEIGHT,
+        steps=comparison.STEPS,
+        momentum=comparison.MOMENTUM,
+        versions=", ".join(dict.fromkeys(versions)),
+        machine=", ".join(sorted({f"{line['cpu']} of {line['host_cores']} cores, one used" for line in lines})),
+        hours=sum(line["seconds"] for line in lines) / 3600,
+    )
+
+
+def _cell(line: dict[str, Any], key: str) -> str:
+    if key == "forward_train" and "forward_aux" in line:
+        return f"{line[key]:.1e}, heads {line['forward_aux']:.1e}"
+    return f"{line[key]:.1e}" if key in line else ""
 
 
 def _family(model: str) -> int:
@@ -147,6 +208,8 @@ def _natural(model: str) -> tuple[Any, ...]:
 def main(config: Config) -> None:
     """Compares what the ledger lacks."""
     done = read(config.output)
+    if config.report:
+        config.output.with_suffix(".md").write_text(report(done.values()))
     if not config.report:
         import torch
 
@@ -162,6 +225,7 @@ def main(config: Config) -> None:
             config.output.parent.mkdir(parents=True, exist_ok=True)
             with config.output.open("a") as file:
                 print(json.dumps(line), file=file)
+            config.output.with_suffix(".md").write_text(report(done.values()))
             print(label, f"{line['seconds']} s;", "; ".join(failures(line)) or "within the tolerances", flush=True)
 
 

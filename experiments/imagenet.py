@@ -156,7 +156,7 @@ class Config(Recipe):
     threads: int | None = None
     """Threads that decode and crop. Default: one per processor, at most 16."""
     verify: bool = False
-    """Decode every file of a folder once before training."""
+    """Decode every file of a folder once before all else."""
     bfloat16: bool = False
     """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
     parallel: Literal["jit", "pmap"] = "jit"
@@ -199,7 +199,7 @@ def main(config: Config) -> int:
     if config.eval_only and config.weights:
         tag = config.preprocessing or (config.weights if config.weights in fv.weights.tags(config.model) else None)
         prepared = fv.data.Mapped(photos, fv.data.preprocessing_for(config.model, tag), f"prepared as {tag}")
-        fv.data.validate(prepared, channels=3, num_classes=classes)
+        fv.data.validate(photos, channels=3, num_classes=classes, verify=config.verify)
         options = {"source": config.source, "dtype": overrides["dtype"]}
         model, variables = fv.weights.load_model(config.model, config.weights, **options)
         if model.num_classes != classes:

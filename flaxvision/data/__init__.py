@@ -43,6 +43,7 @@ __all__ = [
     "EvalBatches",
     "FolderSource",
     "Mapped",
+    "Preprocessing",
     "Source",
     "Subset",
     "TfdsSource",

@@ -90,11 +90,11 @@ def _reshaped(shape: Shape) -> Axes:
 
 
 def _torch_axes(layout: Layout, module: str, shape: Shape) -> tuple[Shape, Axes, Axes]:
-    if len(shape) > 2:  # [*window, I, O] and [O, I, *window]
+    if len(shape) != 2:  # [*window, I, O] and [O, I, *window]
         there = (len(shape) - 1, len(shape) - 2, *range(len(shape) - 2))
         back = (*range(2, len(shape)), 1, 0)
         return tuple(shape[i] for i in there), lambda x: x.transpose(back), lambda x: x.transpose(there)
-    inputs, outputs = shape[0], shape[1]
+    inputs, outputs = shape
     if module in layout.flatten:
         h, w, c = layout.flatten[module]
         return (

@@ -1,24 +1,17 @@
-"""Files of tensors: formats, damage, and bundles of our own."""
+"""Files of tensors: formats and damage."""
 
-import json
 import os
 import pickle
-import subprocess
 import sys
 import zipfile
 
 import h5py
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import flaxvision as fv
-from flaxvision.weights.files import replacing
-
-MODEL = {"name": "mlp", "features": (6, 5), "num_classes": 3, "input_size": (4,)}
 
 
 @pytest.fixture
@@ -29,12 +22,6 @@ def tensors():
         "fc.bias": rng.standard_normal(300),
         "n": np.asarray(3),
     }
-
-
-@pytest.fixture
-def variables():
-    model = fv.create_model("mlp", features=(6, 5), num_classes=3)
-    return jax.tree.map(np.asarray, model.init(jax.random.key(0), jnp.zeros((1, 4))))
 
 
 def same(found, expected):
@@ -282,148 +269,3 @@ def test_keras_writes_what_is_read(tmp_path, monkeypatch):
     model = keras.Model(inputs, x)
     model.save_weights(tmp_path / "a.weights.h5")
     same(fv.weights.read(tmp_path / "a.weights.h5"), {w.path: np.asarray(w) for w in model.weights})
-
-
-def saved(path, variables, **more):
-    return fv.weights.save(path, variables, **MODEL, **more)
-
-
-def test_a_bundle(tmp_path, variables):
-    path = tmp_path / "runs" / "mlp.safetensors"
-    card_path = saved(path, variables, metadata={"top1": 98.5, "labels": ["a", "b", "c"]})
-    assert card_path == tmp_path / "runs" / "mlp.json"
-    assert sorted(p.name for p in path.parent.iterdir()) == ["mlp.json", "mlp.safetensors"]
-    found, card = fv.weights.read_bundle(path)
-    jax.tree.map(np.testing.assert_array_equal, found, variables)
-    assert (card["model"], card["overrides"]) == ("mlp", {"features": (6, 5), "num_classes": 3})
-    assert card["parameters"] == 4 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3
-    assert card["metadata"] == {"top1": 98.5, "labels": ["a", "b", "c"]}
-    assert card["versions"].keys() == {"flaxvision", "jax", "flax", "numpy", "python"}
-    # Other programs read it as well.
-    assert fv.weights.read(path).keys() == {
-        f"params/{layer}/{leaf}" for layer in ("hidden1", "hidden2", "head") for leaf in ("kernel", "bias")
-    }
-    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
-
-
-def current_umask():
-    old = os.umask(0)
-    os.umask(old)
-    return old
-
-
-def test_a_bundle_with_dtypes_and_statistics(tmp_path):
-    model = fv.create_model("resnet20_cifar", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
-    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    fv.weights.save(tmp_path / "a.safetensors", variables, name="resnet20_cifar", **options)
-    found, card = fv.weights.read_bundle(tmp_path / "a.safetensors")
-    assert card["overrides"] == {"dtype": jnp.dtype("bfloat16"), "param_dtype": jnp.dtype("bfloat16")}
-    assert hash(fv.create_model("resnet20_cifar", **card["overrides"]))
-    assert found["params"]["head"]["kernel"].dtype == jnp.bfloat16
-    jax.tree.map(np.testing.assert_array_equal, found, variables)
-
-
-def test_a_bundle_of_other_variables(tmp_path, variables):
-    path = tmp_path / "a.safetensors"
-    del variables["params"]["head"]["bias"]
-    with pytest.raises(ValueError, match=r"do not fit mlp; 1 missing: params/head/bias \[3\]"):
-        saved(path, variables)
-    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
-        saved(tmp_path / "a.npz", variables)
-    variables["params"]["head"]["bias"] = np.zeros(3, np.float32)
-    with pytest.raises(TypeError, match=r"metadata\.f is .* which JSON cannot hold"):
-        saved(path, variables, metadata={"f": print})
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("where", [10, 300, -1])
-def test_a_damaged_bundle(tmp_path, variables, where):
-    path = tmp_path / "a.safetensors"
-    saved(path, variables)
-    flipped(path, where)
-    with pytest.raises(ValueError, match=r"a\.safetensors has the sha256 .* one of them is damaged"):
-        fv.weights.read_bundle(path)
-
-
-def test_a_truncated_bundle(tmp_path, variables):
-    path = tmp_path / "a.safetensors"
-    saved(path, variables)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="damaged"):
-        fv.weights.read_bundle(path)
-
-
-def test_a_damaged_card(tmp_path, variables):
-    path = tmp_path / "a.safetensors"
-    card_path = saved(path, variables)
-    whole = card_path.read_text()
-    for text, said in (
-        (whole[:50], r"a\.json is damaged"),
-        ("[]", r"a\.json is damaged"),
-        (whole.replace('"format": 1', '"format": 2'), "has format 2, this flaxvision reads 1"),
-        (whole.replace('"num_classes": 3', '"num_classes": 4'), r"does not fit mlp; .*\[5, 3\] instead of \[5, 4\]"),
-    ):
-        card_path.write_text(text)
-        with pytest.raises(ValueError, match=said):
-            fv.weights.read_bundle(path)
-    card_path.unlink()
-    with pytest.raises(ValueError, match=r"has no card: .*a\.json is missing"):
-        fv.weights.read_bundle(path)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        fv.weights.read_bundle(tmp_path / "b.safetensors")
-
-
-def test_an_interrupted_save_leaves_no_mixture(tmp_path, variables, monkeypatch):
-    """Wherever it stops, a bundle is the old one, the new one or an error."""
-    path = tmp_path / "a.safetensors"
-    saved(path, variables, metadata={"run": 1})
-    other = jax.tree.map(lambda leaf: leaf + 1, variables)
-    real = os.replace
-    for stop in (0, 1, 2):
-        calls = []
-
-        def replace(old, new, stop=stop, calls=calls):
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            calls.append(new)
-            real(old, new)
-
-        monkeypatch.setattr(os, "replace", replace)
-        if stop < 2:
-            with pytest.raises(KeyboardInterrupt):
-                saved(path, other, metadata={"run": 2})
-        else:
-            saved(path, other, metadata={"run": 2})
-        monkeypatch.undo()
-        assert not list(tmp_path.glob(".*"))
-        if stop == 1:  # the new tensors with the old card
-            with pytest.raises(ValueError, match="one of them is damaged"):
-                fv.weights.read_bundle(path)
-            continue
-        found, card = fv.weights.read_bundle(path)
-        assert card["metadata"] == {"run": 2 if stop == 2 else 1}
-        jax.tree.map(np.testing.assert_array_equal, found, other if stop == 2 else variables)
-
-
-def test_a_killed_writer_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    code = (
-        "import os, sys; from flaxvision.weights.files import replacing\n"
-        f"with replacing({str(path)!r}) as partial:\n"
-        "    partial.write_text('half'); os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
-    assert path.read_text() == "old"
-    with replacing(path) as partial:
-        partial.write_text("new")
-    assert path.read_text() == "new"
-
-
-def test_the_card_is_for_people(tmp_path, variables):
-    card = json.loads(saved(tmp_path / "a.safetensors", variables).read_text())
-    assert card["input_size"] == [4]
-    assert len(card["sha256"]) == 64
