@@ -116,7 +116,7 @@ class Choice:
     """The flags that the defaults of the others depend on."""
 
     recipe: str | None = None
-    model: str = "resnet18"
+    model: str = "mobilenet_v2"
     dataset: str = "patterns"
 
 
@@ -126,7 +126,7 @@ class Config(Recipe):
 
     recipe: Literal[tuple(RECIPES)] = "resnet"  # type: ignore[valid-type]
     """Where the other defaults are from. Default: the recipe of the model's family; demo without a data set."""
-    model: str = "resnet18"
+    model: str = "mobilenet_v2"
     """A registered classifier."""
     dataset: str = "patterns"
     """imagenet2012 or another TFDS name, a folder with train and val, or patterns, which need no file."""

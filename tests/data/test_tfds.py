@@ -121,6 +121,16 @@ def test_photographs_stay_on_disk_and_are_resized(data_dir):
     assert len(data.load("tiny_photos", "test[:3]", data_dir=data_dir, image_size=4)) == 3
 
 
+def test_photographs_as_they_are_stored(data_dir):
+    source = data.load("tiny_photos", "train", data_dir=data_dir, as_stored=True)
+    assert sorted(source[i]["image"].shape for i in range(9)) == [(6 + i, 9, 3) for i in range(9)]
+    example = source[4]
+    label = int(example["label"])
+    np.testing.assert_array_equal(example["image"], picture(label, (6 + label, 9)))
+    assert source.fingerprint != data.load("tiny_photos", "train", data_dir=data_dir).fingerprint
+    assert isinstance(data.load("tiny_pictures", "train", data_dir=data_dir, as_stored=True), data.ArraySource)
+
+
 def test_large_sets_stay_on_disk(data_dir, monkeypatch):
     whole = data.load("tiny_pictures", "train", data_dir=data_dir)
     monkeypatch.setattr(reader, "_MEMORY_BYTES", 9 * 6 * 5 * 3 - 1)
