@@ -95,8 +95,8 @@ def build(
 
 
 def _torch_module(source: str, name: str, classes: int, aux: bool) -> Any:
+    _import_torchvision()  # the others import it too
     if source == "torchvision":
-        _import_torchvision()
         import torchvision
 
         options: dict[str, Any] = {}
@@ -104,7 +104,6 @@ def _torch_module(source: str, name: str, classes: int, aux: bool) -> Any:
             options = {"aux_logits": aux, "init_weights": False}
         return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
     if source == "timm":
-        _import_torchvision()
         import timm
 
         return timm.create_model(name, pretrained=False, num_classes=classes, drop_rate=0.0)

@@ -248,14 +248,13 @@ def main(config: Config) -> int:
     sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     state = fv.train.create_state(model, config.update_rule(rates), init_rng, sample, ema_decay=config.ema_decay)
 
-    name = Path(config.dataset).name
-    workdir = Path(config.workdir or f"runs/{name}-{config.model}-{config.recipe}-{config.seed}")
+    workdir = Path(config.workdir or f"runs/{Path(config.dataset).name}-{config.model}-{config.recipe}-{config.seed}")
     free = ("workdir", "data_dir", "manual_dir", "progress", "threads", "verify", "eval_only", "weights")
     fv.train.open_workdir(workdir, config, free=free)
     with batches.from_step(0) as iterator:
         shown = {k: v[:32] for k, v in next(iterator).items()}
-    pictures = jax.jit(a.make_transform(*ops))(run_rng, shown)["image"]
-    fv.plot.image_grid(pictures, [train.classes[k] for k in shown["label"]], path=workdir / "samples.png")
+    shown = jax.jit(a.make_transform(*ops))(run_rng, shown)
+    fv.plot.image_grid(shown["image"], shown["label"], train.classes, path=workdir / "samples.png")
     held_out = fv.data.eval_batches(test, config.eval_batch_size, num_threads=config.threads)
     result = fv.train.fit_in_workdir(
         workdir,
@@ -270,7 +269,7 @@ def main(config: Config) -> int:
         eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
         log_every=config.log_every,
         learning_rate=rates,
-        progress=f"{config.model} on {name}" if config.progress else None,
+        progress=config.model if config.progress else None,
     )
     if result.stopped:
         return 0 if result.stopped == "SIGTERM" else 130

@@ -20,7 +20,7 @@ class Backbone(nn.Module):
 
     @property
     def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each stage's feature map, finest first; the output's keys (jit sorts those)."""
+        """Pixels of the image per step of each stage's map, finest first, by the output's keys (which jit sorts)."""
         raise TypeError(f"{type(self).__name__} does not say the strides of its stages")
 
 

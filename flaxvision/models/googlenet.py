@@ -276,7 +276,7 @@ class GoogLeNet(GoogLeNetBackbone):
             fields = {"adaptive": self.batch_norm, "dropout_rate": self.aux_dropout_rate, "bias_init": bias, **policy}
             head = GoogLeNetAux(self.num_classes, self.unit(train), name=f"aux_head{number}", **fields)
             logits = head(maps[tap], train=train)
-            if train:
+            if not self.is_initializing():  # else they would stand among the variables, and the next be added to them
                 self.sow("aux_logits", f"aux{number}", logits)
         x = global_avg_pool(maps["stage4"])
         if self.num_classes:

@@ -322,7 +322,7 @@ class InceptionV3(InceptionV3Backbone):
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.aux_heads and self.num_classes and (train or self.is_initializing()):
             logits = InceptionV3Aux(self.num_classes, self.unit(train), name="aux_head1", **policy)(maps["stage3"])
-            if train:
+            if not self.is_initializing():  # else they would stand among the variables, and the next be added to them
                 self.sow("aux_logits", "aux1", logits)
         x = global_avg_pool(maps["stage4"])
         if self.num_classes:

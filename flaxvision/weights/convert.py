@@ -21,7 +21,7 @@ Variables = dict[str, Any]
 
 
 def fields(name: str, source: str) -> dict[str, Any]:
-    """The fields that make a model the network of another library.
+    """The fields that make a model the network of another library, but for dropout, which is the training's choice.
 
     Args:
         name: A registry name.
@@ -201,10 +201,12 @@ def filled(
     wanted = {slot.name: slot.shape for slot in slots if slot.constant is None}
     absent = [head for head in layout.head if not any(_within(path, head) for path in shapes)]
     places = tuple(f"{layout.module(head)}{'.' if layout.style == 'torch' else '/'}" for head in absent)
+    # Where the model has one of the tensors that a pattern stands for, as it has with auxiliary heads, all count.
+    ignored = [pattern for pattern in layout.ignore if not any(matches(key, (pattern,)) for key in wanted)]
     given = {
         key: tensor.shape
         for key, tensor in tensors.items()
-        if key in wanted or not (matches(key, ("*num_batches_tracked", *layout.ignore)) or key.startswith(places))
+        if key in wanted or not (matches(key, ("*num_batches_tracked", *ignored)) or key.startswith(places))
     }
     unreal = [key for key in given if key in wanted and not jnp.issubdtype(tensors[key].dtype, jnp.floating)]
     check(_misfit(name, layout), given, wanted, unreal)

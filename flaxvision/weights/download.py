@@ -89,8 +89,8 @@ def fetch(
         known = digest or (f"sha256:{seen.read_text().strip()}" if seen.is_file() else "")
         if known and _differs(path, known) is None:
             return path
+        # It is replaced, not removed: another process may have just put it there and be about to read it.
         _log.warning("%s in the cache is damaged; fetching it anew", path)
-        path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
     partial = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial")

@@ -7,9 +7,7 @@ import hashlib
 import os
 import pickle
 import secrets
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +84,8 @@ def _safetensors(path: Path) -> Tensors:
 
 
 def _npz(path: Path) -> Tensors:
-    errors = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, NotImplementedError)
-    with _reading(path, "npz", *errors), open(path, "rb") as file:
+    # Any error: of zip, of its compression, of tokens in a header, of the memory that a header's lie would take.
+    with _reading(path, "npz", Exception), open(path, "rb") as file:
         stored = np.load(file, allow_pickle=False)
         if not isinstance(stored, np.lib.npyio.NpzFile):
             raise ValueError("it is a single array")
@@ -115,12 +113,22 @@ def _torch(path: Path) -> Tensors:
         if isinstance(stored, dict) and isinstance(stored.get(entry), dict):
             stored = stored[entry]
     tensors = dict(stored) if isinstance(stored, dict) else {type(stored).__name__: stored}
-    others = [str(name) for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
+    others = [
+        str(name)
+        for name, tensor in tensors.items()
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided)
+        or tensor.is_quantized
+    ]
     if others:
-        raise ValueError(f"{path} holds no state_dict: {', '.join(others)} are no tensors")
+        raise ValueError(f"{path} holds no state_dict: {', '.join(others)} are no plain tensors with names")
     prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
+    known = (torch.float16, torch.float32, torch.float64)  # NumPy has no other floats
     return {
-        name.removeprefix(prefix): (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+        name.removeprefix(prefix): (
+            tensor.float() if tensor.is_floating_point() and tensor.dtype not in known else tensor
+        )
+        .detach()
+        .numpy()
         for name, tensor in tensors.items()
     }
 
@@ -128,17 +136,28 @@ def _torch(path: Path) -> Tensors:
 def _h5(path: Path) -> Tensors:
     import h5py
 
-    with _reading(path, "HDF5", OSError, RuntimeError, KeyError, ValueError), h5py.File(path) as file:
-        return _keras3(file["layers"]) if "layers" in file else _keras2(file.get("model_weights", file))
+    with _reading(path, "HDF5", Exception), h5py.File(path) as file:
+
+        def array(group: Any, name: str) -> np.ndarray:
+            found = group[name]
+            if not isinstance(found, h5py.Dataset):
+                raise ValueError(f"{name} is no array")
+            if found.file.filename != file.filename or found.external or found.is_virtual:
+                raise ValueError(f"{name} lies in another file, which is never read")
+            return np.asarray(found)
+
+        if "layers" in file:
+            return _keras3(file["layers"], array)
+        return _keras2(file.get("model_weights", file), array)
 
 
-def _keras2(file: Any) -> Tensors:
+def _keras2(file: Any, array: Callable[[Any, str], np.ndarray]) -> Tensors:
     if "layer_names" not in file.attrs:
         raise ValueError("it lists no layer_names")
     tensors = {}
     for layer in _texts(file, "layer_names"):
         names = _texts(file[layer], "weight_names")
-        arrays = [np.asarray(file[layer][name]) for name in names]
+        arrays = [array(file[layer], name) for name in names]
         leaves = [name.rpartition("/")[2].removesuffix(":0") for name in names]
         if not _KERAS_LEAVES.issuperset(leaves):  # the oldest files have block1_conv1_W_1:0
             leaves = _leaves(layer, arrays)
@@ -153,13 +172,13 @@ def _texts(group: Any, attribute: str) -> list[str]:
     return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
 
 
-def _keras3(layers: Any) -> Tensors:
+def _keras3(layers: Any, array: Callable[[Any, str], np.ndarray]) -> Tensors:
     tensors = {}
     for key, group in layers.items():
         variables = group.get("vars", {})
         if "vars" not in group or set(group) - {"vars"}:
             raise ValueError(f"its layer {key} has layers of its own, which no known model has")
-        arrays = [np.asarray(variables[str(i)]) for i in range(len(variables))]
+        arrays = [array(variables, str(i)) for i in range(len(variables))]
         name = variables.attrs.get("name", key)
         name = name.decode() if isinstance(name, bytes) else str(name)
         leaves = _leaves(name, arrays) if arrays else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +61,10 @@ def load(
     * With another `num_classes` the layers that depend on it start fresh, from the model's own initializers, and all
       else is kept; 0 leaves them out.
     * With other `channels` the kernel that sees the image is folded: summed over its input channels for 1; for more
-      (or 2 of 3), repeated in turn and scaled by the old number over the new, which keeps the response to a grey image.
+      (or 2 of 3), repeated in turn and scaled by the old number over the new, which keeps the response to a grey image
+      where the new number is a multiple of the old.
+
+    Values that are not finite are loaded and named in a warning: torchvision's `IMAGENET1K_FEATURES` has such.
 
     Args:
         name: A registry name.
@@ -79,11 +83,11 @@ def load(
 
     Raises:
         ValueError: There is no such model, tag or source; the tensors do not fit (all are named); the file is damaged,
-            or the fetched one is not what was published.
+            or the fetched one is not what was published; `num_classes` is negative or `channels` not positive.
         FileNotFoundError: There is no such file.
         ConnectionError: The tag could not be fetched.
         ImportError: The file is torch's and torch, of the extra `reference`, is not installed.
-        TypeError: The model has no such field.
+        TypeError: The model has no such field, or `num_classes` or `channels` is no integer.
     """
     return _load(name, weights, source, num_classes, channels, input_size, rng, overrides)[1]
 
@@ -119,6 +123,9 @@ def _load(
 ) -> tuple[dict[str, Any], Variables]:
     """The fields of the model and its variables."""
     create_model(name, **overrides)  # wrong names are an error before anything is fetched
+    for option, value, least in (("num_classes", num_classes, 0), ("channels", channels, 1)):
+        if value is not None and operator.index(value) < least:
+            raise ValueError(f"{option} must be {least} or more, got {value}")
     path, source = _find(name, weights, source)
     if source is None:
         stored, card = read_bundle(path)
@@ -149,6 +156,8 @@ def _load(
         depth = channels
     if wanted != classes:
         leaves = network.with_head(leaves, wanted, depth, rng)
+    if broken := [key for key, leaf in leaves.items() if not np.isfinite(leaf).all()]:
+        _log.warning("%s: %s of %s hold what is not finite", name, ", ".join(broken), weights)
     return network.fields_with(wanted), nested(leaves)
 
 

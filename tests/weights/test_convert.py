@@ -202,6 +202,12 @@ def test_auxiliary_heads_are_ignored_only_where_the_model_has_none():
         fv.weights.convert("googlenet_bn", tensors, source="torchvision", aux_heads=True)
 
 
+def test_an_auxiliary_head_with_a_tensor_too_many():
+    tensors = tensors_for("googlenet_bn", "torchvision", aux_heads=True) | {"aux1.fc3.bias": np.zeros(3, np.float32)}
+    with pytest.raises(ValueError, match=r"; 1 superfluous: aux1.fc3.bias \[3\]$"):
+        fv.weights.convert("googlenet_bn", tensors, source="torchvision", aux_heads=True)
+
+
 def test_variables_that_a_library_lacks():
     tensors = tensors_for("inception_v3", "keras")
     variables = fv.weights.convert("inception_v3", tensors, source="keras")
@@ -258,6 +264,58 @@ def test_keras_names_of_any_version_and_session():
     two = fv.weights.convert("inception_v3", {later(k): v for k, v in tensors.items()}, source="keras")
     for a, b in zip(_leaves(one), _leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def published(name, tensors):
+    """The names in the files that Keras publishes, which it reads by order."""
+    counts = {}
+
+    def old(layer):
+        if name == "resnet50":
+            return {"predictions": "probs"}.get(layer, layer)
+        if name == "mobilenet_v2":
+            layer = layer.replace("expanded_conv_", "block_0_")
+            if found := re.fullmatch(r"block_(\d+)_(\w+?)(_BN)?", layer):
+                return f"{'bn' if found[3] else 'mobl'}{found[1]}_conv_{found[1]}_{'bn_' if found[3] else ''}{found[2]}"
+            return {"predictions": "Logits"}.get(layer, layer)
+        kind = "separableconvolution2d" if re.search(r"_sepconv\d$", layer) else "convolution2d"
+        kind = "batchnormalization" if layer.endswith("_bn") or layer.startswith("batch") else kind
+        kind = "dense" if layer == "predictions" else kind
+        counts[kind] = counts.get(kind, 0) + 1
+        return f"{kind}_{counts[kind]}"
+
+    layers = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+    if name == "xception":  # in the order of Keras' `Model.layers`
+        layers = sorted(layers, key=_place_in_xception)
+    names = {layer: old(layer) for layer in layers}
+    split = [(layer, *key.rpartition("/")) for layer in layers for key in tensors if key.rpartition("/")[0] == layer]
+    return {f"{names[layer]}/{leaf}": tensors[f"{layer}/{leaf}"] for layer, _, _, leaf in split}
+
+
+def _place_in_xception(layer):
+    """By block, the shortcut last."""
+    if layer == "predictions":
+        return 99, 0
+    if found := re.fullmatch(r"(?:conv2d|batch_normalization)(?:_(\d))?", layer):
+        return (2, 3, 4, 13)[int(found[1] or 0)], 9
+    found = re.fullmatch(r"block(\d+)_(?:sep)?conv(\d)(?:_bn)?", layer)
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("name", ["xception", "mobilenet_v2", "resnet50"])
+def test_keras_names_in_its_published_files(name):
+    tensors = tensors_for(name, "keras")
+    old = published(name, tensors)
+    assert len(old) == len(tensors)
+    assert set(old) != set(tensors)
+    one, two = (fv.weights.convert(name, given, source="keras") for given in (tensors, old))
+    for a, b in zip(_leaves(one), _leaves(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+    head = next(key for key in old if re.match(r"(dense_1|Logits|probs)/kernel", key))
+    with pytest.raises(ValueError, match="1 missing: predictions/kernel"):
+        fv.weights.convert(name, {key: array for key, array in old.items() if key != head}, source="keras")
+    with pytest.raises(ValueError, match=f"1 superfluous: .*{head}"):
+        fv.weights.convert(name, tensors | {head: np.zeros((2, 2), np.float32)}, source="keras")
 
 
 def _leaves(tree):

@@ -195,6 +195,16 @@ def test_without_a_digest_a_file_of_unknown_origin_is_not_trusted(server, tmp_pa
     assert get(server, tmp_path, None).read_bytes() == BODY
 
 
+def test_a_doubtful_file_stays_until_it_is_replaced(server, tmp_path):
+    """Another process may be between putting the file there and writing what vouches for it."""
+    path = get(server, tmp_path, None)
+    path.with_name("weights.pth.sha256").unlink()
+    server.faults = [404]
+    with pytest.raises(ConnectionError):
+        get(server, tmp_path, None)
+    assert path.read_bytes() == BODY
+
+
 def test_a_stop_in_mid_download_leaves_nothing(server, tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt

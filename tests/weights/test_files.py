@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 import sys
 import zipfile
 
@@ -78,6 +79,23 @@ def test_a_damaged_npz(tmp_path, tensors):
     path.write_bytes(whole)
     flipped(path, 400)  # within the first array
     with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file: BadZipFile Bad CRC"):
+        fv.weights.read(path)
+
+
+def test_an_npz_whose_headers_lie(tmp_path):
+    """More memory than there is, no end of brackets, a password: whatever zip and NumPy make of it, one kind of error."""
+    path = tmp_path / "a.npz"
+    for header in (b"{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,)}", b"{'shape': ((((", b"(" * 99):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n")
+        with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file"):
+            fv.weights.read(path)
+    np.savez(path, x=np.ones(3))
+    data = bytearray(path.read_bytes())
+    for where in (6, data.index(b"PK\x01\x02") + 8):  # the flag of an encrypted entry
+        data[where] |= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file: RuntimeError .*encrypted"):
         fv.weights.read(path)
 
 
@@ -194,6 +212,48 @@ def test_a_damaged_h5(tmp_path):
         fv.weights.read(path)
 
 
+def test_h5_that_points_to_other_files(tmp_path):
+    """HDF5 can take an array from any file of the disk: such a file is not read."""
+    (tmp_path / "secret").write_bytes(np.arange(12, dtype=np.float32).tobytes())
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = np.ones(3)
+        file["group/a/kernel:0"] = np.ones(3)
+    space = h5py.VirtualLayout((3,), "f8")
+    space[:] = h5py.VirtualSource(tmp_path / "other.h5", "x", (3,))
+    for make in (
+        lambda layer: layer.create_dataset("a/kernel:0", (12,), "f4", external=[(str(tmp_path / "secret"), 0, 48)]),
+        lambda layer: layer.create_group("a").__setitem__("kernel:0", h5py.ExternalLink(tmp_path / "other.h5", "/x")),
+        lambda layer: layer.__setitem__("a", h5py.ExternalLink(tmp_path / "other.h5", "/group/a")),
+        lambda layer: layer.create_virtual_dataset("a/kernel:0", space),
+    ):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.attrs["layer_names"] = np.array([b"a"])
+            layer = file.create_group("a")
+            layer.attrs["weight_names"] = np.array([b"a/kernel:0"])
+            make(layer)
+        with pytest.raises(ValueError, match=r"a/kernel:0 lies in another file, which is never read"):
+            fv.weights.read(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("what", ["layers", "layer_names", "a group", "4 TB"])
+def test_h5_of_another_build(tmp_path, what):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        if what == "layers":
+            file["layers"] = np.ones(3)
+        elif what == "layer_names":
+            file.attrs["layer_names"] = 3
+        else:
+            file.attrs["layer_names"] = np.array([b"a"])
+            layer = file.create_group("a")
+            layer.attrs["weight_names"] = np.array([b"kernel:0"])
+            if what == "a group":
+                layer.create_group("kernel:0")
+            else:
+                layer.create_dataset("kernel:0", (10**12,), "f4", chunks=(1024,))
+    with pytest.raises(ValueError, match=r"a\.h5 is damaged or no HDF5 file"):
+        fv.weights.read(tmp_path / "a.h5")
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"a\.ckpt must end in one of \.safetensors, \.npz"):
         fv.weights.read(tmp_path / "a.ckpt")
@@ -244,7 +304,7 @@ def test_torch_files_that_hold_something_else(tmp_path, tensors, monkeypatch):
         fv.weights.read(path)
     assert not (tmp_path / "ran").exists()
     torch.save({"a": torch.ones(2), "epoch": 3}, path)
-    with pytest.raises(ValueError, match=r"a\.pth holds no state_dict: epoch are no tensors"):
+    with pytest.raises(ValueError, match=r"a\.pth holds no state_dict: epoch are no plain tensors"):
         fv.weights.read(path)
     torch.save({key: torch.tensor(tensor) for key, tensor in tensors.items()}, path)
     whole = path.read_bytes()

@@ -201,7 +201,21 @@ def test_a_damaged_bundle_is_an_error(tmp_path, file):
         fv.weights.load(NAME, path)
 
 
+def test_numbers_that_are_not_finite_are_named(tmp_path, caplog):
+    tensors = tensors_for(NAME, "akamaster")
+    tensors["conv1.weight"][0, 0, 0, 0] = np.nan
+    save_file(tensors, tmp_path / "a.safetensors")
+    fv.weights.load(NAME, tmp_path / "a.safetensors", source="akamaster")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "params/backbone/stem_conv/kernel of" in record.getMessage()
+
+
 def test_wrong_arguments(tmp_path, file):
+    with pytest.raises(ValueError, match="channels must be 1 or more, got 0"):
+        fv.weights.load(NAME, file, source="akamaster", channels=0)
+    with pytest.raises(ValueError, match="num_classes must be 0 or more, got -1"):
+        fv.weights.load(NAME, file, source="akamaster", num_classes=-1)
     with pytest.raises(ValueError, match=r"is no bundle of flaxvision; give source=, .* one of akamaster"):
         fv.weights.load(NAME, file)
     with pytest.raises(ValueError, match="source='torchvision' has no resnet20_cifar"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from flaxvision.weights.layout import Layout, Tensors
@@ -66,6 +68,21 @@ def keras(path: str) -> str:
         }[path]
     block, layer, norm = _parts(path)
     return f"{f'block_{block}' if block else 'expanded_conv'}_{_LAYERS[layer]}{'_BN' if norm else ''}"
+
+
+def renamed(tensors: Tensors) -> Tensors:
+    """The published file's names as Keras' today: `mobl3_conv_3_expand`, `bn3_conv_3_bn_expand`, `Logits`."""
+
+    def now(name: str) -> str:
+        layer, slash, leaf = name.rpartition("/")
+        if layer == "Logits":
+            return f"predictions/{leaf}"
+        if found := re.fullmatch(r"(?:mobl|bn)(\d+)_conv_\1_(bn_)?(expand|depthwise|project)", layer):
+            number, norm, kind = found.groups()
+            layer = f"{f'block_{number}' if number != '0' else 'expanded_conv'}_{kind}{'_BN' if norm else ''}"
+        return f"{layer}{slash}{leaf}"
+
+    return {name if now(name) in tensors else now(name): tensor for name, tensor in tensors.items()}
 
 
 def coral(path: str) -> str:
@@ -136,7 +153,7 @@ _TENSORFLOW = {"padding": "SAME", "epsilon": _EPSILON, "momentum": 0.999}
 LAYOUTS = (
     Layout("torchvision", ("mobilenet_v2",), torchvision, first=_FIRST),
     Layout("timm", ("mobilenet_v2",), timm, first=_FIRST),
-    Layout("keras", ("mobilenet_v2",), keras, style="keras", fields=_TENSORFLOW, first=_FIRST),
+    Layout("keras", ("mobilenet_v2",), keras, style="keras", fields=_TENSORFLOW, adapt=renamed, first=_FIRST),
     # Wants RGB in 0 to 255 as (x - 127) * 0.0078431377; class 0 is background, ImageNet's classes follow.
     Layout(
         "coral",

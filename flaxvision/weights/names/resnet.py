@@ -52,6 +52,8 @@ def keras_name(path: str) -> str:
 def fold_biases(tensors: Tensors) -> Tensors:
     """Moves the biases of Keras' convolutions into the means of the BatchNorms that follow them.
 
+    The head, `probs` in the published files, gets its name of today, `predictions`.
+
     `gamma * (y + bias - mean) / std + beta` is the same network with the mean `mean - bias` and no bias.
 
     Args:
@@ -65,6 +67,8 @@ def fold_biases(tensors: Tensors) -> Tensors:
         ValueError: Convolutions have no bias; all are named.
     """
     tensors = {name.removesuffix(":0"): tensor for name, tensor in tensors.items()}
+    if "predictions/kernel" not in tensors:
+        tensors = {re.sub("^probs/", "predictions/", name): tensor for name, tensor in tensors.items()}
     bare = [name for name in tensors if name.endswith("_conv/kernel") and name[:-6] + "bias" not in tensors]
     if bare:
         missing = ", ".join(name[:-6] + "bias" for name in bare)

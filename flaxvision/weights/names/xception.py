@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-from flaxvision.weights.layout import Layout
+from flaxvision.weights.layout import Layout, Tensors
 
 _BLOCK = re.compile(r"backbone/stage(\d)_block(\d+)/(\w+?)(\d?)(/.*)?")
 _EXIT = re.compile(r"backbone/stage4_(sepconv|bn)(\d)(/.*)?")
@@ -39,6 +40,48 @@ def keras(path: str) -> str:
     return f"block{place + 1}_sepconv{number}" + ("_bn" if kind == "bn" else kernel[(part or "")[1:]])
 
 
+def _ordered() -> Iterator[str]:
+    """Keras' layers in the order of its files, within each kind: a shortcut's follow those beside it."""
+    yield from ("block1_conv1", "block1_conv1_bn", "block1_conv2", "block1_conv2_bn")
+    for block in range(2, 15):
+        for i in range(1, 4 if 5 <= block <= 12 else 3):
+            yield from (f"block{block}_sepconv{i}", f"block{block}_sepconv{i}_bn")
+        if block - 1 in _STRIDED:
+            order = _STRIDED.index(block - 1)
+            yield from (f"{kind}_{order}" if order else kind for kind in ("conv2d", "batch_normalization"))
+    yield "predictions"
+
+
+# What Keras 1 called layers without a name, and the names of those layers now.
+_KINDS = {
+    "convolution2d": re.compile(r"block1_conv\d|conv2d(_\d)?"),
+    "separableconvolution2d": re.compile(r".*_sepconv\d"),
+    "batchnormalization": re.compile(r".*_bn|batch_normalization(_\d)?"),
+    "dense": re.compile(r"predictions"),
+}
+
+
+def named(tensors: Tensors) -> Tensors:
+    """Names the layers of the published file, made when none had a name, by their order, as Keras itself does.
+
+    Other tensors, and kinds of which there are more or fewer than there should be, stay as they are.
+    """
+    layers = list(dict.fromkeys(name.rpartition("/")[0] for name in tensors))
+    if not any(layer.startswith("separableconvolution2d") for layer in layers):
+        return tensors
+    names: dict[str, str] = {}
+    for kind, pattern in _KINDS.items():
+        old = [layer for layer in layers if re.fullmatch(rf"{kind}(_\d+)?", layer)]
+        new = [layer for layer in _ordered() if pattern.fullmatch(layer)]
+        names |= dict(zip(old, new, strict=True)) if len(old) == len(new) else {}
+    names = {old: new for old, new in names.items() if new not in layers}
+    out: Tensors = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition("/")
+        out[f"{names[layer]}/{leaf}" if layer in names else name] = tensor
+    return out
+
+
 def timm(path: str) -> str:
     """The timm module of one of ours."""
     part = {"/depthwise": ".conv1", "/pointwise": ".pointwise", None: ""}
@@ -58,7 +101,7 @@ def timm(path: str) -> str:
 
 
 LAYOUTS = (
-    Layout("keras", ("xception",), keras, style="keras", first="backbone/stem_conv1"),
+    Layout("keras", ("xception",), keras, style="keras", adapt=named, first="backbone/stem_conv1"),
     Layout(
         "timm",
         ("xception",),
