@@ -190,7 +190,7 @@ class SENet(SENetBackbone):
 
     Attributes:
         num_classes: Outputs; 0 gives the pooled features, four times the last width with bottlenecks.
-        dropout_rate: Of the pooled features.
+        dropout_rate: Of the pooled features before the classifier.
     """
 
     num_classes: int = 1000
@@ -205,8 +205,8 @@ class SENet(SENetBackbone):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:  # type: ignore[override]
         """Maps images `[N, H, W, C]`, 224x224x3 as published, to logits `[N, num_classes]` float32."""
         x = global_avg_pool(self.make_backbone()(x, train=train)[f"stage{len(self.stage_sizes)}"])
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if self.num_classes:
+            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
             types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
             x = nn.Dense(self.num_classes, kernel_init=_dense_init, name="head", **types)(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -136,6 +136,9 @@ def test_auxiliary_logits_are_sown_in_training_alone(name):
     logits, sown = jax.eval_shape(functools.partial(apply, train=False), variables, x)
     assert logits.shape == (2, 7)
     assert "aux_logits" not in sown
+    # Nor do those of an `init` in training mode stay among the variables, where the next would be added to them.
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    assert "aux_logits" not in jax.eval_shape(lambda x: model.init(keys, x, train=True), x)
 
 
 def test_features_have_no_auxiliary_heads():

@@ -314,7 +314,7 @@ def test_keras_names_in_its_published_files(name):
     head = next(key for key in old if re.match(r"(dense_1|Logits|probs)/kernel", key))
     with pytest.raises(ValueError, match="1 missing: predictions/kernel"):
         fv.weights.convert(name, {key: array for key, array in old.items() if key != head}, source="keras")
-    with pytest.raises(ValueError, match=f"1 superfluous: .*{head}"):
+    with pytest.raises(ValueError, match=r"1 superfluous: (dense|Logits|probs)/kernel \[2, 2\]"):
         fv.weights.convert(name, tensors | {head: np.zeros((2, 2), np.float32)}, source="keras")
 
 
