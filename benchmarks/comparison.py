@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import math
 from typing import Any
 
 import drawing
@@ -106,7 +107,7 @@ class Pair:
 def error(ours: Any, theirs: Any) -> float:
     """`||ours - theirs|| / ||theirs||` over arrays or equal trees of them."""
     a, b = (jax.tree.leaves(tree) for tree in (ours, theirs))
-    return _norm([x - y for x, y in zip(_doubles(a), _doubles(b), strict=True)]) / _norm(_doubles(b))
+    return _apart(a, b) / _norm(b)
 
 
 def weights(pair: Pair, theirs: Any) -> tuple[dict[str, tuple[float, float]], Tensors]:
@@ -172,7 +173,7 @@ def training(pair: Pair, *, trajectory: bool = True) -> dict[str, Any]:
     theirs.load(start)
     loss, tensors = theirs.gradients(batches[0])
     gradient = pair.variables(start | tensors)["params"]
-    rate = 0.05 * loss / _norm(_doubles(jax.tree.leaves(gradient))) ** 2
+    rate = 0.05 * loss / _norm(jax.tree.leaves(gradient)) ** 2
     theirs.load(start)
     trained = theirs.train(batches, rate, MOMENTUM) if trajectory else None
     del theirs
@@ -254,9 +255,8 @@ def _cross_entropy(logits: jax.Array, labels: np.ndarray) -> jax.Array:
 
 def _drift(ours: Any, theirs: Any, start: Any) -> float:
     """How far apart two states are, as a share of the way from their start."""
-    a, b, c = (_doubles(jax.tree.leaves(tree)) for tree in (ours, theirs, start))
-    apart = _norm([x - y for x, y in zip(a, b, strict=True)])
-    return apart / _norm([y - z for y, z in zip(b, c, strict=True)])
+    a, b, c = (jax.tree.leaves(tree) for tree in (ours, theirs, start))
+    return _apart(a, b) / _apart(b, c)
 
 
 def _worst(ours: Any, theirs: Any) -> float:
@@ -271,9 +271,10 @@ def _flat(tree: Any) -> dict[str, Any]:
     return flatten_dict(tree, sep="/")
 
 
-def _doubles(arrays: list[Any]) -> list[np.ndarray]:
-    return [np.asarray(value, np.float64) for value in arrays]
+# One leaf at a time: a VGG has 1.1 GB of float64.
+def _norm(arrays: list[Any]) -> float:
+    return math.sqrt(sum(float(np.linalg.norm(np.asarray(value, np.float64))) ** 2 for value in arrays))
 
 
-def _norm(arrays: list[np.ndarray]) -> float:
-    return float(np.sqrt(sum(float(np.vdot(value, value)) for value in arrays)))
+def _apart(a: list[Any], b: list[Any]) -> float:
+    return math.sqrt(sum(_norm([np.asarray(x, np.float64) - y]) ** 2 for x, y in zip(a, b, strict=True)))

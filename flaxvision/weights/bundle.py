@@ -127,16 +127,16 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         card = json.loads(card_path.read_text())
         stored = {key: card[key] for key in ("format", "model", "overrides", "channels", "input_size", "sha256")}
+        overrides = {
+            key: jnp.dtype(value) if "dtype" in key and value is not None else _hashable(value)
+            for key, value in stored["overrides"].items()
+        }
     except FileNotFoundError as error:
         raise ValueError(f"{path} has no card: {card_path} is missing") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{card_path} is damaged: {type(error).__name__} {error}") from error
     if stored["format"] != FORMAT:
         raise ValueError(f"{card_path} has format {stored['format']}, this flaxvision reads {FORMAT}")
-    overrides = {
-        key: jnp.dtype(value) if "dtype" in key and value is not None else _hashable(value)
-        for key, value in stored["overrides"].items()
-    }
     return card | {"overrides": overrides, "input_size": _hashable(stored["input_size"])}
 
 
@@ -164,7 +164,10 @@ def read_bundle(path: str | os.PathLike[str]) -> tuple[Variables, dict[str, Any]
     if (found := sha256_of(path)) != card["sha256"]:
         raise ValueError(f"{path} has the sha256 {found}, its card says {card['sha256']}: one of them is damaged")
     leaves = read(path)
-    model = create_model(card["model"], **card["overrides"])
-    shapes = shapes_of(card["model"], model, channels=card["channels"], input_size=card["input_size"])
+    try:
+        model = create_model(card["model"], **card["overrides"])
+        shapes = shapes_of(card["model"], model, channels=card["channels"], input_size=card["input_size"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{card_of(path)} does not describe a model of this flaxvision: {error}") from error
     check(f"{path} does not fit {card['model']}", leaves, {key: leaf.shape for key, leaf in shapes.items()})
     return nested(leaves), card

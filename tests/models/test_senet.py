@@ -171,9 +171,10 @@ def test_create_backbone_takes_the_parameters_of_the_classifier():
 
 
 def test_features_are_dropped_in_training_only():
-    model = SENet(stage_sizes=(1,), features=(32,), num_classes=0, bottleneck=False)
+    model = SENet(stage_sizes=(1,), features=(32,), num_classes=32, bottleneck=False)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5, 5, 3)), jnp.float32)
     variables = variables_of(model, x.shape)
+    variables["params"]["head"] = {"kernel": jnp.eye(32), "bias": jnp.zeros(32)}  # shows what it sees
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(rate):
@@ -186,3 +187,8 @@ def test_features_are_dropped_in_training_only():
     kept = dropped != 0
     np.testing.assert_allclose(dropped[kept], whole[kept] / 0.8, rtol=1e-5)
     assert 0.1 < 1 - kept[whole != 0].mean() < 0.3
+    features = model.clone(num_classes=0)
+    variables["params"].pop("head")
+    jax.eval_shape(
+        lambda v: features.apply(v, x, train=True, mutable=["batch_stats"]), variables
+    )  # wants no dropout key

@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,10 +93,20 @@ def filled(tree, seed=0):
 def test_logits_and_features_by_shape(name):
     logits, _ = traced(name)
     assert (logits.shape, logits.dtype) == ((2, fv.create_model(name).num_classes), jnp.float32)
-    headless = fv.create_model(name, num_classes=0, dtype=jnp.bfloat16)
+    fields = {"axis_name": "data"} if hasattr(fv.create_model(name), "axis_name") else {}
+    headless = fv.create_model(name, num_classes=0, dtype=jnp.bfloat16, **fields)
     x = shape_of(name)
     gray = jax.ShapeDtypeStruct((*x.shape[:-1], 4 - x.shape[-1]), jnp.float32)  # one channel, or three for capsnet
-    features, variables = jax.eval_shape(lambda x: headless.init_with_output(jax.random.key(0), x), gray)
+    norms = set()
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm):
+            norms.add((context.module.axis_name, context.module.dtype))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        features, variables = jax.eval_shape(lambda x: headless.init_with_output(jax.random.key(0), x), gray)
+    assert norms == ({("data", jnp.bfloat16)} if "batch_stats" in variables else set())
     (width,) = {n for pattern, n in FEATURES.items() if fnmatch.fnmatchcase(name, pattern)}
     assert (features.shape, features.dtype) == ((2, width), jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
