@@ -82,6 +82,10 @@ def test_the_readme_example_runs(tmp_path):
     from pathlib import Path
 
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    example, weights = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(example.strip().splitlines()) <= 15
     assert float(re.search(r"'accuracy': ([\d.]+)", python(example))[1]) > 0.9
+    compile(weights, "README.md", "exec")  # it wants a network and a photo: its names at least must exist
+    names = sorted(set(re.findall(r"fv\.[a-z_.]+", weights)))
+    assert names
+    python(f"import flaxvision as fv; {', '.join(names)}")

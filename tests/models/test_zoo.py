@@ -123,7 +123,8 @@ def test_stages_have_their_strides(name):
     assert list(backbone.strides.values()) == sorted(backbone.strides.values())
     for stage, stride in backbone.strides.items():
         for extent, size in zip(stages[stage].shape[1:3], x.shape[1:3], strict=True):
-            assert abs(extent - size / stride) <= 4, (stage, stages[stage].shape)  # VALID networks lose the rim
+            rim = 10 if name == "alexnet_dli" else 4  # VALID networks lose it
+            assert abs(extent - size / stride) <= rim, (stage, stages[stage].shape)
 
 
 @pytest.mark.parametrize("name", sorted(SMALLEST))
