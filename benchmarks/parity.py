@@ -73,7 +73,7 @@ there, and converted by `flaxvision.weights.convert`. Errors are relative, `||ou
 | --- | --- | --- |
 {summary}
 
-{failures}
+{failures}{lacking}
 
 * **forward**: logits in float32, with running statistics (eval) and with those of the batch (train).
 * **gradient**: of the cross-entropy (auxiliary heads weigh {aux}), all parameters as one vector, batch statistics,
@@ -175,8 +175,11 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
     versions += sorted({f"{name} {line[name]}" for line in lines for name in ("jax", "flax")})
     summary = [f"| {title} | {worst[key]:.1e} | {limit:.0e} |" for title, key, limit in _COLUMNS]
     bad = [f"* `{line['model']}`, {line['source']}: {'; '.join(f)}" for line in lines if (f := failures(line))]
+    have = {(line["model"], line["source"], line["aux"]) for line in lines}
+    lacking = [f"`{p.model}` ({p.source})" for p in pairs() if (p.model, p.source, p.aux) not in have]
     return _TEXT.format(
         count=len(lines),
+        lacking=f"\n\n**Not measured yet** ({len(lacking)}): {', '.join(lacking)}." if lacking else "",
         models=len({line["model"] for line in lines}),
         summary="\n".join(summary),
         failures="\n".join(["Not within the tolerances:", "", *bad]) if bad else "All are within the tolerances.",
