@@ -5,8 +5,8 @@ r"""Trains CapsNet on MNIST, and draws what its capsules hold (Sabour, Frosst an
         --manual-dir FOLDER                                        # FOLDER has the four original files
 
 The first needs neither a network nor a GPU. Two cores of an Intel Xeon (AVX-512) train about 100 images a second: 5
-minutes for the digits, 80 for MNIST, by estimate from its steps: a whole run on MNIST has not been measured here yet. The
-paper reports a test error of 0.25 %. To expect in the work directory, beside the curves, records and checkpoints:
+minutes for the digits, 80 for MNIST, by estimate from its steps: a whole run on MNIST has not been measured here yet.
+The paper reports a test error of 0.25 %. To expect in the work directory, beside the curves, records and checkpoints:
 
     reconstructions.png    test images above what the decoder draws from their longest capsules
     perturbations.png      drawings of one digit while each of its capsule's 16 numbers moves from -0.25 to +0.25 of
