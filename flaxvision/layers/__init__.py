@@ -18,7 +18,7 @@ from flaxvision.layers.convolution import (
     separable_conv,
 )
 from flaxvision.layers.neurons import RBF, digit_codes, heaviside, random_codes, sign
-from flaxvision.layers.normalization import ConvNorm, local_response_norm
+from flaxvision.layers.normalization import BatchNorm, ConvNorm, local_response_norm
 from flaxvision.layers.pooling import (
     TrainableAvgPool,
     adaptive_avg_pool,
@@ -34,6 +34,7 @@ from flaxvision.layers.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "RBF",
+    "BatchNorm",
     "Conv",
     "ConvNorm",
     "ConvTranspose",

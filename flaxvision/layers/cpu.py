@@ -6,10 +6,10 @@ XLA's convolutions for the CPU leave much speed behind; these are the same sums 
 * pointwise kernels are matrix products, forward and backward;
 * depthwise kernels are shifted multiply-adds;
 * grouped kernels are dense convolutions of a few groups each, the rest of their kernels zero;
-* a dilated input (the transposed convolution) is one small convolution per output phase ("sub-pixel"), interleaved;
-* filter gradients of large feature maps are matrix products of patches, a few images at a time.
-
-The gradients are written as forward forms, linear in one operand, whose transposes are the fast arithmetic.
+* a dilated input (the transposed convolution, and the gradient of a strided one's input) is one small convolution per
+  output phase ("sub-pixel"), interleaved;
+* filter gradients of large feature maps are matrix products of patches, a few images at a time;
+* sums over all but the channels are matrix products with ones.
 
 Two things differ from the plain form. A NaN or an infinity spreads to the groups that a grouped convolution computes
 together with its own. Over a mesh of several CPU devices the pieces of a filter gradient are taken from the whole
@@ -63,22 +63,30 @@ def plain(x, kernel, w: Window, precision=None):
 
 
 def fast(x, kernel, w: Window, precision=None):
-    """The forms for the CPU, which knows no precision but its types'."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return _fast_wide(x.astype(wide), kernel.astype(wide), w).astype(x.dtype)
+    """The forms for the CPU, which knows no precision but its types'. For values: see `trainable`."""
+    return _fast(x, kernel, w, _spatial)
 
 
-def _fast_wide(x, kernel, w: Window):
-    channels, groups = x.shape[-1], w.groups
+def trainable(x, kernel, w: Window, precision=None):
+    """`fast` whose reverse-mode derivatives are fast too; forward mode it has none."""
+    return _fast(x, kernel, w, _trainable_spatial)
+
+
+def _fast(x, kernel, w: Window, spatial):
+    """`spatial` is the form of the undilated convolutions of one group."""
+    dtype, channels = x.dtype, x.shape[-1]
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x, kernel = x.astype(wide), kernel.astype(wide)
     if max(w.lhs_dilation) > 1:
-        if groups == 1 and max(w.strides) == 1 and max(w.rhs_dilation) == 1:
-            return _subpixel(x, kernel, w)
-        return plain(x, kernel, w)
-    if groups == 1:
-        return _dense(x, kernel, w)
-    if groups == channels:
-        return _depthwise(x, kernel, w)
-    return _grouped(x, kernel, w)
+        dense = w.groups == 1 and max(w.strides) == 1 and max(w.rhs_dilation) == 1
+        y = _subpixel(x, kernel, w, spatial) if dense else plain(x, kernel, w)
+    elif w.groups == 1:
+        y = _dense(x, kernel, w, spatial)
+    elif w.groups == channels:
+        y = _depthwise(x, kernel, w)
+    else:
+        y = _grouped(x, kernel, w, spatial)
+    return y.astype(dtype)
 
 
 # -- geometry ---------------------------------------------------------------------------------------------------------
@@ -141,16 +149,15 @@ def _in_pieces(fn, x, out, window, w: Window, bytes_per_position: int):
 # -- dense ------------------------------------------------------------------------------------------------------------
 
 
-def _dense(x, kernel, w: Window):
+def _dense(x, kernel, w: Window, spatial):
     if math.prod(kernel.shape[:-2]) > 1:
-        return _spatial(x, kernel, w)
+        return spatial(x, kernel, w)
     out = _out_size(x.shape, kernel.shape, w)
     (x,) = _taps(x, kernel.shape[:-2], out, w)
     y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[-2:])
     return y.reshape(x.shape[0], *out, -1)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _spatial(x, kernel, w: Window):
     # jaxlib 0.10's unpadded 2-D convolution is three times slower than the padded one: one row too many is cheaper,
     # and the cut disappears in whatever reads the result. One or two channels do not meet that slow path.
@@ -160,46 +167,84 @@ def _spatial(x, kernel, w: Window):
     return plain(x, kernel, w)
 
 
-@partial(_spatial.defjvp, symbolic_zeros=True)
-def _spatial_jvp(w: Window, primals, tangents):
-    x, kernel = primals
-    dx, dkernel = (None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents)
-    parts = []
-    if dx is not None:
-        parts.append(plain(dx, kernel, w))
-    if dkernel is not None:
-        parts.append(_filter_map(x, dkernel, w))
-    return _spatial(x, kernel, w), sum(parts[1:], parts[0])
+_trainable_spatial = jax.custom_vjp(_spatial, nondiff_argnums=(2,))
 
 
-def _filter_map(x, kernel, w: Window):
-    """The convolution as a linear map of its kernel, such that its transpose is the fast filter gradient."""
+def _spatial_fwd(x, kernel, w: Window):
+    return _spatial(x, kernel, w), (x, kernel)
+
+
+def _spatial_bwd(w: Window, operands, gradient):
+    x, kernel = operands
+    return _input_gradient(x, kernel, gradient, w), _filter_gradient(x, kernel, gradient, w)
+
+
+_trainable_spatial.defvjp(_spatial_fwd, _spatial_bwd)
+
+
+def _input_gradient(x, kernel, gradient, w: Window):
+    if max(w.strides) == 1 or max(w.rhs_dilation) > 1:
+        return jax.vjp(lambda x: plain(x, kernel, w), x)[1](gradient)[0]
+    # XLA's own can be 50 times slower: a window of 9 at steps of 2, from 256 to 256 channels, takes 6 s for 25 images.
+    pads = tuple(
+        (k - 1 - low, n - 1 - (o - 1) * s + low)
+        for n, k, o, s, (low, _) in zip(
+            x.shape[1:-1], kernel.shape, gradient.shape[1:-1], w.strides, w.padding, strict=False
+        )
+    )
+    ones = (1,) * len(pads)
+    flipped = jnp.flip(kernel, range(len(pads))).swapaxes(-1, -2)
+    return _subpixel(gradient, flipped, Window(ones, pads, w.strides, ones), _spatial)
+
+
+def _filter_gradient(x, kernel, gradient, w: Window):
     window, (channels, features) = kernel.shape[:-2], kernel.shape[-2:]
-    out = _out_size(x.shape, kernel.shape, w)
+    out = gradient.shape[1:-1]
     depth = math.prod(window) * channels
     narrow = (channels < 16 and features < 32) or len(window) == 1  # little arithmetic for each patch copied
     small = math.prod(out) < SMALL_MAP and len(x) * math.prod(out) < 2 * depth
-    if narrow or small or max(w.rhs_dilation) > 1:
-        return plain(x, kernel, w)  # measured: XLA's own form is as good, or better
+    if narrow or small or max(w.rhs_dilation) > 1:  # measured: XLA's own form is as good, or better
+        return jax.vjp(lambda kernel: plain(x, kernel, w), kernel)[1](gradient)[0]
 
-    def patches_times(matrix, x, out, w):
-        views = _taps(x, window, out, w)
-        if channels <= 4:  # patches of single numbers would be written one by one
-            y = jnp.einsum("t...c,tcf->...f", jnp.stack(views), matrix.reshape(-1, channels, features))
-        else:
-            y = jnp.concatenate(views, axis=-1).reshape(-1, depth) @ matrix
-        return y.reshape(len(x), *out, features)
+    # Patches stand as columns, so that the product needs no transpose and every copy is a run of a row's pixels.
+    bytes_per_row = depth * math.prod(out[1:]) * x.dtype.itemsize
+    band = out[0] if out[0] * bytes_per_row <= 2 * PATCH_BYTES else _divisor(out[0], PATCH_BYTES // bytes_per_row)
+    images, bands = _divisor(len(x), PATCH_BYTES // (band * bytes_per_row)), out[0] // band
+    phases = _phases(x, window, out, w)
+    reach = band + (window[0] - 1) // w.strides[0]
+    part = (*w.strides, channels, images, reach, *phases.shape[len(window) + 3 :])
 
-    def whole(x, matrix):
-        return _in_pieces(partial(patches_times, matrix), x, out, window, w, depth * x.dtype.itemsize)
+    def piece(total, index):
+        image, top = index // bands * images, index % bands * band
+        rest = (0,) * (len(out) - 1)
+        x = lax.dynamic_slice(phases, (*(0 for _ in window), 0, image, top, *rest), part)
+        views = []
+        for place in product(*map(range, window)):
+            starts = [t // s for t, s in zip(place, w.strides, strict=True)]
+            spans = (slice(start, start + n) for start, n in zip(starts, (band, *out[1:]), strict=True))
+            views.append(x[tuple(t % s for t, s in zip(place, w.strides, strict=True))][:, :, *spans])
+        g = lax.dynamic_slice(gradient, (image, top, *rest, 0), (images, band, *out[1:], features))
+        return total + jnp.concatenate(views).reshape(depth, -1) @ g.reshape(-1, features), None
 
-    return jax.checkpoint(whole, prevent_cse=False)(x, kernel.reshape(depth, features))
+    start = jnp.zeros((depth, features), x.dtype)
+    total, _ = lax.scan(piece, start, jnp.arange(len(x) // images * bands))
+    return total.reshape(kernel.shape)
+
+
+def _phases(x, window, out, w: Window):
+    """The padded input's pixels by their place modulo the strides: `[*strides, C, N, *spatial / strides]`."""
+    count = [o + (k - 1) // s for o, k, s in zip(out, window, w.strides, strict=True)]
+    sizes = zip(x.shape[1:-1], w.padding, count, w.strides, strict=True)
+    x = _pad(x, [(low, q * s - n - low) for n, (low, _), q, s in sizes])
+    split = x.reshape(len(x), *(m for pair in zip(count, w.strides, strict=True) for m in pair), x.shape[-1])
+    rank = len(window)
+    return split.transpose(*range(2, 2 * rank + 1, 2), 2 * rank + 1, 0, *range(1, 2 * rank, 2))
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 
-def _grouped(x, kernel, w: Window):
+def _grouped(x, kernel, w: Window, spatial):
     *window, inside, features = kernel.shape
     groups, channels = w.groups, x.shape[-1]
     wanted = max(GROUP_CHANNELS // inside, -(-groups // GROUP_BLOCKS), 1)
@@ -212,7 +257,7 @@ def _grouped(x, kernel, w: Window):
     one = w._replace(groups=1)
     width = channels // blocks
     parts = [lax.slice_in_dim(x, i * width, (i + 1) * width, axis=-1) for i in range(blocks)]
-    return jnp.concatenate([_dense(part, kernel[i], one) for i, part in enumerate(parts)], axis=-1)
+    return jnp.concatenate([_dense(part, kernel[i], one, spatial) for i, part in enumerate(parts)], axis=-1)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -271,10 +316,20 @@ def _depthwise_filter_map(x, kernel, w: Window):
     return _in_pieces(piece, x, out, kernel.shape[:-2], w, 4 * kernel.shape[-1] * x.dtype.itemsize)
 
 
+# -- sums -------------------------------------------------------------------------------------------------------------
+
+
+def channel_sum(x):
+    """`[..., C]` to `[C]`. XLA's reduction, with arithmetic fused into it, takes up to ten times as long."""
+    rows = x.reshape(-1, x.shape[-1])
+    twice = jnp.ones((2, len(rows)), x.dtype) @ rows  # by a single row, small products become a slow loop as well
+    return twice.sum(0) / 2
+
+
 # -- dilated inputs ---------------------------------------------------------------------------------------------------
 
 
-def _subpixel(x, kernel, w: Window):
+def _subpixel(x, kernel, w: Window, spatial):
     """Outputs of one phase modulo the dilation f see every f-th kernel element: interleaved small convolutions.
 
     Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?".
@@ -296,7 +351,7 @@ def _subpixel(x, kernel, w: Window):
         part = kernel[tuple(slice(t, None, f) for t, f in zip(first, w.lhs_dilation, strict=True))]
         if part.size == 0:
             return jnp.zeros((len(x), *count, kernel.shape[-1]), x.dtype)
-        return _dense(x, part, dense._replace(padding=tuple(pads)))
+        return _dense(x, part, dense._replace(padding=tuple(pads)), spatial)
 
     def interleave(place, axis):
         if axis == len(size):

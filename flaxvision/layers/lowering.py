@@ -1,4 +1,4 @@
-"""Channels-last convolutions whose arithmetic is chosen by the platform that a program is lowered for.
+"""Channels-last arithmetic in a form chosen by the platform that a program is lowered for.
 
 On cuda and tpu everything is plain `jax.lax.conv_general_dilated`; `flaxvision.layers.cpu` has the forms for the CPU.
 
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flaxvision.layers.cpu import Window, dimension_numbers_of, fast, plain, reach_of
+from flaxvision.layers import cpu
+from flaxvision.layers.cpu import Window, dimension_numbers_of, fast, plain, reach_of, trainable
 
 
 def conv_general_dilated(
@@ -101,8 +102,8 @@ def _by_platform(x, kernel, w: Window, precision):
 
 
 def _chosen(x, kernel, w: Window, precision):
-    cpu, default = partial(_forward, fast, w, None), partial(_forward, plain, w, precision)
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+    quick, default = partial(_forward, fast, w, None), partial(_forward, plain, w, precision)
+    return lax.platform_dependent(x, kernel, cpu=quick, default=default)
 
 
 def _by_platform_fwd(x, kernel, w: Window, precision):
@@ -110,8 +111,8 @@ def _by_platform_fwd(x, kernel, w: Window, precision):
 
 
 def _by_platform_bwd(w: Window, precision, operands, gradient):
-    cpu, default = partial(_backward, fast, w, None), partial(_backward, plain, w, precision)
-    return lax.platform_dependent(*operands, gradient, cpu=cpu, default=default)
+    quick, default = partial(_backward, trainable, w, None), partial(_backward, plain, w, precision)
+    return lax.platform_dependent(*operands, gradient, cpu=quick, default=default)
 
 
 _by_platform.defvjp(_by_platform_fwd, _by_platform_bwd)
@@ -126,3 +127,51 @@ def _forward(form, w: Window, precision, x, kernel):
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(form, w: Window, precision, x, kernel, gradient):
     return jax.vjp(lambda x, kernel: form(x, kernel, w, precision), x, kernel)[1](gradient)
+
+
+# As above, what the rules call are not the ruled functions themselves.
+def _summed(x):
+    return lax.platform_dependent(x, cpu=cpu.channel_sum, default=lambda x: x.sum(range(x.ndim - 1)))
+
+
+@jax.custom_vjp
+def channel_sum(x: jax.Array) -> jax.Array:
+    """The sum over all but the last axis: `[..., C]` to `[C]`."""
+    return _summed(x)
+
+
+def _channel_sum_fwd(x):
+    return _summed(x), x
+
+
+def _channel_sum_bwd(x, gradient):
+    return (jnp.broadcast_to(gradient, x.shape),)
+
+
+channel_sum.defvjp(_channel_sum_fwd, _channel_sum_bwd)
+
+
+def _normalized(x, mean, factor, shift):
+    mean, factor, shift = (jnp.expand_dims(value, range(x.ndim - 1)) for value in (mean, factor, shift))
+    return (x - mean) * factor + shift
+
+
+@jax.custom_vjp
+def normalize(x: jax.Array, mean: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
+    """`(x - mean) * factor + shift`: `[..., C]` with `[C]`, whose gradients are two sums over `x`."""
+    return _normalized(x, mean, factor, shift)
+
+
+def _normalize_fwd(x, mean, factor, shift):
+    return _normalized(x, mean, factor, shift), (x, mean, factor)
+
+
+def _normalize_bwd(operands, gradient):
+    x, mean, factor = operands
+    leading = range(x.ndim - 1)
+    total = _summed(gradient)
+    of_factor = _summed(gradient * (x - jnp.expand_dims(mean, leading)))
+    return gradient * jnp.expand_dims(factor, leading), -factor * total, of_factor, total
+
+
+normalize.defvjp(_normalize_fwd, _normalize_bwd)

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, adaptive_avg_pool, local_response_norm, max_pool
+from flaxvision.layers import BatchNorm, Conv, adaptive_avg_pool, local_response_norm, max_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.registry import register
 
@@ -223,7 +223,7 @@ class AlexNetDLI(AlexNetDLIBackbone):
 
 def _batch_norm(module: AlexNetDLIBackbone, train: bool) -> Callable[..., nn.Module]:
     return functools.partial(
-        nn.BatchNorm,
+        BatchNorm,
         use_running_average=not train,
         momentum=module.momentum,
         epsilon=module.epsilon,

@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, ConvNorm, SqueezeExcite, avg_pool, global_avg_pool, max_pool
+from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, avg_pool, global_avg_pool, max_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.models.googlenet import conv_chain, max_pool_ceil
 from flaxvision.registry import register
@@ -116,7 +116,7 @@ class BNInceptionBackbone(Backbone):
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(Conv, use_bias=self.use_bias, kernel_init=nn.initializers.he_uniform(), **policy)
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,

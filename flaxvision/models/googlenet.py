@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import (
+    BatchNorm,
     Conv,
     ConvNorm,
     adaptive_avg_pool,
@@ -198,7 +199,7 @@ class GoogLeNetBackbone(Backbone):
             return partial(ConvNorm, conv=partial(Conv, **init, **policy), norm=no_norm)
         conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.normal(0.01), **policy)
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,

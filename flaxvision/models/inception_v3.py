@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, ConvNorm, SqueezeExcite, avg_pool, global_avg_pool, max_pool
+from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, avg_pool, global_avg_pool, max_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.models.googlenet import conv_chain
 from flaxvision.registry import register
@@ -248,7 +248,7 @@ class InceptionV3Backbone(Backbone):
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.normal(0.1), **policy)
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,

@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, ConvNorm, SqueezeExcite, global_avg_pool, max_pool
+from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, global_avg_pool, max_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.models.googlenet import conv_chain
 from flaxvision.models.inception_v3 import InceptionV3A, avg_pool_3x3, inception_stem
@@ -237,7 +237,7 @@ class InceptionV4Backbone(Backbone):
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(Conv, kernel_init=nn.initializers.he_normal(), **policy)
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, DepthwiseConv, global_avg_pool
+from flaxvision.layers import BatchNorm, Conv, DepthwiseConv, global_avg_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.registry import register
 
@@ -65,7 +65,7 @@ class InvertedResidual(nn.Module):
     padding: Padding = SYMMETRIC
     conv: Callable[..., nn.Module] = functools.partial(Conv, use_bias=False)
     depthwise: Callable[..., nn.Module] = functools.partial(DepthwiseConv, use_bias=False)
-    norm: Callable[..., nn.Module] = nn.BatchNorm
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ class MobileNetV2Backbone(Backbone):
         conv = functools.partial(Conv, use_bias=False, kernel_init=_he_fan_out, **policy)
         depthwise = functools.partial(DepthwiseConv, use_bias=False, kernel_init=_he_fan_out, **policy)
         norm = functools.partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,

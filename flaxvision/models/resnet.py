@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, global_avg_pool, max_pool
+from flaxvision.layers import BatchNorm, Conv, global_avg_pool, max_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.registry import register
 
@@ -69,7 +69,7 @@ class BasicBlock(nn.Module):
     strides: int = 1
     projection: bool = True
     conv: Callable[..., nn.Module] = _conv
-    norm: Callable[..., nn.Module] = nn.BatchNorm
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ class Bottleneck(nn.Module):
     strides: int = 1
     stride_in_1x1: bool = False
     conv: Callable[..., nn.Module] = _conv
-    norm: Callable[..., nn.Module] = nn.BatchNorm
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -243,7 +243,7 @@ def _policy(module: Any, train: bool, kernel_init: Callable[..., jax.Array]):
     types = {"dtype": module.dtype, "param_dtype": module.param_dtype}
     conv = functools.partial(Conv, use_bias=False, kernel_init=kernel_init, **types)
     norm = functools.partial(
-        nn.BatchNorm,
+        BatchNorm,
         use_running_average=not train,
         momentum=module.momentum,
         epsilon=module.epsilon,

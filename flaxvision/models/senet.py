@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, SqueezeExcite, global_avg_pool, max_pool
+from flaxvision.layers import BatchNorm, Conv, SqueezeExcite, global_avg_pool, max_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.registry import register
 
@@ -47,7 +47,7 @@ class SEBasicBlock(nn.Module):
     features: int
     strides: int = 1
     conv: Callable[..., nn.Module] = _conv
-    norm: Callable[..., nn.Module] = nn.BatchNorm
+    norm: Callable[..., nn.Module] = BatchNorm
     se: Callable[..., nn.Module] = SqueezeExcite
 
     @nn.compact
@@ -85,7 +85,7 @@ class SEBottleneck(nn.Module):
     stride_in_1x1: bool = True
     shortcut_size: int = 1
     conv: Callable[..., nn.Module] = _conv
-    norm: Callable[..., nn.Module] = nn.BatchNorm
+    norm: Callable[..., nn.Module] = BatchNorm
     se: Callable[..., nn.Module] = SqueezeExcite
 
     @nn.compact
@@ -153,7 +153,7 @@ class SENetBackbone(Backbone):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(Conv, use_bias=False, kernel_init=_he_fan_out, **types)
         norm = functools.partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=0.9,
             epsilon=1e-5,

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, adaptive_avg_pool, global_avg_pool, max_pool
+from flaxvision.layers import BatchNorm, Conv, adaptive_avg_pool, global_avg_pool, max_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.registry import register
 
@@ -151,7 +151,7 @@ def _windows(x: jax.Array, size: int) -> jax.Array:
 
 def _batch_norm(module: VGGBackbone, train: bool) -> Callable[..., nn.Module]:
     return functools.partial(
-        nn.BatchNorm,
+        BatchNorm,
         use_running_average=not train,
         momentum=module.momentum,
         epsilon=module.epsilon,

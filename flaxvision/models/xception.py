@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv, SeparableConv, global_avg_pool, max_pool
+from flaxvision.layers import BatchNorm, Conv, SeparableConv, global_avg_pool, max_pool
 from flaxvision.models.backbone import Backbone, part_of
 from flaxvision.registry import register
 
@@ -49,7 +49,7 @@ class XceptionBlock(nn.Module):
     pool_padding: Padding = "SAME"
     conv: Callable[..., nn.Module] = functools.partial(Conv, use_bias=False)
     separable: Callable[..., nn.Module] = functools.partial(SeparableConv, use_bias=False)
-    norm: Callable[..., nn.Module] = nn.BatchNorm
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ class XceptionBackbone(Backbone):
         conv = functools.partial(Conv, use_bias=False, kernel_init=_glorot, **policy)
         separable = functools.partial(SeparableConv, use_bias=False, kernel_init=_glorot, **policy)
         norm = functools.partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,

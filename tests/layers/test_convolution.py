@@ -140,8 +140,22 @@ def test_filter_gradient_in_pieces(name, limit, monkeypatch):
     rank = x.ndim - 2
     ones = (1,) * rank
     w = cpu.Window((stride,) * rank, tuple(pads), ones, (dilation,) * rank, groups)
-    mine = gradients(lambda k: cpu.fast(x, k, w), kernel)
-    jax.tree.map(close, mine, gradients(lambda k: cpu.plain(x, k, w), kernel))
+    mine = gradients(lambda x, k: cpu.trainable(x, k, w), x, kernel)
+    jax.tree.map(close, mine, gradients(lambda x, k: cpu.plain(x, k, w), x, kernel))
+
+
+@pytest.mark.parametrize(
+    ("window", "strides"), [((7, 5), (2, 3)), ((3, 3), (2, 2)), ((2, 2), (3, 3)), ((1, 4), (3, 2))]
+)
+@pytest.mark.parametrize("limit", [1, 8 << 20], ids=["pieces", "whole"])
+def test_gradients_of_strided_windows(window, strides, limit, monkeypatch):
+    """Maps above SMALL_MAP, so that every gradient takes its own form; edges that the last window does not reach."""
+    monkeypatch.setattr(cpu, "PATCH_BYTES", limit)
+    monkeypatch.setattr(cpu, "SMALL_MAP", 0)
+    x, kernel = normal(4, 11, 14, 16), normal(*window, 16, 6, seed=1)
+    w = cpu.Window(strides, ((1, 0), (0, 2)), (1, 1), (1, 1))
+    mine = gradients(lambda x, k: cpu.trainable(x, k, w), x, kernel)
+    jax.tree.map(close, mine, gradients(lambda x, k: cpu.plain(x, k, w), x, kernel))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +304,7 @@ def test_vmap_and_scan(name):
     close(jax.jit(lambda k, x: lax.map(lambda kx: grad(*kx), (k, x)))(kernel, x), np.stack(expected))
 
 
-@pytest.mark.parametrize("name", ["2d valid", "depthwise"])
+@pytest.mark.parametrize("name", ["2d valid", "2d valid stride", "depthwise"])
 def test_hessian_vector_product(name):
     x, kernel, *how = CASES[name]
     x, kernel, v = normal(*x), normal(*kernel, seed=1), normal(*kernel, seed=3)

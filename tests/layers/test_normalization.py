@@ -1,12 +1,15 @@
-"""Local response normalization against a loop and against torch's, TensorFlow's and the book's conventions."""
+"""Batch normalization against Linen's and the paper's algorithm; response normalization against a loop and others."""
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from flaxvision.layers import local_response_norm
+from flaxvision.layers import BatchNorm, local_response_norm
 
 
 def loop(x, size, alpha, beta, k):
@@ -85,3 +88,108 @@ def test_bfloat16_is_rounded_once():
 def test_wrong_size():
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         local_response_norm(jnp.ones((1, 3)), size=0)
+
+
+def batch(*shape, dtype=np.float32):
+    """Channels whose means and deviations differ."""
+    x = np.random.default_rng(0).standard_normal(shape)
+    return (x * np.linspace(0.5, 2, shape[-1]) + np.linspace(-1, 3, shape[-1])).astype(dtype)
+
+
+def drawn(norm, x):
+    """Variables other than those that a layer starts with."""
+    rng = np.random.default_rng(1)
+    variables = norm.init(jax.random.key(0), x, use_running_average=True)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 2, leaf.shape), leaf.dtype), variables)
+
+
+FORMS = {
+    "images": ((4, 6, 5, 8), {}),
+    "rows": ((64, 3), {"momentum": 0.9, "epsilon": 1e-3}),
+    "volume": ((2, 3, 4, 5, 6), {"use_scale": False}),
+    "no shift": ((4, 6, 5, 8), {"use_bias": False}),
+    "neither": ((4, 6, 5, 8), {"use_bias": False, "use_scale": False}),
+    "bfloat16": ((4, 6, 5, 8), {"dtype": jnp.bfloat16}),
+}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("form", FORMS)
+def test_linens_batch_norm(form, train):
+    """Outputs, statistics and gradients, by the same variables."""
+    shape, fields = FORMS[form]
+    x = jnp.asarray(batch(*shape), fields.get("dtype"))
+    ours, theirs = BatchNorm(**fields), nn.BatchNorm(**fields)
+    variables = drawn(ours, x)
+    assert jax.tree.structure(variables) == jax.tree.structure(drawn(theirs, x))
+    weights = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+
+    def run(norm, variables, x):
+        def loss(params, x):
+            y, updates = norm.apply(
+                {**variables, "params": params}, x, use_running_average=not train, mutable=["batch_stats"]
+            )
+            return (weights * jnp.sin(y.astype(jnp.float32))).sum(), (y, updates)
+
+        gradients, (y, updates) = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables.get("params", {}), x)
+        return y, updates, gradients
+
+    got, want = (jax.jit(partial(run, norm))(variables, x) for norm in (ours, theirs))
+    assert jax.tree.map(lambda leaf: leaf.dtype, got) == jax.tree.map(lambda leaf: leaf.dtype, want)
+    # Rounding to bfloat16 can tip over on one side alone.
+    tolerance = {"rtol": 1e-2, "atol": 2e-2} if form == "bfloat16" else {"rtol": 2e-5, "atol": 2e-5}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, **tolerance), got, want)
+
+
+def test_the_papers_algorithm():
+    """Ioffe and Szegedy 2015, algorithm 1, in float64."""
+    with jax.enable_x64(True):
+        x = batch(4, 6, 5, 8, dtype=np.float64)
+        norm = BatchNorm(momentum=0.9, epsilon=1e-3)
+        variables = drawn(norm, x)
+        y, updates = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        scale, bias = (np.asarray(variables["params"][name]) for name in ("scale", "bias"))
+        np.testing.assert_allclose(y, scale * (x - mean) / np.sqrt(var + 1e-3) + bias, rtol=1e-12, atol=1e-12)
+        for name, value in (("mean", mean), ("var", var)):
+            old = np.asarray(variables["batch_stats"][name], np.float64)
+            np.testing.assert_allclose(updates["batch_stats"][name], 0.9 * old + 0.1 * value, rtol=1e-6)
+
+
+def test_second_derivatives_of_batch_norm():
+    """Forward over reverse, and reverse over reverse, against Linen's."""
+    x = jnp.asarray(batch(3, 4, 5, 2))
+    v = jnp.asarray(np.random.default_rng(3).standard_normal(x.shape), jnp.float32)
+
+    def products(cls):
+        norm = cls(use_running_average=False)
+        variables = norm.init(jax.random.key(0), x)
+        grad = jax.grad(lambda x: jnp.sin(norm.apply(variables, x, mutable=["batch_stats"])[0]).sum())
+        return jax.jvp(grad, (x,), (v,))[1], jax.grad(lambda x: (grad(x) * v).sum())(x)
+
+    for got, want in zip(products(BatchNorm), products(nn.BatchNorm), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_over_devices():
+    """Under `pmap` with an axis name, and under `jit` over a mesh, the statistics are the whole batch's."""
+    devices = jax.device_count()
+    assert devices > 1
+    x = batch(2 * devices, 3, 3, 4)
+    whole, alone = BatchNorm(use_running_average=False, axis_name="data"), BatchNorm(use_running_average=False)
+    variables = alone.init(jax.random.key(0), x)
+    want = alone.apply(variables, x, mutable=["batch_stats"])
+    run = jax.pmap(partial(whole.apply, mutable=["batch_stats"]), axis_name="data", in_axes=(None, 0))
+    y, updates = run(variables, x.reshape(devices, 2, *x.shape[1:]))
+    np.testing.assert_allclose(y.reshape(x.shape), want[0], rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[-1], b, rtol=1e-5, atol=1e-6), updates, want[1])
+
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    got = jax.jit(partial(alone.apply, mutable=["batch_stats"]))(variables, jax.device_put(x, rows))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_batch_norm_wants_to_know_which_statistics():
+    with pytest.raises(ValueError, match="use_running_average"):
+        BatchNorm().init(jax.random.key(0), jnp.ones((2, 3)))

@@ -100,7 +100,7 @@ def test_logits_and_features_by_shape(name):
     norms = set()
 
     def watch(call, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm):
+        if isinstance(context.module, fv.layers.BatchNorm):
             norms.add((context.module.axis_name, context.module.dtype))
         return call(*args, **kwargs)
 
