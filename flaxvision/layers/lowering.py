@@ -11,7 +11,7 @@ rounded at the end.
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -55,19 +55,19 @@ def conv_general_dilated(
     Returns:
         `[N, *spatial_out, F]`.
     """
-    unchanged = partial(
-        lax.conv_general_dilated,
-        window_strides=window_strides,
-        padding=padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers,
-        feature_group_count=feature_group_count,
-        batch_group_count=batch_group_count,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-    out = jax.eval_shape(unchanged, lhs, rhs)  # every error that lax raises is raised here
+    how = {
+        "window_strides": tuple(window_strides),
+        "padding": padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        "lhs_dilation": lhs_dilation and tuple(lhs_dilation),
+        "rhs_dilation": rhs_dilation and tuple(rhs_dilation),
+        "dimension_numbers": dimension_numbers,
+        "feature_group_count": feature_group_count,
+        "batch_group_count": batch_group_count,
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+    }
+    # Every error that lax raises is raised here.
+    out = _checked(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs)), **how)
     rank = lhs.ndim - 2
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     ours = (
@@ -79,7 +79,7 @@ def conv_general_dilated(
         and math.prod(out.shape) * lhs.size * rhs.size > 0
     )
     if not ours:
-        return unchanged(lhs, rhs)
+        return lax.conv_general_dilated(lhs, rhs, **how)
     ones = (1,) * rank
     strides, dilated = tuple(window_strides), tuple(rhs_dilation or ones)
     if isinstance(padding, str):
@@ -88,7 +88,12 @@ def conv_general_dilated(
         padding = lax.padtype_to_pads(size, window, strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
     w = Window(strides, pads, tuple(lhs_dilation or ones), dilated, feature_group_count)
-    return _by_platform(lhs, rhs, w, precision)
+    return _convolution(lhs, rhs, w, precision)
+
+
+@lru_cache(maxsize=4096)
+def _checked(lhs: jax.ShapeDtypeStruct, rhs: jax.ShapeDtypeStruct, **how) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(partial(lax.conv_general_dilated, **how), lhs, rhs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -118,7 +123,11 @@ def _by_platform_bwd(w: Window, precision, operands, gradient):
 _by_platform.defvjp(_by_platform_fwd, _by_platform_bwd)
 
 
-# Jitted, so that layers of equal shape are traced once and calls outside of jit are compiled once.
+# What is jitted in this file is so in order that layers of equal shape are traced once, and that calls outside of jit
+# are compiled once.
+_convolution = jax.jit(_by_platform, static_argnums=(2, 3))
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(form, w: Window, precision, x, kernel):
     return form(x, kernel, w, precision)
@@ -134,6 +143,7 @@ def _summed(x):
     return lax.platform_dependent(x, cpu=cpu.channel_sum, default=lambda x: x.sum(range(x.ndim - 1)))
 
 
+@jax.jit
 @jax.custom_vjp
 def channel_sum(x: jax.Array) -> jax.Array:
     """The sum over all but the last axis: `[..., C]` to `[C]`."""
@@ -148,7 +158,7 @@ def _channel_sum_bwd(x, gradient):
     return (jnp.broadcast_to(gradient, x.shape),)
 
 
-channel_sum.defvjp(_channel_sum_fwd, _channel_sum_bwd)
+channel_sum.__wrapped__.defvjp(_channel_sum_fwd, _channel_sum_bwd)
 
 
 def _normalized(x, mean, factor, shift):
@@ -156,6 +166,7 @@ def _normalized(x, mean, factor, shift):
     return (x - mean) * factor + shift
 
 
+@jax.jit
 @jax.custom_vjp
 def normalize(x: jax.Array, mean: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
     """`(x - mean) * factor + shift`: `[..., C]` with `[C]`, whose gradients are two sums over `x`."""
@@ -174,4 +185,4 @@ def _normalize_bwd(operands, gradient):
     return gradient * jnp.expand_dims(factor, leading), -factor * total, of_factor, total
 
 
-normalize.defvjp(_normalize_fwd, _normalize_bwd)
+normalize.__wrapped__.defvjp(_normalize_fwd, _normalize_bwd)
