@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py: what it writes, and what it refuses."""
+"""benchmarks/throughput.py and tracing.py: what they write, and what they refuse."""
 
 import importlib
 import json
@@ -144,3 +144,16 @@ def test_the_same_network_in_keras_and_torch(tmp_path, model, dtype):
         assert set(record[mode]["speedup"]) == {"keras", "torch"}
         assert record[mode]["keras"]["ms"] > 0
         assert record[mode]["torch"]["ms"] > 0
+
+
+def test_tracing(tmp_path):
+    output = tmp_path / "results.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "tracing.py"), "--repetitions", "2"]
+    subprocess.run([*command, "--models", "mlp", "--output", str(output)], check=True, capture_output=True)
+    line = json.loads(output.read_text())
+    assert line["model"] == "mlp"
+    assert len(line["seconds"]) == 2
+    assert 0 < max(line["seconds"]) < 60
+    refused = subprocess.run([*command, "--models", "nothing*"], check=False, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "error: no model has a name like 'nothing*'" in refused.stderr

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import flaxvision as fv
 from flaxvision.models.backbone import Backbone
@@ -110,6 +111,22 @@ def test_logits_and_features_by_shape(name):
     (width,) = {n for pattern, n in FEATURES.items() if fnmatch.fnmatchcase(name, pattern)}
     assert (features.shape, features.dtype) == ((2, width), jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", {type(fv.create_model(name)): name for name in reversed(ZOO)}.values())
+def test_the_nnx_bridge(name):
+    """One of each class: the same parameters and statistics under the same names, and the same logits by shape."""
+    logits, variables = traced(name)
+
+    def bridged(x):
+        model = nnx.bridge.ToNNX(fv.create_model(name), rngs=nnx.Rngs(0)).lazy_init(x)
+        return model, model(x)
+
+    model, output = nnx.eval_shape(bridged, shape_of(name))
+    assert (output.shape, output.dtype) == (logits.shape, logits.dtype)
+    for collection, kind in {"params": nnx.Param, "batch_stats": nnx.BatchStat}.items():
+        ours = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables.get(collection, {}))
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(nnx.state(model, kind))) == ours
 
 
 @pytest.mark.parametrize("name", [n for n in ZOO if isinstance(fv.create_model(n), Backbone)])
