@@ -57,6 +57,18 @@ def pool(fn: Callable[..., jax.Array], window: int, stride: int, padding: str) -
     return lambda x: fn(x, (window, window), strides=(stride, stride), padding=padding)
 
 
+def normed(norm: type[nn.Module]) -> Callable[[jax.Array], jax.Array]:
+    """A batch normalization in training, with its ReLU."""
+    layer = norm(use_running_average=False)
+
+    def apply(x):
+        params, zeros = {name: jnp.ones(x.shape[-1:]) for name in ("scale", "bias")}, jnp.zeros(x.shape[-1:])
+        variables = {"params": params, "batch_stats": {"mean": zeros, "var": zeros}}
+        return nn.relu(layer.apply(variables, x, mutable=["batch_stats"])[0])
+
+    return apply
+
+
 def cases() -> Iterator[Case]:
     """Sizes that networks have: LeNet, VGG, ResNet, ResNeXt, MobileNet, U-Net and DCGAN."""
     both = lambda name, shape, *args, **kwargs: Case(
@@ -73,6 +85,7 @@ def cases() -> Iterator[Case]:
     yield both("conv 3x3 256-256", (8, 14, 14, 256), 256, three)
     yield both("conv 3x3 512-512", (8, 7, 7, 512), 512, three)
     yield both("conv 3x3 128-128 stride 2", (8, 56, 56, 128), 128, three, 2)
+    yield both("conv 9x9 256-256 stride 2 valid", (8, 20, 20, 256), 256, (9, 9), 2, padding="VALID")
     yield both("conv 3x3 64-64 large", (2, 224, 224, 64), 64, three)
     yield both("conv 3x3 64-64 atrous 2", (8, 28, 28, 64), 64, three, kernel_dilation=2)
     yield both("conv 1x1 64-256", (8, 56, 56, 64), 256, one)
@@ -110,6 +123,8 @@ def cases() -> Iterator[Case]:
             ours, plain = (getattr(m, f"{kind}_pool") for m in (layers, nn))
             how = (window, stride, padding)
             yield Case(f"{kind} pool {name}", (8, 56, 56, 128), pool(ours, *how), pool(plain, *how))
+    for shape in ((8, 112, 112, 64), (8, 56, 56, 256), (8, 14, 14, 256), (8, 7, 7, 512)):
+        yield Case(f"batch norm {shape[1]} {shape[3]}", shape, normed(layers.BatchNorm), normed(nn.BatchNorm))
     yield from others()
 
 
