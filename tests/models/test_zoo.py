@@ -41,16 +41,23 @@ FEATURES = {
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # halves the compilation
 # One model of each body, cut where it only repeats itself, at a small input.
 SMALLEST: dict[str, tuple[tuple[int, int], dict]] = {
+    "alexnet": ((63, 70), {"hidden_features": 32}),
     "alexnet_tv": ((63, 70), {"hidden_features": 32}),
+    "alexnet_dli": ((195, 199), {"hidden_features": 32}),
     "zfnet": ((63, 63), {"hidden_features": 32}),
     "vgg11_bn": ((32, 33), {"hidden_features": 32}),
+    "vgg16_dli": ((32, 33), {"hidden_features": 32, "stage_sizes": (1, 1, 1, 1, 1)}),
     "squeezenet1_0": ((33, 35), {}),
+    "googlenet": ((32, 33), {}),
     "googlenet_bn": ((32, 33), {}),
     "bn_inception": ((32, 33), {"use_bias": False}),  # as published its biases stand before BatchNorms: no gradient
     "inception_v3": ((75, 76), {}),
+    "inception_v4": ((75, 76), {}),
+    "inception_resnet_v2": ((75, 76), {}),
     "resnet50": ((33, 40), {"stage_sizes": (1, 1, 1, 1)}),
     "resnet20_cifar": ((16, 17), {"stage_sizes": (1, 1, 1)}),
     "se_resnet50": ((33, 40), {"stage_sizes": (1, 1, 1, 1)}),
+    "senet154": ((33, 40), {"stage_sizes": (1, 1, 1, 1)}),
     "xception": ((71, 72), {}),
     "mobilenet_v2": ((33, 40), {}),
 }
