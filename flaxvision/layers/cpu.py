@@ -17,7 +17,7 @@ batch, so each device does all of that work: the results are right, the speed is
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from jax import lax
 PATCH_BYTES = 8 << 20  # im2col matrices of this size stay in the caches
 SMALL_MAP = 400  # XLA's own filter gradient is good for windows, which the output's extent is there, below this
 GROUP_CHANNELS = 32  # input channels that one dense convolution of several groups has at least
+SUMMED_ROWS = 4096  # at most in one product: the sums of those are added up, for the sake of their rounding
 GROUP_BLOCKS = 16  # dense convolutions that stand for one grouped convolution at most: each costs compile time
 
 
@@ -123,6 +124,7 @@ def _taps(x, window, out, w: Window) -> list[jax.Array]:
     return views
 
 
+@lru_cache
 def _divisor(n: int, limit: int) -> int:
     """The largest divisor of n that is at most limit, and at least 1."""
     return max(d for d in range(1, max(1, min(n, limit)) + 1) if n % d == 0)
@@ -144,6 +146,12 @@ def _in_pieces(fn, x, out, window, w: Window, bytes_per_position: int):
     body = jax.checkpoint(lambda _, piece: (None, fn(piece, (band, *out[1:]), w)), prevent_cse=False)
     _, y = lax.scan(body, None, x.reshape(-1, images, *x.shape[1:]))
     return y.reshape(-1, *out, y.shape[-1])
+
+
+def replicated_as(operand, gradient):
+    """The gradient, in a `shard_map` summed over the devices over which its operand is replicated."""
+    varying = jnp.where(False, gradient, jnp.zeros_like(gradient))
+    return jax.vjp(lambda operand: operand + varying, operand)[1](gradient)[0]
 
 
 # -- dense ------------------------------------------------------------------------------------------------------------
@@ -176,7 +184,8 @@ def _spatial_fwd(x, kernel, w: Window):
 
 def _spatial_bwd(w: Window, operands, gradient):
     x, kernel = operands
-    return _input_gradient(x, kernel, gradient, w), _filter_gradient(x, kernel, gradient, w)
+    of_kernel = replicated_as(kernel, _filter_gradient(x, kernel, gradient, w))
+    return replicated_as(x, _input_gradient(x, kernel, gradient, w)), of_kernel
 
 
 _trainable_spatial.defvjp(_spatial_fwd, _spatial_bwd)
@@ -226,7 +235,8 @@ def _filter_gradient(x, kernel, gradient, w: Window):
         g = lax.dynamic_slice(gradient, (image, top, *rest, 0), (images, band, *out[1:], features))
         return total + jnp.concatenate(views).reshape(depth, -1) @ g.reshape(-1, features), None
 
-    start = jnp.zeros((depth, features), x.dtype)
+    # Never a value of theirs, but it varies over a mesh as they do: `shard_map` wants that of a carry.
+    start = jnp.where(False, x.ravel()[0] + gradient.ravel()[0], jnp.zeros((depth, features), x.dtype))
     total, _ = lax.scan(piece, start, jnp.arange(len(x) // images * bands))
     return total.reshape(kernel.shape)
 
@@ -321,9 +331,12 @@ def _depthwise_filter_map(x, kernel, w: Window):
 
 def channel_sum(x):
     """`[..., C]` to `[C]`. XLA's reduction, with arithmetic fused into it, takes up to ten times as long."""
-    rows = x.reshape(-1, x.shape[-1])
-    twice = jnp.ones((2, len(rows)), x.dtype) @ rows  # by a single row, small products become a slow loop as well
-    return twice.sum(0) / 2
+    count = math.prod(x.shape[:-1])
+    some = _divisor(count, SUMMED_ROWS)
+    some = count if some < 64 else some
+    rows = x.reshape(-1, some, x.shape[-1])
+    # By a single row of ones, small products become a slow loop as well.
+    return (jnp.ones((len(rows), 2, some), x.dtype) @ rows).sum((0, 1)) / 2
 
 
 # -- dilated inputs ---------------------------------------------------------------------------------------------------
@@ -349,7 +362,8 @@ def _subpixel(x, kernel, w: Window, spatial):
             first.append(t)
             pads.append((before, q - n - before + taps - 1))
         part = kernel[tuple(slice(t, None, f) for t, f in zip(first, w.lhs_dilation, strict=True))]
-        if part.size == 0:
+        # XLA aborts the process where an input is cropped to nothing.
+        if part.size == 0 or any(n + min(a, 0) + min(b, 0) <= 0 for n, (a, b) in zip(size, pads, strict=True)):
             return jnp.zeros((len(x), *count, kernel.shape[-1]), x.dtype)
         return _dense(x, part, dense._replace(padding=tuple(pads)), spatial)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flaxvision.layers import cpu
-from flaxvision.layers.cpu import Window, dimension_numbers_of, fast, plain, reach_of, trainable
+from flaxvision.layers.cpu import Window, dimension_numbers_of, fast, plain, reach_of, replicated_as, trainable
 
 
 def conv_general_dilated(
@@ -58,14 +58,16 @@ def conv_general_dilated(
     how = {
         "window_strides": tuple(window_strides),
         "padding": padding if isinstance(padding, str) else tuple(map(tuple, padding)),
-        "lhs_dilation": lhs_dilation and tuple(lhs_dilation),
-        "rhs_dilation": rhs_dilation and tuple(rhs_dilation),
+        "lhs_dilation": None if lhs_dilation is None else tuple(lhs_dilation),
+        "rhs_dilation": None if rhs_dilation is None else tuple(rhs_dilation),
         "dimension_numbers": dimension_numbers,
         "feature_group_count": feature_group_count,
         "batch_group_count": batch_group_count,
         "precision": precision,
         "preferred_element_type": preferred_element_type,
     }
+    if not all(isinstance(n, int) for n in (*lhs.shape, *rhs.shape)):  # a symbolic batch, for `jax.export`
+        return lax.conv_general_dilated(lhs, rhs, **how)
     # Every error that lax raises is raised here.
     out = _checked(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs)), **how)
     rank = lhs.ndim - 2
@@ -161,28 +163,27 @@ def _channel_sum_bwd(x, gradient):
 channel_sum.__wrapped__.defvjp(_channel_sum_fwd, _channel_sum_bwd)
 
 
-def _normalized(x, mean, factor, shift):
+def normalized(x: jax.Array, mean: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
+    """`(x - mean) * factor + shift`: `[..., C]` with `[C]`."""
     mean, factor, shift = (jnp.expand_dims(value, range(x.ndim - 1)) for value in (mean, factor, shift))
     return (x - mean) * factor + shift
 
 
-@jax.jit
-@jax.custom_vjp
-def normalize(x: jax.Array, mean: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
-    """`(x - mean) * factor + shift`: `[..., C]` with `[C]`, whose gradients are two sums over `x`."""
-    return _normalized(x, mean, factor, shift)
+normalize = jax.jit(jax.custom_vjp(normalized))
+"""`normalized`, whose gradients are two sums over `x`."""
 
 
 def _normalize_fwd(x, mean, factor, shift):
-    return _normalized(x, mean, factor, shift), (x, mean, factor)
+    return normalized(x, mean, factor, shift), (x, mean, factor, shift)
 
 
 def _normalize_bwd(operands, gradient):
-    x, mean, factor = operands
+    x, mean, factor, _ = operands
     leading = range(x.ndim - 1)
     total = _summed(gradient)
     of_factor = _summed(gradient * (x - jnp.expand_dims(mean, leading)))
-    return gradient * jnp.expand_dims(factor, leading), -factor * total, of_factor, total
+    parts = gradient * jnp.expand_dims(factor, leading), -factor * total, of_factor, total
+    return tuple(replicated_as(operand, part) for part, operand in zip(parts, operands, strict=True))
 
 
 normalize.__wrapped__.defvjp(_normalize_fwd, _normalize_bwd)

@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from flaxvision.layers.convolution import Conv
-from flaxvision.layers.lowering import channel_sum, normalize
+from flaxvision.layers.lowering import channel_sum, normalize, normalized
 
 
-class BatchNorm(nn.Module):
-    """`flax.linen.BatchNorm` over the last axis, with sums that are fast on a CPU: same variables, same numbers.
+class BatchNorm(nn.Module, kw_only=True):
+    """`flax.linen.BatchNorm` over the last axis, with sums that are fast on a CPU.
 
-    Ioffe and Szegedy 2015, algorithm 1. Statistics are float32 under half precision, and the variance is biased, the
-    running one too: `E[x^2] - E[x]^2`. Parameters `scale [C]` and `bias [C]`; `batch_stats` `mean [C]` and `var [C]`.
-    As with convolutions, `jax.jvp` does not go straight through it; `grad` of any order does.
+    The variables are the same, the numbers too but for the order of the sums. Ioffe and Szegedy 2015, algorithm 1:
+    statistics are float32 under half precision, and the variance is biased, the running one too: `E[x^2] - E[x]^2`.
+    Parameters `scale [C]` and `bias [C]`; `batch_stats` `mean [C]` and `var [C]`.
+
+    Fields go by name. Of Linen's it lacks `axis`, `axis_index_groups`, `use_fast_variance`, `force_float32_reductions`
+    and the call's `mask`. In training, as with convolutions, `jax.jvp` does not go straight through it; `grad` of any
+    order does.
 
     Attributes:
         use_running_average: Normalize by the running statistics, and leave them alone; here or in the call.
@@ -66,7 +70,8 @@ class BatchNorm(nn.Module):
         if scale is not None:
             factor = factor * scale
         shift = jnp.zeros_like(factor) if bias is None else bias.astype(factor.dtype)
-        return normalize(x, mean, factor, shift).astype(dtype)
+        form = normalized if use_running_average else normalize
+        return form(x, mean, factor, shift).astype(dtype)
 
 
 def _moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:

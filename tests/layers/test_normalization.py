@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from flaxvision.layers import BatchNorm, local_response_norm
+from flaxvision.layers import BatchNorm, Conv, local_response_norm
 
 
 def loop(x, size, alpha, beta, k):
@@ -188,6 +188,62 @@ def test_statistics_over_devices():
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     got = jax.jit(partial(alone.apply, mutable=["batch_stats"]))(variables, jax.device_put(x, rows))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_gradients_under_shard_map():
+    """Parameters are replicated, images are not: their gradients are summed over the devices."""
+    spec = jax.sharding.PartitionSpec
+    devices = jax.device_count()
+    x = batch(devices, 13, 24, 16)
+
+    class Net(nn.Module):
+        axis_name: str | None = None
+
+        @nn.compact
+        def __call__(self, x):
+            x = Conv(20, (3, 3), strides=2)(x)
+            x = nn.relu(BatchNorm(use_running_average=False, axis_name=self.axis_name)(x))
+            return Conv(8, (3, 3), feature_group_count=4)(x)
+
+    variables = Net().init(jax.random.key(0), x)
+
+    def loss(net, params, x):
+        y, _ = net.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+        total = jnp.sin(y).sum()
+        return jax.lax.psum(total, net.axis_name) if net.axis_name else total
+
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    grad = jax.grad(partial(loss, Net("data")), argnums=(0, 1))
+    split = {"in_specs": (spec(), spec("data")), "out_specs": (spec(), spec("data"))}
+    got = jax.jit(jax.shard_map(grad, mesh=mesh, **split))(variables["params"], x)
+    want = jax.jit(jax.grad(partial(loss, Net()), argnums=(0, 1)))(variables["params"], x)
+    # The first bias stands before the normalization: its gradient is rounding.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3), got, want)
+
+
+@pytest.mark.parametrize("shape", [(1 << 20, 1), (1 << 17, 8), (99_991, 3)], ids=str)
+def test_statistics_of_many_rows(shape):
+    """The batch's mean and variance of a million numbers keep their digits."""
+    x = 1 + np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    norm = BatchNorm(use_running_average=False, momentum=0.0)
+    _, updates = jax.jit(lambda x: norm.init_with_output(jax.random.key(0), x))(x)
+    _, updates = jax.jit(partial(norm.apply, mutable=["batch_stats"]))(updates, x)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], wide.mean(0), rtol=3e-6)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], wide.var(0), rtol=2e-5)
+
+
+def test_evaluation_has_a_forward_mode():
+    x = jnp.asarray(batch(3, 4))
+    variables = drawn(BatchNorm(), x)
+    _, tangent = jax.jvp(partial(BatchNorm(use_running_average=True).apply, variables), (x,), (jnp.ones_like(x),))
+    factor = variables["params"]["scale"] / jnp.sqrt(variables["batch_stats"]["var"] + 1e-5)
+    np.testing.assert_allclose(tangent, jnp.broadcast_to(factor, x.shape), rtol=1e-6)
+
+
+def test_fields_go_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        BatchNorm(False, -1, 0.9)
 
 
 def test_batch_norm_wants_to_know_which_statistics():
