@@ -264,7 +264,7 @@ def _worst(ours: Any, theirs: Any) -> float:
     norms = {path: _norm([value]) for path, value in b.items()}
     # A bias before a BatchNorm has no gradient but rounding.
     least = 1e-6 * max(norms.values())
-    return max(_norm([np.asarray(a[path]) - b[path]]) / max(norms[path], least) for path in b)
+    return max(_apart([a[path]], [b[path]]) / max(norms[path], least) for path in b)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -277,4 +277,5 @@ def _norm(arrays: list[Any]) -> float:
 
 
 def _apart(a: list[Any], b: list[Any]) -> float:
+    assert [np.shape(x) for x in a] == [np.shape(y) for y in b]  # broadcast, a difference could vanish
     return math.sqrt(sum(_norm([np.asarray(x, np.float64) - y]) ** 2 for x, y in zip(a, b, strict=True)))

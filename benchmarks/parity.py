@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import comparison
 import jax
 import libraries
 import machine
+import numpy as np
 import tyro
 
 import flaxvision as fv
@@ -91,7 +93,11 @@ there, and converted by `flaxvision.weights.convert`. Errors are relative, `||ou
 
 {table}
 
-Against {versions}. Machine: {machine}; {hours:.1f} hours, shared with other work.
+Against {versions}.
+
+Comparisons by flaxvision's commit, oldest first: {commits}.
+
+Machine: {machine}; {hours:.1f} hours, shared with other work.
 """
 
 
@@ -114,7 +120,9 @@ class Config:
 
 
 def pairs(models: str = "*", sources: Iterable[str] = LIBRARIES) -> list[comparison.Pair]:
-    """Every model with every installed library that has it, and once more with auxiliary classifiers."""
+    """Every model with every library that has it, and once more with auxiliary classifiers."""
+    if unknown := set(sources) - set(LIBRARIES):
+        raise ValueError(f"sources must be among {', '.join(LIBRARIES)}; got {', '.join(sorted(unknown))}")
     found = []
     for model in fv.list_models(models, task="classification"):
         for source in [s for s in fv.weights.sources(model) if s in sources]:
@@ -124,13 +132,22 @@ def pairs(models: str = "*", sources: Iterable[str] = LIBRARIES) -> list[compari
             found.append(comparison.Pair(model, source, **next(fits, {})))
             if source == "torchvision" and (size := _AUX_SIZES.get(model)):
                 found.append(comparison.Pair(model, source, size=size, training_size=size, aux=True))
+    if not found:
+        raise ValueError(f"no model of {', '.join(sources)} has a name like {models!r}")
     return found
 
 
 def failures(line: dict[str, Any]) -> list[str]:
     """What of a line of the ledger is not within its tolerance."""
-    checks = [*_COLUMNS, ("auxiliary logits", "forward_aux", comparison.FORWARD_TOLERANCE)]
+    checks = [
+        *_COLUMNS,
+        ("auxiliary logits", "forward_aux", comparison.FORWARD_TOLERANCE),
+        ("first loss", "drift_first_loss", comparison.TRAINING_TOLERANCE),
+    ]
     found = [f"{title} {line[key]:.1e}" for title, key, limit in checks if key in line and not line[key] <= limit]
+    wanted = {"forward_eval", "forward_train", "gradient", "gradient_worst"}
+    wanted |= {"forward_aux", "drift_first_loss"} if line["aux"] else {"drift_loss", "drift_params"}
+    found += [f"no {key}" for key in sorted(wanted - line.keys())]
     if line["params_ours"] + line["params_folded"] != line["params_theirs"]:
         found.append(f"{line['params_ours']} parameters, theirs {line['params_theirs']}")
     return found
@@ -170,7 +187,8 @@ def table(lines: Iterable[dict[str, Any]]) -> str:
 def report(lines: Iterable[dict[str, Any]]) -> str:
     """The ledger with what one must know to read it."""
     lines = list(lines)
-    worst = {key: max(line[key] for line in lines if key in line) for _, key, _ in _COLUMNS}
+    worst = {key: float(np.max([line[key] for line in lines if key in line])) for _, key, _ in _COLUMNS}
+    commits = Counter(line["commit"][:7] for line in sorted(lines, key=lambda line: line["time"]))
     versions = sorted({part for line in lines for part in line["version"].split(", ")})
     versions += sorted({f"{name} {line[name]}" for line in lines for name in ("jax", "flax")})
     summary = [f"| {title} | {worst[key]:.1e} | {limit:.0e} |" for title, key, limit in _COLUMNS]
@@ -188,6 +206,7 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
         steps=comparison.STEPS,
         momentum=comparison.MOMENTUM,
         versions=", ".join(dict.fromkeys(versions)),
+        commits=", ".join(f"{commit} ({count})" for commit, count in commits.items()),
         machine=", ".join(sorted({f"{line['cpu']} of {line['host_cores']} cores, one used" for line in lines})),
         hours=sum(line["seconds"] for line in lines) / 3600,
     )
@@ -233,4 +252,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    try:
+        sys.exit(main(tyro.cli(Config, description=__doc__)))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -8,7 +8,9 @@ r"""Trains and evaluates any of the ImageNet models, each by its family's recipe
 
 FOLDER has class folders under `train` and `val`. `imagenet2012` is TFDS's, prepared in --data-dir or made from the
 archives in --manual-dir. The recipes were written for the hardware of their papers: --batch-size and --learning-rate
-go together. experiments/README.md has more.
+go together. A finished run leaves `weights.safetensors` in its folder, which `--eval-only --weights` measures again.
+`--help --model NAME --dataset FOLDER` shows the defaults of a model's recipe: without a set, those below are the drawn
+patterns'. experiments/README.md has more.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import math
 import signal
 import sys
 from pathlib import Path
@@ -55,6 +58,16 @@ class Recipe(fv.train.Recipe):
     eval_shorter: int | None = None
     """The shorter side before that crop. Default: the crop is 7/8 of it."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("lighting", "mixup", "cutmix"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"area must be two rising shares of the image, above 0 and at most 1; got {self.area}")
+        if not 0 < self.shorter[0] <= self.shorter[1]:
+            raise ValueError(f"shorter must be two rising lengths; got {self.shorter}")
+
 
 def every(epochs: int, total: int) -> tuple[float, ...]:
     """Boundaries every so many epochs of a run."""
@@ -64,7 +77,8 @@ def every(epochs: int, total: int) -> tuple[float, ...]:
 RECIPES = {
     # Goyal 2017, section 5.1: He's 90 epochs, rate 0.1 for each 256 images, with GoogLeNet's crops.
     "resnet": Recipe(),
-    # The same in a large batch: its warm-up, with a cosine (He 2019, "Bag of tricks", section 5.1).
+    # The same in a large batch: its warm-up, with a cosine (He 2019, "Bag of tricks", section 5.1, which trains
+    # for 120 epochs).
     "resnet_cosine": Recipe(batch_size=1024, learning_rate=0.4, schedule="cosine", warmup_epochs=5.0),
     # torchvision's of 2021 (IMAGENET1K_V2), without its TrivialAugment, random erasing and repeated augmentation. Its
     # average moves every 32 steps by 2e-5 * 1024 * 32 / 600: so much a step.
@@ -82,7 +96,8 @@ RECIPES = {
     "googlenet": Recipe(
         epochs=250.0, batch_size=32, learning_rate=0.01, boundaries=every(8, 250), factor=0.96, weight_decay=2e-4
     ),
-    # Szegedy 2015, section 8: RMSprop; its 50 replicas of 32 images, here together. Weight decay as in TF-Slim.
+    # Szegedy 2015, section 8: RMSprop; its 50 replicas of 32 images, here together. Weight decay and momentum as in
+    # TF-Slim, whose auxiliary classifier weighs 0.4.
     "inception": Recipe(
         epochs=100.0, batch_size=1600, optimizer="rmsprop", learning_rate=0.045, boundaries=every(2, 100), factor=0.94,
         epsilon=1.0, weight_decay=4e-5, clip_norm=2.0, label_smoothing=0.1, ema_decay=0.9999,
@@ -180,14 +195,17 @@ def parse(args: list[str] | None = None) -> Config:
 def main(config: Config) -> int:
     """Runs the experiment; returns the process's exit status."""
     for field in ("eval_every", "log_every", "eval_batch_size"):
-        if not getattr(config, field) > 0:
-            raise ValueError(f"--{field.replace('_', '-')} must be positive; got {getattr(config, field)}")
+        if not 0 < getattr(config, field) < math.inf:
+            raise ValueError(f"--{field.replace('_', '-')} must be positive and finite; got {getattr(config, field)}")
     if config.eval_only != bool(config.weights):
         raise ValueError("--eval-only and --weights FILE-OR-TAG go together; a run starts from fresh parameters")
     if config.dataset == "patterns":
         print("these are drawn patterns, not photographs: --dataset imagenet2012 or a folder takes real ones")
     info = fv.model_info(config.model)
     size, eval_size = config.size or info.input_size[0], config.eval_size or info.input_size[0]
+    middle = fv.data.Preprocessing(crop=eval_size, resize=config.eval_shorter or round(eval_size * 8 / 7))
+    if config.eval_shorter and config.eval_shorter < eval_size:
+        raise ValueError(f"--eval-shorter must be at least the crop's {eval_size}; got {config.eval_shorter}")
     places = {"data_dir": config.data_dir, "manual_dir": config.manual_dir}
     read = functools.partial(fv.data.load, config.dataset, **places, seed=config.seed, as_stored=True)
     # imagenet2012 has a test part too, without labels.
@@ -198,7 +216,10 @@ def main(config: Config) -> int:
 
     if config.eval_only and config.weights:
         tag = config.preprocessing or (config.weights if config.weights in fv.weights.tags(config.model) else None)
-        prepared = fv.data.Mapped(photos, fv.data.preprocessing_for(config.model, tag), f"prepared as {tag}")
+        how = fv.data.preprocessing_for(config.model, tag)
+        if tag is None:
+            how = dataclasses.replace(how, crop=middle.crop, resize=middle.resize)
+        prepared = fv.data.Mapped(photos, how, repr(how))
         fv.data.validate(photos, channels=3, num_classes=classes, verify=config.verify)
         options = {"source": config.source, "dtype": overrides["dtype"]}
         model, variables = fv.weights.load_model(config.model, config.weights, **options)
@@ -210,7 +231,6 @@ def main(config: Config) -> int:
         report(fv.train.evaluate(state, eval_step, batches), photos)
         return 0
 
-    middle = fv.data.Preprocessing(crop=eval_size, resize=config.eval_shorter or round(eval_size * 8 / 7))
     test = fv.data.Mapped(photos, lambda image: np.asarray(middle.resized(image)), repr(middle))
     train = read("train")
     for source in (train, test):
@@ -249,8 +269,8 @@ def main(config: Config) -> int:
     state = fv.train.create_state(model, config.update_rule(rates), init_rng, sample, ema_decay=config.ema_decay)
 
     workdir = Path(config.workdir or f"runs/{Path(config.dataset).name}-{config.model}-{config.recipe}-{config.seed}")
-    free = ("workdir", "data_dir", "manual_dir", "progress", "threads", "verify", "eval_only", "weights")
-    fv.train.open_workdir(workdir, config, free=free)
+    free = ("workdir", "data_dir", "manual_dir", "progress", "threads", "verify", "eval_only", "weights", "source")
+    fv.train.open_workdir(workdir, config, free=(*free, "preprocessing", "eval_batch_size", "log_every"))
     with batches.from_step(0) as iterator:
         shown = {k: v[:32] for k, v in next(iterator).items()}
     shown = jax.jit(a.make_transform(*ops))(run_rng, shown)
@@ -276,6 +296,10 @@ def main(config: Config) -> int:
     records = fv.train.read_records(workdir / "metrics.jsonl")
     fv.plot.curves(records, path=workdir / "curves.png", steps_per_epoch=batches.steps_per_epoch)
     report(result.metrics, test)
+    final = result.state.variables if config.ema_decay is None else result.state.ema
+    fields = {k: v for k, v in overrides.items() if k not in ("dtype", "axis_name")}
+    how = {"metadata": result.metrics, "input_size": (size, size)}
+    fv.weights.save(workdir / "weights.safetensors", final, name=config.model, **how, **fields)
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
 

@@ -114,6 +114,10 @@ def test_a_run_learns_and_goes_on(tmp_path, npz, tiny, capsys):
     assert cifar10.main(config) == 0  # done: nothing is trained again
     assert capsys.readouterr().out == text
     assert fv.train.read_records(tmp_path / "run" / "metrics.jsonl") == records
+    weights = str(tmp_path / "run" / "weights.safetensors")
+    assert cifar10.main(dataclasses.replace(config, eval_only=True, weights=weights)) == 0
+    assert capsys.readouterr().out == text.splitlines(keepends=True)[0]
+    assert cifar10.main(dataclasses.replace(config, eval_batch_size=9, log_every=1)) == 0  # neither changes the run
     with pytest.raises(ValueError, match=r"holds another run: weight_decay was 0\.0005, now 0\.1"):
         cifar10.main(dataclasses.replace(config, weight_decay=0.1))
 
@@ -147,7 +151,7 @@ def test_given_weights_are_measured_on_every_image_once(tmp_path, npz, tiny, cap
 
 @pytest.mark.parametrize("field", ["eval_every", "log_every", "eval_batch_size"])
 def test_nonsense_numbers(tmp_path, npz, tiny, field):
-    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must be positive; got 0"):
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must be positive and finite; got 0"):
         cifar10.main(config_of(tmp_path, npz, **{field: 0}))
 
 
@@ -163,3 +167,20 @@ def test_the_published_resnet20_scores_what_was_published(tmp_path, capsys):
     config = cifar10.Config(manual_dir=str(tmp_path), eval_only=True, weights=weights, source="akamaster")
     assert cifar10.main(dataclasses.replace(config, eval_batch_size=1000)) == 0
     assert "test accuracy 91.73%, top-5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("epochs", float("inf"), "epochs must be positive and finite; got inf"),
+        ("momentum", 1.5, "momentum must be at least 0 and below 1; got 1.5"),
+        ("rms_decay", -0.1, "rms_decay must be at least 0"),
+        ("ema_decay", 1.0, "ema_decay must be at least 0 and below 1"),
+        ("epsilon", 0.0, "epsilon must be positive"),
+        ("cutout", -3, "cutout must not be negative; got -3"),
+        ("mixup", -1.0, "mixup must not be negative"),
+    ],
+)
+def test_recipes_refuse_what_is_out_of_range(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(cifar10.RECIPES["fast"], **{field: value})

@@ -130,6 +130,12 @@ def test_a_folder_trains_and_every_photograph_counts_once(tmp_path, folder, tiny
     assert imagenet.main(config) == 0  # done: nothing is trained again
     assert capsys.readouterr().out == text
     assert fv.train.read_records(tmp_path / "run" / "metrics.jsonl") == records
+    weights = str(tmp_path / "run" / "weights.safetensors")
+    assert imagenet.main(dataclasses.replace(config, eval_only=True, weights=weights)) == 0
+    figures = re.compile(r"top-1 (.*)%, loss (.*), on 14")
+    (top1, loss), (again, close) = (figures.search(t).groups() for t in (text, capsys.readouterr().out))
+    assert again == top1
+    assert float(close) == pytest.approx(float(loss), abs=2e-4)
 
 
 def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny, capsys):
@@ -142,7 +148,7 @@ def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny
     variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
     fv.weights.save(tmp_path / "tiny.safetensors", variables, name="tiny")
     photos = fv.data.load("patterns", "test", as_stored=True)
-    prepare = fv.data.preprocessing_for("tiny")
+    prepare = dataclasses.replace(fv.data.preprocessing_for("tiny"), crop=48, resize=55)  # the demo's size
     logits = model.apply(variables, np.stack([prepare(photos[i]["image"]) for i in range(len(photos))]))
     ranks = np.argsort(-np.asarray(logits), -1)
     top1, top5 = (np.mean([photos.label[i] in ranks[i, :k] for i in range(250)]) for k in (1, 5))
@@ -166,7 +172,12 @@ def test_what_can_not_be_evaluated_is_refused(tmp_path, folder, tiny):
     options = {"eval_only": True, "weights": str(tmp_path / "ten.safetensors")}
     with pytest.raises(ValueError, match=r"photos/test has 2 classes, the weights .*ten\.safetensors 10"):
         imagenet.main(config_of(tmp_path, "demo", folder, **options))
-    with pytest.raises(ValueError, match="--eval-every must be positive; got -1"):
+    with pytest.raises(ValueError, match="--eval-shorter must be at least the crop's 48; got 10"):
+        imagenet.main(config_of(tmp_path, "demo", folder, eval_shorter=10))
+    for field, value in (("area", (0.9, 0.1)), ("area", (2.0, 3.0)), ("shorter", (40, 30)), ("lighting", -1.0)):
+        with pytest.raises(ValueError, match=f"{field} must"):
+            config_of(tmp_path, "demo", folder, **{field: value})
+    with pytest.raises(ValueError, match="--eval-every must be positive and finite; got -1"):
         imagenet.main(config_of(tmp_path, "demo", folder, eval_every=-1.0))
     broken = Path(folder) / "val" / "dark" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:200])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import optax
@@ -59,9 +60,14 @@ class Recipe:
     """Parts into which a batch is cut to save memory."""
 
     def __post_init__(self):
-        for field in ("epochs", "batch_size", "learning_rate", "factor", "power", "accumulate"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
+        for field in ("epochs", "batch_size", "learning_rate", "factor", "power", "accumulate", "epsilon"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field} must be positive and finite; got {value}")
+        for field in ("momentum", "rms_decay", "ema_decay"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{field} must be at least 0 and below 1; got {value}")
         for field in ("warmup_epochs", "weight_decay", "aux_weight"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")

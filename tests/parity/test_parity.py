@@ -37,14 +37,14 @@ def test_same_weights_same_logits(references, case):
     assert len(names) == len(stored["statistics"])
     variables = pair.variables(drawing.draw(shapes, dict(zip(names, stored["statistics"].tolist(), strict=True))))
     images = pair.images("images")
-    if "eval" in stored:
+    if not pair.aux:
         assert comparison.error(comparison.outputs(pair.ours(), variables, images).logits, stored["eval"]) <= 1e-4
-    if "train" in stored:
-        trained = comparison.outputs(pair.ours(), variables, images, train=True)
-        assert comparison.error(trained.logits, stored["train"]) <= 1e-4
-        assert set(trained.aux) == set(comparison.libraries.AUX_HEADS[pair.model] if pair.aux else ())
-        for name, logits in trained.aux.items():
-            assert comparison.error(logits, stored[name]) <= 1e-4, name
+        return
+    trained = comparison.outputs(pair.ours(), variables, images, train=True)
+    assert comparison.error(trained.logits, stored["train"]) <= 1e-4
+    assert set(trained.aux) == set(comparison.libraries.AUX_HEADS[pair.model])
+    for name, logits in trained.aux.items():
+        assert comparison.error(logits, stored[name]) <= 1e-4, name
 
 
 def test_references_are_small():
@@ -93,6 +93,22 @@ def test_the_ledger_is_within_its_tolerances_and_the_table_is_its():
 
 
 def test_the_ledger_knows_what_is_not_within_its_tolerances():
-    line = {"forward_eval": 2e-4, "gradient": float("nan"), "drift_loss": 1e-7}
-    line |= {"params_ours": 10, "params_theirs": 12, "params_folded": 1}
-    assert parity.failures(line) == ["forward, eval 2.0e-04", "gradient nan", "10 parameters, theirs 12"]
+    line = {"aux": False, "forward_eval": 2e-4, "forward_train": 1e-5, "gradient": float("nan"), "drift_loss": 1e-7}
+    line |= {"params_ours": 10, "params_theirs": 12, "params_folded": 1, "gradient_worst": 1e-8}
+    missing = "no drift_params"
+    assert parity.failures(line) == ["forward, eval 2.0e-04", "gradient nan", missing, "10 parameters, theirs 12"]
+    line = dict.fromkeys(("forward_eval", "forward_train", "gradient", "gradient_worst", "forward_aux"), 1e-8)
+    line |= {"params_ours": 10, "params_theirs": 10, "params_folded": 0, "aux": True, "drift_first_loss": 0.5}
+    assert parity.failures(line) == ["first loss 5.0e-01"]
+
+
+def test_arrays_of_other_shapes_are_not_compared():
+    with pytest.raises(AssertionError):
+        comparison.error(np.ones((1, 5)), np.ones((4, 5)))
+
+
+def test_pairs_that_do_not_exist():
+    with pytest.raises(ValueError, match="has a name like 'nosuch"):
+        parity.pairs("nosuch*")
+    with pytest.raises(ValueError, match=r"sources must be among torchvision, timm.* got tochvision"):
+        parity.pairs("*", ("tochvision",))
