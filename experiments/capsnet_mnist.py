@@ -1,12 +1,12 @@
 r"""Trains CapsNet on MNIST, and draws what its capsules hold (Sabour, Frosst and Hinton 2017).
 
     python experiments/capsnet_mnist.py                            # scikit-learn's real digits
-    python experiments/capsnet_mnist.py --dataset mnist --epochs 8 --batch-size 100 \
+    python experiments/capsnet_mnist.py --dataset mnist --epochs 5 --batch-size 100 \
         --manual-dir FOLDER                                        # FOLDER has the four original files
 
-The first needs neither a network nor a GPU. Two cores of an Intel Xeon (AVX-512) train about 100 images a second: 5
-minutes for the digits, 80 for MNIST, by estimate from its steps: a whole run on MNIST has not been measured here yet.
-The paper reports a test error of 0.25 %. To expect in the work directory, beside the curves, records and checkpoints:
+The first needs neither a network nor a GPU. Two cores of an Intel Xeon (AVX-512) train 70 images a second: MNIST's
+5 epochs are 72 minutes and reach 99.30 % (one run), the digits' 20 are 7. The paper reports an error of 0.25 %, after
+many more epochs. To expect in the work directory, beside the curves, records and checkpoints:
 
     reconstructions.png    test images above what the decoder draws from their longest capsules
     perturbations.png      drawings of one digit while each of its capsule's 16 numbers moves from -0.25 to +0.25 of
