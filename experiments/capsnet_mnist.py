@@ -4,9 +4,9 @@ r"""Trains CapsNet on MNIST, and draws what its capsules hold (Sabour, Frosst an
     python experiments/capsnet_mnist.py --dataset mnist --epochs 5 --batch-size 100 \
         --manual-dir FOLDER                                        # FOLDER has the four original files
 
-The first needs neither a network nor a GPU. Two cores of an Intel Xeon (AVX-512) train 70 images a second, which makes 72
-minutes of MNIST's 5 epochs and 7 of the digits' 20. Those 5 reached 99.30 % (one run). The paper reports an error of 0.25 %, after
-many more epochs. To expect in the work directory, beside the curves, records and checkpoints:
+The first needs neither a network nor a GPU. Two cores of an Intel Xeon (AVX-512) train 70 images a second, which makes
+72 minutes of MNIST's 5 epochs and 7 of the digits' 20. Those 5 reached 99.30 % (one run). The paper reports an error of
+0.25 %, after many more epochs. To expect in the work directory, beside the curves, records and checkpoints:
 
     reconstructions.png    test images above what the decoder draws from their longest capsules
     perturbations.png      drawings of one digit while each of its capsule's 16 numbers moves from -0.25 to +0.25 of
