@@ -129,7 +129,11 @@ def schedule(
         at = round(boundary * total_steps) - warmup_steps
         scales[at] = scales.get(at, 1.0) * factor
     if name == "step" and any(s <= 0 for s in scales):
-        raise ValueError(f"boundaries {tuple(boundaries)} must come after the {warmup_steps} warm-up steps")
+        first = round(min(boundaries) * total_steps)
+        raise ValueError(
+            f"boundaries must come after the {warmup_steps} warm-up steps; got {tuple(boundaries)} of {total_steps} "
+            f"steps, the first at step {first}"
+        )
     after: Callable[..., Any] = {
         "constant": lambda: optax.constant_schedule(learning_rate),
         "step": lambda: optax.piecewise_constant_schedule(learning_rate, scales),
