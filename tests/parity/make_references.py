@@ -43,7 +43,7 @@ CASES = {
 
 
 def make(pair: comparison.Pair) -> dict[str, np.ndarray]:
-    """What one network gives, by name: logits `eval` or `train` or both, auxiliary logits, statistics, version."""
+    """What one network gives, by name: logits `eval` and of some `train`, auxiliary logits, statistics, version."""
     theirs = pair.theirs()
     statistics, tensors = comparison.weights(pair, theirs)
     theirs.load(tensors)
@@ -52,8 +52,7 @@ def make(pair: comparison.Pair) -> dict[str, np.ndarray]:
         "statistics": np.array([statistics[name] for name in sorted(statistics)], np.float32).reshape(-1, 2),
         "version": np.array(theirs.version),
     }
-    if not pair.aux:
-        found["eval"] = theirs.forward(images).logits
+    found["eval"] = theirs.forward(images).logits
     if pair.aux or pair.model == "resnet18":
         trained = theirs.forward(images, train=True)
         found |= {"train": trained.logits, **trained.aux}
