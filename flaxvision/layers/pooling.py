@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flaxvision.layers.lowering import normalize
+
 Pads = tuple[tuple[int, int], ...]
 
 # On the CPU windows of at most so many elements are folded at once, larger ones axis by axis (measured, 2x2 to 7x7).
@@ -257,8 +259,7 @@ class TrainableAvgPool(nn.Module):
         bias = self.param("bias", self.bias_init, (x.shape[-1],), self.param_dtype)
         x, coefficient, bias = nn.dtypes.promote_dtype(x, coefficient, bias, dtype=self.dtype)
         total = _sum_windows(_accumulated(x), window, steps, pads).astype(x.dtype)
-        shape = (1,) * (x.ndim - 1) + (-1,)
-        return total * coefficient.reshape(shape) + bias.reshape(shape)
+        return normalize(total, jnp.zeros_like(bias), coefficient, bias)
 
 
 def _spatial(x: jax.Array) -> tuple[int, ...]:
