@@ -32,7 +32,8 @@ class PlainTrainableAvgPool(nn.Module):
     """`layers.TrainableAvgPool` of 2x2 in Linen's words."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[N, H, W, C]` to `[N, H // 2, W // 2, C]`."""
         coefficient = self.param("coefficient", nn.initializers.constant(0.25), x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         shape = (1, 1, 1, -1)
