@@ -149,6 +149,8 @@ def main(config: Config) -> int:
     classes = len(test.classes)
     fv.data.validate(test, channels=3, num_classes=classes)
     info = fv.model_info(config.model)
+    if info.channels != 3:
+        raise ValueError(f"--model must take colour images; {config.model} takes images of {info.channels} channel")
     overrides = {"num_classes": classes, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     a, common = fv.data.augment, {"size": test[0]["image"].shape[:2], "mean": info.mean, "std": info.std}
     plain = a.make_transform(**common)

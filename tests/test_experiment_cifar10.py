@@ -155,6 +155,11 @@ def test_nonsense_numbers(tmp_path, npz, tiny, field):
         cifar10.main(config_of(tmp_path, npz, **{field: 0}))
 
 
+def test_models_for_grey_images(tmp_path, npz):
+    with pytest.raises(ValueError, match="--model must take colour images; capsnet takes images of 1 channel"):
+        cifar10.main(config_of(tmp_path, npz, model="capsnet"))
+
+
 @pytest.mark.data
 def test_the_published_resnet20_scores_what_was_published(tmp_path, capsys):
     """$FLAXVISION_DATA/cifar10 holds lossless sheets, $FLAXVISION_DATA/weights the network."""
