@@ -112,22 +112,25 @@ def preprocessing_for(name: str, weights: str | None = None) -> Preprocessing:
 
     Args:
         name: A registry name.
-        weights: A tag of `model_info(name).weights`, such as `"torchvision/IMAGENET1K_V1"`; or a source whose weights
-            are no tag: `"akamaster"` (CIFAR ResNets), `"deep_compression"` (SqueezeNet), `"coral"` (MobileNetV2). None
-            takes the first tag; for a model without one, the input size, mean and std of `model_info`, with the usual
-            margin: the shorter side becomes 1 / 0.875 of the crop, or the crop itself up to 64 pixels.
+        weights: A tag of `model_info(name).weights`, such as `"torchvision/IMAGENET1K_V1"`; a source, such as
+            `"akamaster"` (CIFAR ResNets), `"deep_compression"` (SqueezeNet), `"coral"` (MobileNetV2), or the library of
+            tags, for its first; or the path of a bundle, whose card may hold a transform. None takes the first tag.
+            Where none of these tells it, the input size, mean and std of `model_info`, with the usual margin: the
+            shorter side becomes 1 / 0.875 of the crop, or the crop itself up to 64 pixels.
 
     Returns:
         A callable that maps a PIL image or a uint8 array to float32 `[H, W, 3]`.
 
     Raises:
-        ValueError: There is no such model or tag, or the model takes no pictures.
+        ValueError: There is no such model, tag, source or bundle, or the model takes no pictures.
     """
     from flaxvision.weights.tags import preprocessing_of
 
     info = model_info(name)
     if weights is not None or info.weights:
-        return preprocessing_of(name, weights or info.weights[0])
+        known = preprocessing_of(name, weights or info.weights[0])
+        if known is not None:
+            return known
     if len(info.input_size) != 2:
         raise ValueError(f"{name} takes feature vectors {info.input_size}, not pictures")
     side = min(info.input_size)

@@ -3,7 +3,7 @@
 Importing this package loads no file format and no library: the functions import what they need.
 """
 
-from flaxvision.weights.bundle import read_bundle, save
+from flaxvision.weights.bundle import read_bundle, read_card, save
 from flaxvision.weights.convert import convert, export, fields, sources
 from flaxvision.weights.download import cache_dir, fetch
 from flaxvision.weights.files import read
@@ -21,6 +21,7 @@ __all__ = [
     "load_model",
     "read",
     "read_bundle",
+    "read_card",
     "save",
     "sources",
     "tag_of",

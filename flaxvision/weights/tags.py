@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+from typing import Any
 
 from flaxvision.data.preprocessing import Preprocessing
 from flaxvision.registry import model_info
+from flaxvision.weights.bundle import is_bundle, read_card
+from flaxvision.weights.convert import sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +61,25 @@ _BY_SOURCE = {
 } | {(f"resnet{depth}_cifar", "akamaster"): Preprocessing(32, None) for depth in (20, 32, 44, 56, 110)}
 
 
-def preprocessing_of(name: str, weights: str) -> Preprocessing:
-    """The evaluation transform of a tag, or of a source whose weights are no tag; raises as `tag_of`."""
+def preprocessing_of(name: str, weights: str) -> Preprocessing | None:
+    """The evaluation transform of a tag, a source or a bundle; None where these do not tell it; raises as `tag_of`."""
     known = _BY_SOURCE.get((model_info(name).name, weights))
-    return known or tag_of(name, weights).preprocessing
+    if known or weights in tags(name):
+        return known or tag_of(name, weights).preprocessing
+    if weights in sources(name):
+        return next((tag_of(name, tag).preprocessing for tag in tags(name) if tag.startswith(f"{weights}/")), None)
+    if is_bundle(weights):
+        return _stored(weights, read_card(weights)["metadata"].get("preprocessing"))
+    return tag_of(name, weights).preprocessing  # which says what there is
+
+
+def _stored(path: str, fields: dict[str, Any] | None) -> Preprocessing | None:
+    if fields is None:
+        return None
+    try:
+        return Preprocessing(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the card of {path} holds no evaluation transform: {error}") from error
 
 
 def tags(name: str) -> tuple[str, ...]:

@@ -1,0 +1,134 @@
+"""The command line: what the package has, what a network says of pictures, other libraries' weights as bundles.
+
+    flaxvision list 'resnet*'
+    flaxvision predict resnet50 torchvision/IMAGENET1K_V2 photo.jpg
+    flaxvision convert resnet20_cifar resnet20.npz resnet20.safetensors --source akamaster
+
+`flaxvision COMMAND --help` shows a command's flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+import flaxvision as fv
+
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Weights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """The registered models: year, input, parameters and the tags of their published weights."""
+
+    pattern: Annotated[str, tyro.conf.Positional] = "*"
+    """A shell pattern of names, in quotes."""
+    task: Literal["classification", "detection", "segmentation"] | None = None
+    """Those of one task. Default: all."""
+
+    def run(self) -> None:
+        """Prints them."""
+        names = fv.list_models(self.pattern, task=self.task)
+        if not names:
+            raise ValueError(f"no model has a name like {self.pattern!r}; flaxvision list shows all")
+        wide = max(map(len, names))
+        for name in names:
+            info = fv.model_info(name)
+            size = "x".join(map(str, (*info.input_size, info.channels)))
+            print(f"{name:{wide}}  {info.year}  {size:>9}  {info.params:>11,}  {' '.join(info.weights)}".rstrip())
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """The likeliest classes of pictures, each by the evaluation transform that was published with the weights."""
+
+    model: Name
+    """A name of `flaxvision list`."""
+    weights: Weights
+    """A published tag of `flaxvision list`, fetched once, or a file: a bundle, .safetensors, .npz, .h5 or .pth."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]")]
+    """Pictures that Pillow reads."""
+    source: str | None = None
+    """For a file that is no bundle: the library whose names its tensors have."""
+    preprocessing: str | None = None
+    """A tag, or a source, whose transform to take. Default: that of the weights."""
+    classes: Path | None = None
+    """A text file with a class's name a line. Default: classes are numbers."""
+    top: int = 5
+    """How many classes."""
+
+    def run(self) -> None:
+        """Prints a line for each picture and class."""
+        if self.top < 1:
+            raise ValueError(f"--top must be at least 1; got {self.top}")
+        if not self.images:
+            raise ValueError("there is no picture; give the path of at least one")
+        from PIL import Image
+
+        model, variables = fv.weights.load_model(self.model, self.weights, source=self.source)
+        transform = fv.data.preprocessing_for(self.model, self.preprocessing or self.source or self.weights)
+        apply = jax.jit(model.apply)
+        names = self.classes.read_text().splitlines() if self.classes else None
+        for path in self.images:
+            with Image.open(path) as image:
+                pixels = transform(image)
+            logits = np.asarray(apply(variables, pixels[None]))[0]
+            if names is not None and len(names) != len(logits):
+                raise ValueError(f"{self.classes} names {len(names)} classes; the weights have {len(logits)}")
+            likely = np.asarray(jax.nn.softmax(logits))
+            for place in np.argsort(-likely, kind="stable")[: self.top]:
+                print(f"{path}  {likely[place]:7.2%}  {names[place] if names else place}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Writes a bundle of flaxvision, PATH.safetensors with its card PATH.json, from published weights or a file."""
+
+    model: Name
+    """A name of `flaxvision list`."""
+    weights: Weights
+    """A published tag, or a file; see `flaxvision predict`."""
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH.safetensors")]
+    """Of the bundle."""
+    source: str | None = None
+    """For a file that is no bundle: the library whose names its tensors have."""
+    num_classes: int | None = None
+    """Start the layers that depend on it fresh for so many classes; 0 leaves them out."""
+    channels: int | None = None
+    """Fold the first kernel for images of so many channels."""
+
+    def run(self) -> None:
+        """Writes the bundle."""
+        options = {"source": self.source, "num_classes": self.num_classes, "channels": self.channels}
+        model, variables = fv.weights.load_model(self.model, self.weights, **options)
+        usual = fv.create_model(self.model)
+        fields = [f.name for f in dataclasses.fields(model) if f.init and f.name not in ("parent", "name")]
+        overrides = {f: getattr(model, f) for f in fields if getattr(model, f) != getattr(usual, f)}
+        transform = fv.data.preprocessing_for(self.model, self.source or self.weights)
+        metadata = {"from": self.weights, "source": self.source, "preprocessing": dataclasses.asdict(transform)}
+        how: dict[str, Any] = {"channels": self.channels, "metadata": metadata}
+        card = fv.weights.save(self.path, variables, name=self.model, **how, **overrides)
+        print(f"{self.path}: {fv.weights.read_card(self.path)['parameters']:,} parameters; its card is {card}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs a command; returns the process's exit status."""
+    commands: dict[str, Any] = {"list": List, "predict": Predict, "convert": Convert}
+    command = tyro.extras.subcommand_cli_from_dict(commands, prog="flaxvision", description=__doc__, args=args)
+    try:
+        command.run()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The command line, as a user calls it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxvision as fv
+from flaxvision import cli
+from flaxvision.weights.convert import nested, shapes_of
+
+NAME = "resnet20_cifar"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A library's file of weights and a picture."""
+    folder = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    shapes = shapes_of(NAME, fv.create_model(NAME))
+    leaves = {k: rng.uniform(0.5, 1, v.shape).astype(np.float32) / max(1, v.size) ** 0.5 for k, v in shapes.items()}
+    variables = nested(leaves)
+    np.savez(folder / "theirs.npz", **fv.weights.export(NAME, variables, source="akamaster"))
+    Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / "photo.png")
+    (folder / "names.txt").write_text("".join(f"class {i}\n" for i in range(10)))
+    return folder
+
+
+def test_list(capsys):
+    assert cli.main(["list", "resnet5?"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split()[:4] == ["resnet50", "2015", "224x224x3", "25,557,032"]
+    assert line.split()[4:] == list(fv.weights.tags("resnet50"))
+    assert cli.main(["list", "--task", "classification"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(fv.list_models(task="classification"))
+
+
+def test_predict_and_convert(folder, capsys):
+    theirs, bundle, photo = (str(folder / name) for name in ("theirs.npz", "bundle.safetensors", "photo.png"))
+    flags = ["--top", "3", "--classes", str(folder / "names.txt")]
+    assert cli.main(["predict", NAME, theirs, photo, photo, "--source", "akamaster", *flags]) == 0
+    said = capsys.readouterr().out
+    lines = [line.rsplit("  ", 2) for line in said.splitlines()]
+    model, variables = fv.weights.load_model(NAME, theirs, source="akamaster")
+    pixels = fv.data.preprocessing_for(NAME, "akamaster")(Image.open(photo))
+    logits = np.asarray(model.apply(variables, pixels[None]))[0]
+    likely = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    order = np.argsort(-likely)[:3]
+    assert [line[2] for line in lines] == [f"class {i}" for i in order] * 2
+    assert [float(line[1].strip(" %")) for line in lines[:3]] == pytest.approx(100 * likely[order], abs=0.006)
+
+    assert cli.main(["convert", NAME, theirs, bundle, "--source", "akamaster"]) == 0
+    assert "269,722 parameters" in capsys.readouterr().out
+    assert cli.main(["predict", NAME, bundle, photo, photo, *flags]) == 0
+    assert capsys.readouterr().out == said
+    assert fv.data.preprocessing_for(NAME, bundle) == fv.data.preprocessing_for(NAME, "akamaster")
+
+
+def test_convert_for_other_classes_and_channels(folder, capsys):
+    path = folder / "grey.safetensors"
+    flags = ["--source", "akamaster", "--num-classes", "7", "--channels", "1"]
+    assert cli.main(["convert", NAME, str(folder / "theirs.npz"), str(path), *flags]) == 0
+    variables, card = fv.weights.read_bundle(path)
+    assert (card["overrides"], card["channels"]) == ({"num_classes": 7}, 1)
+    assert variables["params"]["head"]["bias"].shape == (7,)
+
+
+def test_a_bundle_without_a_transform_has_the_models_own(folder):
+    variables = fv.weights.load(NAME, folder / "theirs.npz", source="akamaster")
+    fv.weights.save(folder / "bare.safetensors", variables, name=NAME)
+    path = str(folder / "bare.safetensors")
+    assert fv.data.preprocessing_for(NAME, path) == fv.data.preprocessing_for(NAME)
+    card = json.loads((folder / "bare.json").read_text())
+    (folder / "bare.json").write_text(json.dumps(card | {"metadata": {"preprocessing": {"cropp": 3}}}))
+    with pytest.raises(ValueError, match="holds no evaluation transform"):
+        fv.data.preprocessing_for(NAME, path)
+
+
+def test_the_library_alone_takes_its_first_tag():
+    assert fv.data.preprocessing_for("resnet50", "timm") == fv.data.preprocessing_for("resnet50", "timm/a1_in1k")
+    assert fv.data.preprocessing_for("zfnet", "pytorchcv") == fv.data.preprocessing_for("zfnet")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["list", "nosuch*"], "no model has a name like 'nosuch*'"),
+        (["predict", "resnet5", "x.npz", "photo.png"], "there is no model named 'resnet5'"),
+        (["predict", NAME, "theirs.npz", "nosuch.png", "--source", "akamaster"], "No such file"),
+        (["predict", NAME, "theirs.npz", "names.txt", "--source", "akamaster"], "cannot identify image file"),
+        (["predict", NAME, "theirs.npz", "photo.png"], "give source="),
+        (["predict", NAME, "theirs.npz", "--source", "akamaster"], "there is no picture"),
+        (["predict", NAME, "theirs.npz", "photo.png", "--source", "akamaster", "--top", "0"], "--top must be at least"),
+        (["convert", NAME, "theirs.npz", "out.npz", "--source", "akamaster"], "must end in .safetensors"),
+        (["convert", NAME, "nosuch.npz", "out.safetensors", "--source", "akamaster"], "there is no file nosuch.npz"),
+    ],
+)
+def test_one_line_for_each_error(folder, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(folder)
+    assert cli.main(args) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def test_the_numbers_of_names_and_classes(folder, capsys):
+    (folder / "few.txt").write_text("cat\n")
+    args = ["predict", NAME, str(folder / "theirs.npz"), str(folder / "photo.png"), "--source", "akamaster"]
+    assert cli.main([*args, "--classes", str(folder / "few.txt")]) == 1
+    assert "names 1 classes; the weights have 10" in capsys.readouterr().err
