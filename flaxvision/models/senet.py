@@ -161,12 +161,11 @@ class SENetBackbone(Backbone):
             **types,
         )
         se = functools.partial(SqueezeExcite, reduction=self.reduction, kernel_init=_he_fan_out, **types)
+        unit: Callable[..., nn.Module] = SEBasicBlock
         if self.bottleneck:
             unit = functools.partial(
                 SEBottleneck, widths=self.widths, groups=self.groups, stride_in_1x1=self.stride_in_1x1
             )
-        else:
-            unit = SEBasicBlock
 
         size = 7 if len(self.stem_features) == 1 else 3
         for i, width in enumerate(self.stem_features, start=1):
@@ -178,7 +177,7 @@ class SENetBackbone(Backbone):
         for stage, (blocks, width) in enumerate(zip(self.stage_sizes, self.features, strict=True), start=1):
             for block in range(1, blocks + 1):
                 strides = 2 if stage > 1 and block == 1 else 1
-                more = {"shortcut_size": self.shortcut_size} if self.bottleneck and strides > 1 else {}
+                more: dict[str, Any] = {"shortcut_size": self.shortcut_size} if self.bottleneck and strides > 1 else {}
                 name = f"stage{stage}_block{block}"
                 x = unit(width, strides, conv=conv, norm=norm, se=se, name=name, **more)(x)
             stages[f"stage{stage}"] = x

@@ -77,7 +77,8 @@ def _stored(path: str, fields: dict[str, Any] | None) -> Preprocessing | None:
     if fields is None:
         return None
     try:
-        return Preprocessing(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return Preprocessing(**values)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the card of {path} holds no evaluation transform: {error}") from error
 
