@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import signal
 import sys
 from pathlib import Path
@@ -77,9 +78,12 @@ class Config:
 
 def main(config: Config) -> int:
     """Runs the experiment; returns the process's exit status."""
-    for field in ("epochs", "eval_every", "log_every", "batch_size", "learning_rate", "decay"):
-        if not getattr(config, field) > 0:
-            raise ValueError(f"--{field.replace('_', '-')} must be positive; got {getattr(config, field)}")
+    sizes = ("batch_size", "conv_features", "primary_features", "routing_iterations")
+    for field in (*sizes, "epochs", "eval_every", "log_every", "learning_rate", "decay"):
+        if not 0 < getattr(config, field) < math.inf:
+            raise ValueError(f"--{field.replace('_', '-')} must be positive and finite; got {getattr(config, field)}")
+    if config.shift < 0:
+        raise ValueError(f"--shift must not be negative; got {config.shift}")
     if config.dataset == "digits":
         print("these are scikit-learn's digits, not MNIST: --dataset mnist --manual-dir FOLDER takes MNIST")
     load = functools.partial(

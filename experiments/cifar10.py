@@ -169,8 +169,11 @@ def main(config: Config) -> int:
     train = load("train")
     fv.data.validate(train, channels=3, num_classes=classes)
     workdir = Path(config.workdir or f"runs/{Path(dataset).stem}-{config.model}-{config.recipe}-{config.seed}")
-    if config.parallel == "pmap" and "axis_name" in {f.name for f in dataclasses.fields(fv.create_model(config.model))}:
+    fields = {f.name for f in dataclasses.fields(fv.create_model(config.model))}
+    if config.parallel == "pmap" and "axis_name" in fields:
         overrides["axis_name"] = "data"
+    if config.aux_weight and "aux_heads" in fields:
+        overrides["aux_heads"] = True
     model = fv.create_model(config.model, **overrides)
     batches = fv.data.train_batches(train, config.batch_size, seed=config.seed)
     rates = config.rates(batches.steps_per_epoch)

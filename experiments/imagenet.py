@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,9 @@ class Recipe(fv.train.Recipe):
 
     def __post_init__(self):
         super().__post_init__()
+        for field in ("size", "eval_size", "eval_shorter"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1; got {value}")
         for field in ("lighting", "mixup", "cutmix"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
@@ -115,7 +119,7 @@ RECIPES = {
     # For the drawn patterns, which measure nothing but that the program runs.
     "demo": Recipe(
         epochs=2.0, batch_size=32, optimizer="nesterov", learning_rate=0.05, schedule="one_cycle", area=(0.35, 1.0),
-        size=48, eval_size=48,
+        aux_weight=0.0,
     ),
 }  # fmt: skip
 # The first pattern that fits a model's name says its recipe.
@@ -123,6 +127,10 @@ FAMILIES = {
     "alexnet*": "alexnet", "zfnet*": "alexnet", "vgg*": "vgg", "googlenet*": "googlenet", "*inception*": "inception",
     "xception*": "xception", "se_*": "senet", "senet*": "senet", "squeezenet*": "squeezenet", "mobilenet*": "mobilenet",
     "*": "resnet",
+}  # fmt: skip
+# The drawn patterns' size: as small as the family takes, without its auxiliary classifiers.
+DEMO_SIZES = {
+    "alexnet_dli": 200, "alexnet*": 64, "zfnet*": 64, "*inception*": 80, "lenet5*": 32, "*": 48,
 }  # fmt: skip
 
 
@@ -159,7 +167,7 @@ class Config(Recipe):
     source: str | None = None
     """Of a file that is no bundle of flaxvision: the library whose names its tensors have."""
     preprocessing: str | None = None
-    """Of a file: whose it expects, a tag or as of fv.data.preprocessing_for. Default: the model's first tag's."""
+    """Of a file: whose it expects, a tag or as of fv.data.preprocessing_for. Default: as its card or --source says."""
     eval_only: bool = False
     """Measure --weights; no training."""
     eval_batch_size: int = 256
@@ -186,9 +194,15 @@ def parse(args: list[str] | None = None) -> Config:
     """Reads the flags: first those that choose the recipe, then all, with the recipe's values as defaults."""
     args = sys.argv[1:] if args is None else args
     choice, _ = tyro.cli(Choice, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True)
-    family = next(recipe for pattern, recipe in FAMILIES.items() if fnmatch.fnmatchcase(choice.model, pattern))
+    family, demo_size = (
+        next(value for pattern, value in table.items() if fnmatch.fnmatchcase(choice.model, pattern))
+        for table in (FAMILIES, DEMO_SIZES)
+    )
     recipe = choice.recipe if choice.recipe in RECIPES else "demo" if choice.dataset == "patterns" else family
-    defaults = Config(recipe=recipe, **dataclasses.asdict(RECIPES[recipe]))  # type: ignore[arg-type]
+    values = dataclasses.asdict(RECIPES[recipe])
+    if recipe == "demo":
+        values |= {"size": demo_size, "eval_size": demo_size}
+    defaults = Config(recipe=recipe, **values)  # type: ignore[arg-type]
     return tyro.cli(Config, default=defaults, args=args, description=__doc__)
 
 
@@ -203,7 +217,8 @@ def main(config: Config) -> int:
         print("these are drawn patterns, not photographs: --dataset imagenet2012 or a folder takes real ones")
     info = fv.model_info(config.model)
     size, eval_size = config.size or info.input_size[0], config.eval_size or info.input_size[0]
-    middle = fv.data.Preprocessing(crop=eval_size, resize=config.eval_shorter or round(eval_size * 8 / 7))
+    shorter = config.eval_shorter or round(eval_size * 8 / 7)
+    middle = fv.data.Preprocessing(crop=eval_size, resize=shorter, mean=info.mean, std=info.std)
     if config.eval_shorter and config.eval_shorter < eval_size:
         raise ValueError(f"--eval-shorter must be at least the crop's {eval_size}; got {config.eval_shorter}")
     places = {"data_dir": config.data_dir, "manual_dir": config.manual_dir}
@@ -215,14 +230,14 @@ def main(config: Config) -> int:
     objective = fv.train.classification(label_smoothing=config.label_smoothing, aux_weight=config.aux_weight)
 
     if config.eval_only and config.weights:
-        tag = config.preprocessing or (config.weights if config.weights in fv.weights.tags(config.model) else None)
-        how = fv.data.preprocessing_for(config.model, tag)
-        if tag is None:
-            how = dataclasses.replace(how, crop=middle.crop, resize=middle.resize)
-        prepared = fv.data.Mapped(photos, how, repr(how))
         fv.data.validate(photos, channels=3, num_classes=classes, verify=config.verify)
         options = {"source": config.source, "dtype": overrides["dtype"]}
         model, variables = fv.weights.load_model(config.model, config.weights, **options)
+        how = fv.data.preprocessing_for(config.model, config.preprocessing or config.source or config.weights)
+        published = config.preprocessing or config.weights in fv.weights.tags(config.model)
+        if not published and (config.eval_size or config.eval_shorter):
+            how = dataclasses.replace(how, crop=middle.crop, resize=middle.resize)
+        prepared = fv.data.Mapped(photos, how, repr(how))
         if model.num_classes != classes:
             raise ValueError(f"{photos.name} has {classes} classes, the weights {config.weights} {model.num_classes}")
         _, eval_step = fv.train.compile_steps(objective, parallel=config.parallel)
@@ -268,6 +283,12 @@ def main(config: Config) -> int:
     sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     state = fv.train.create_state(model, config.update_rule(rates), init_rng, sample, ema_decay=config.ema_decay)
 
+    seen = jax.ShapeDtypeStruct((1, eval_size, eval_size, 3), jnp.float32)
+    try:
+        jax.eval_shape(model.apply, state.variables, seen)
+    except (flax.errors.FlaxError, ValueError) as error:
+        raise ValueError(f"{config.model} of --size {size} cannot take --eval-size {eval_size}: {error}") from error
+
     workdir = Path(config.workdir or f"runs/{Path(config.dataset).name}-{config.model}-{config.recipe}-{config.seed}")
     free = ("workdir", "data_dir", "manual_dir", "progress", "threads", "verify", "eval_only", "weights", "source")
     fv.train.open_workdir(workdir, config, free=(*free, "preprocessing", "eval_batch_size", "log_every"))
@@ -298,7 +319,7 @@ def main(config: Config) -> int:
     report(result.metrics, test)
     final = result.state.variables if config.ema_decay is None else result.state.ema
     fields = {k: v for k, v in overrides.items() if k not in ("dtype", "axis_name")}
-    how = {"metadata": result.metrics, "input_size": (size, size)}
+    how = {"metadata": {**result.metrics, "preprocessing": dataclasses.asdict(middle)}, "input_size": (size, size)}
     fv.weights.save(workdir / "weights.safetensors", final, name=config.model, **how, **fields)
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0

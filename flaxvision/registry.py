@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -81,14 +82,16 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         A plain `flax.linen.Module`, without variables.
 
     Raises:
-        ValueError: There is no such model; the nearest names are given.
-        TypeError: The module has no such field; its fields are given.
+        ValueError: There is no such model, the nearest names are given; or `num_classes` is negative.
+        TypeError: The module has no such field, its fields are given; or `num_classes` is no integer.
     """
     module, info = _find(name)
     fields = [f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")]
     unknown = sorted(set(overrides) - set(fields))
     if unknown:
         raise TypeError(f"{name} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(fields)}")
+    if "num_classes" in overrides and operator.index(overrides["num_classes"]) < 0:
+        raise ValueError(f"num_classes must be 0 or more, got {overrides['num_classes']}")
     return module(**{**dict(info.defaults), **overrides})
 
 

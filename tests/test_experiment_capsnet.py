@@ -1,6 +1,7 @@
 """experiments/capsnet_mnist.py with a network of a few capsules."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -50,7 +51,13 @@ def test_trains_draws_and_goes_on(tmp_path, capsys):
         capsnet.main(capsnet.Config(**vars(config) | {"routing_iterations": 1}))
 
 
-@pytest.mark.parametrize("field", ["epochs", "decay", "batch_size"])
+@pytest.mark.parametrize("field", ["epochs", "decay", "batch_size", "conv_features", "primary_features"])
 def test_nonsense_numbers(tmp_path, field):
-    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must be positive; got 0"):
-        capsnet.main(capsnet.Config(workdir=str(tmp_path / "run"), **SMALL | {field: 0}))
+    for value in (0, math.inf):
+        with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must be positive and finite; got {value}"):
+            capsnet.main(capsnet.Config(workdir=str(tmp_path / "run"), **SMALL | {field: value}))
+
+
+def test_shifts_are_not_negative(tmp_path):
+    with pytest.raises(ValueError, match="--shift must not be negative; got -3"):
+        capsnet.main(capsnet.Config(workdir=str(tmp_path / "run"), **SMALL | {"shift": -3}))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -93,6 +94,27 @@ def test_the_rates_of_the_papers_by_epoch(recipe, rates):
         assert float(schedule(int(epoch * 1000))) == pytest.approx(rate, rel=1e-3)
 
 
+def test_the_demo_fits_every_model_of_images():
+    for name in fv.list_models(task="classification"):
+        if len(fv.model_info(name).input_size) == 2 and name not in ("mlp", "lenet_dli", "fashion_cnn", "capsnet"):
+            config = imagenet.parse(["--model", name])
+            assert config.size == config.eval_size
+            assert not config.aux_weight
+            images = jax.ShapeDtypeStruct((1, config.size, config.size, 3), np.float32)
+            out, _ = jax.eval_shape(fv.create_model(name, num_classes=7).init_with_output, jax.random.key(0), images)
+            assert out.shape == (1, 7), name
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"model": "alexnet", "size": 64, "eval_size": 96}, "alexnet of --size 64 cannot take --eval-size 96"),
+    ({"size": -5}, "size must be at least 1; got -5"),
+    ({"eval_size": 0}, "eval_size must be at least 1; got 0"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit(tmp_path, folder, tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        imagenet.main(config_of(tmp_path, "alexnet", folder, **{"shorter": (100, 100), "eval_shorter": 110} | options))
+
+
 def test_flags_override_the_recipe():
     config = imagenet.parse(
         ["--dataset", "somewhere", "--model=vgg11", "--batch-size", "64", "--shorter", "256", "300"]
@@ -146,19 +168,30 @@ def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny
         model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)),
     )
     variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
-    fv.weights.save(tmp_path / "tiny.safetensors", variables, name="tiny")
     photos = fv.data.load("patterns", "test", as_stored=True)
-    prepare = dataclasses.replace(fv.data.preprocessing_for("tiny"), crop=48, resize=55)  # the demo's size
-    logits = model.apply(variables, np.stack([prepare(photos[i]["image"]) for i in range(len(photos))]))
-    ranks = np.argsort(-np.asarray(logits), -1)
-    top1, top5 = (np.mean([photos.label[i] in ranks[i, :k] for i in range(250)]) for k in (1, 5))
-    options = {"eval_only": True, "weights": str(tmp_path / "tiny.safetensors"), "eval_batch_size": 64}
-    config = config_of(tmp_path, "demo", "patterns", **options)
-    assert imagenet.main(config) == 0
-    text = capsys.readouterr().out
-    assert "these are drawn patterns" in text
-    assert f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss" in text
-    assert "on 250 images" in text
+    usual = fv.data.preprocessing_for("tiny")
+    own = dataclasses.replace(usual, crop=40, resize=44, interpolation="bicubic")
+    options = {"eval_only": True, "eval_batch_size": 64}
+    said = []
+    for prepare, metadata, more in (
+        (usual, {}, {}),
+        (dataclasses.replace(usual, crop=48, resize=55), {}, {"eval_size": 48}),
+        (own, {"preprocessing": dataclasses.asdict(own)}, {}),
+    ):
+        fv.weights.save(tmp_path / "tiny.safetensors", variables, name="tiny", metadata=metadata)
+        logits = model.apply(variables, np.stack([prepare(photos[i]["image"]) for i in range(len(photos))]))
+        ranks = np.argsort(-np.asarray(logits), -1)
+        top1, top5 = (np.mean([photos.label[i] in ranks[i, :k] for i in range(250)]) for k in (1, 5))
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, photos.label[:250]).mean()
+        config = config_of(tmp_path, "demo", "patterns", weights=str(tmp_path / "tiny.safetensors"), **options, **more)
+        assert imagenet.main(config) == 0
+        text = capsys.readouterr().out
+        assert "these are drawn patterns" in text
+        assert f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss" in text
+        assert "on 250 images" in text
+        assert float(re.search(r"loss ([\d.]+)", text)[1]) == pytest.approx(loss, rel=1e-5)
+        said.append(text)
+    assert len(set(said)) == 3
     assert not (tmp_path / "run").exists()
 
 
@@ -172,7 +205,7 @@ def test_what_can_not_be_evaluated_is_refused(tmp_path, folder, tiny):
     options = {"eval_only": True, "weights": str(tmp_path / "ten.safetensors")}
     with pytest.raises(ValueError, match=r"photos/test has 2 classes, the weights .*ten\.safetensors 10"):
         imagenet.main(config_of(tmp_path, "demo", folder, **options))
-    with pytest.raises(ValueError, match="--eval-shorter must be at least the crop's 48; got 10"):
+    with pytest.raises(ValueError, match="--eval-shorter must be at least the crop's 32; got 10"):
         imagenet.main(config_of(tmp_path, "demo", folder, eval_shorter=10))
     for field, value in (("area", (0.9, 0.1)), ("area", (2.0, 3.0)), ("shorter", (40, 30)), ("lighting", -1.0)):
         with pytest.raises(ValueError, match=f"{field} must"):

@@ -8,6 +8,7 @@ Derivatives are of reverse mode, of any order; forward mode (`jax.jvp`) does not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -120,7 +121,8 @@ class PrimaryCapsules(nn.Module):
             kernel_init=self.kernel_init,
             name="conv",
         )
-        return squash(conv(x).reshape(x.shape[0], -1, self.capsule_dim))
+        y = conv(x)
+        return squash(y.reshape(x.shape[0], math.prod(y.shape[1:]) // self.capsule_dim, self.capsule_dim))
 
 
 class RoutedCapsules(nn.Module):
@@ -177,7 +179,9 @@ def _routed(iterations: int, u: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _routed_in_chunks(iterations: int, u: jax.Array, kernel: jax.Array) -> jax.Array:
     """A few images at a time. Predictions are made again for the gradient: they outgrow the kernel E-fold."""
-    rows, (i, _, j, e) = len(u), kernel.shape
+    rows, (i, _, j, e) = u.shape[0], kernel.shape
+    if not isinstance(rows, int):  # a symbolic batch, for `jax.export`
+        return _routed(iterations, u, kernel)
     limit = max(1, CHUNK_BYTES // (4 * i * j * e))
     chunk = max((n for n in range(1, min(rows, limit) + 1) if rows % n == 0), default=0)
     if chunk in (0, rows):

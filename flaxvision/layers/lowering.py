@@ -142,6 +142,8 @@ def _backward(form, w: Window, precision, x, kernel, gradient):
 
 # As above, what the rules call are not the ruled functions themselves.
 def _summed(x):
+    if not all(isinstance(n, int) for n in x.shape) or x.size == 0:  # a symbolic batch, or an empty one
+        return x.sum(range(x.ndim - 1))
     return lax.platform_dependent(x, cpu=cpu.channel_sum, default=lambda x: x.sum(range(x.ndim - 1)))
 
 

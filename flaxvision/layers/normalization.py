@@ -109,7 +109,7 @@ class ConvNorm(nn.Module):
     strides: int | Sequence[int] = 1
     padding: Any = "SAME"
     conv: Callable[..., nn.Module] = functools.partial(Conv, use_bias=False)
-    norm: Callable[..., nn.Module] = BatchNorm
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
     activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact

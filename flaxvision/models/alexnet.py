@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, adaptive_avg_pool, local_response_norm, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -67,6 +67,7 @@ class AlexNetBackbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]` to the maps of the first, second and fifth convolution, before their pools."""
+        check_images(x)
         del train
 
         def conv(x, index, window, padding, strides=1):
@@ -172,6 +173,7 @@ class AlexNetDLIBackbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]` to the maps of the first, second and fifth convolution, before their pools."""
+        check_images(x)
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": nn.initializers.glorot_uniform()}
         conv = functools.partial(Conv, padding="VALID", **policy)
         norm = _batch_norm(self, train)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TypeVar
 
 import flax.linen as nn
+import jax
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -22,6 +23,16 @@ class Backbone(nn.Module):
     def strides(self) -> dict[str, int]:
         """Pixels of the image per step of each stage's map, finest first, by the output's keys (which jit sorts)."""
         raise TypeError(f"{type(self).__name__} does not say the strides of its stages")
+
+
+def check_images(x: jax.Array) -> None:
+    """Refuses what is no batch of images: Linen's convolutions would take a single image for one.
+
+    Raises:
+        ValueError: `x` is not `[N, H, W, C]`.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x must be images [N, H, W, C], one image as x[None]; got the shape {x.shape}")
 
 
 def part_of(module: nn.Module, part: type[Module], name: str | None = "backbone", **fields) -> Module:

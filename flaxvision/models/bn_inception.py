@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, avg_pool, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.models.googlenet import conv_chain, max_pool_ceil
 from flaxvision.registry import register
 
@@ -113,6 +113,7 @@ class BNInceptionBackbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False):
         """Maps images `[N, H, W, C]` to a dict of feature maps, finest first."""
+        check_images(x)
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(Conv, use_bias=self.use_bias, kernel_init=nn.initializers.he_uniform(), **policy)
         norm = partial(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import Conv, PrimaryCapsules, RoutedCapsules, capsule_lengths
+from flaxvision.models.backbone import check_images
 from flaxvision.registry import register
 
 Dtype = Any
@@ -113,6 +114,7 @@ class CapsNet(nn.Module):
         Raises:
             ValueError: The images are too small, or not of the shape that the decoder draws.
         """
+        check_images(x)
         del train
         if self.decoder and x.shape[1:] != tuple(self.image_shape):
             raise ValueError(f"the decoder draws images {self.image_shape}, got {x.shape[1:]}; set image_shape")

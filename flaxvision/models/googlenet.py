@@ -33,7 +33,7 @@ from flaxvision.layers import (
     local_response_norm,
     max_pool,
 )
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -215,6 +215,7 @@ class GoogLeNetBackbone(Backbone):
         Raises:
             ValueError: `taps` names what is no module of table 1.
         """
+        check_images(x)
         if unknown := set(self.taps) - set(MODULES):
             raise ValueError(f"taps must be among {', '.join(MODULES)}; got {', '.join(sorted(unknown))}")
         unit = self.unit(train)

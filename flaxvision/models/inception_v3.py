@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, avg_pool, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.models.googlenet import conv_chain
 from flaxvision.registry import register
 
@@ -264,6 +264,7 @@ class InceptionV3Backbone(Backbone):
         Raises:
             ValueError: Images of less than 75x75 pixels.
         """
+        check_images(x)
         unit, pad = self.unit(train), self.count_include_pad
         maps = {}
         maps["stem"], maps["stage1"] = inception_stem(unit, x)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.models.googlenet import conv_chain
 from flaxvision.models.inception_v3 import InceptionV3A, avg_pool_3x3, inception_stem
 from flaxvision.registry import register
@@ -254,6 +254,7 @@ class InceptionV4Backbone(Backbone):
         Raises:
             ValueError: Images of less than 75x75 pixels.
         """
+        check_images(x)
         if min(x.shape[1:3]) < 75:
             raise ValueError(f"the Inceptions want images of at least 75x75 pixels; got {x.shape[1]}x{x.shape[2]}")
         unit, _, se = self.policy(train)
@@ -296,6 +297,7 @@ class InceptionResNetV2Backbone(InceptionV4Backbone):
         Raises:
             ValueError: Images of less than 75x75 pixels.
         """
+        check_images(x)
         unit, conv, se = self.policy(train)
         maps = {}
 

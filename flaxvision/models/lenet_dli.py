@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import Conv, max_pool
+from flaxvision.models.backbone import check_images
 from flaxvision.registry import register
 
 Dtype = Any
@@ -38,6 +39,7 @@ class LeNetDLI(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images `[N, H, W, C]`, 28x28x1 as published, to logits `[N, num_classes]` float32."""
+        check_images(x)
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": nn.initializers.he_uniform()}
         x = nn.relu(Conv(32, (3, 3), padding="VALID", name="conv1", **policy)(x))
         x = nn.relu(Conv(64, (3, 3), padding="VALID", name="conv2", **policy)(x))

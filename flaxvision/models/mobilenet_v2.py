@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, DepthwiseConv, global_avg_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -65,7 +65,7 @@ class InvertedResidual(nn.Module):
     padding: Padding = SYMMETRIC
     conv: Callable[..., nn.Module] = functools.partial(Conv, use_bias=False)
     depthwise: Callable[..., nn.Module] = functools.partial(DepthwiseConv, use_bias=False)
-    norm: Callable[..., nn.Module] = BatchNorm
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,6 +109,7 @@ class MobileNetV2Backbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]` to the last map of each stage: of 16, 24, 32, 96 and 1280 channels."""
+        check_images(x)
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(Conv, use_bias=False, kernel_init=_he_fan_out, **policy)
         depthwise = functools.partial(DepthwiseConv, use_bias=False, kernel_init=_he_fan_out, **policy)

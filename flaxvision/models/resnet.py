@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -69,7 +69,7 @@ class BasicBlock(nn.Module):
     strides: int = 1
     projection: bool = True
     conv: Callable[..., nn.Module] = _conv
-    norm: Callable[..., nn.Module] = BatchNorm
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ class Bottleneck(nn.Module):
     strides: int = 1
     stride_in_1x1: bool = False
     conv: Callable[..., nn.Module] = _conv
-    norm: Callable[..., nn.Module] = BatchNorm
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -151,6 +151,7 @@ class ResNetBackbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]` to a dict of `[N, ceil(H / stride), ceil(W / stride), features]`."""
+        check_images(x)
         conv, norm = _policy(self, train, _he_fan_out)
         if self.bottleneck:
             unit = functools.partial(Bottleneck, stride_in_1x1=self.stride_in_1x1, conv=conv, norm=norm)
@@ -212,6 +213,7 @@ class CifarResNetBackbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]` to a dict of `[N, ceil(H / stride), ceil(W / stride), features]`."""
+        check_images(x)
         conv, norm = _policy(self, train, _he_fan_in)
         unit = functools.partial(BasicBlock, projection=False, conv=conv, norm=norm)
         x = conv(self.features[0], (3, 3), padding=SAME3, name="stem_conv")(x)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, SqueezeExcite, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -47,7 +47,7 @@ class SEBasicBlock(nn.Module):
     features: int
     strides: int = 1
     conv: Callable[..., nn.Module] = _conv
-    norm: Callable[..., nn.Module] = BatchNorm
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
     se: Callable[..., nn.Module] = SqueezeExcite
 
     @nn.compact
@@ -85,7 +85,7 @@ class SEBottleneck(nn.Module):
     stride_in_1x1: bool = True
     shortcut_size: int = 1
     conv: Callable[..., nn.Module] = _conv
-    norm: Callable[..., nn.Module] = BatchNorm
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
     se: Callable[..., nn.Module] = SqueezeExcite
 
     @nn.compact
@@ -150,6 +150,7 @@ class SENetBackbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]`, at least 5x5, to a dict of `[N, H / stride, W / stride, features]`."""
+        check_images(x)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(Conv, use_bias=False, kernel_init=_he_fan_out, **types)
         norm = functools.partial(

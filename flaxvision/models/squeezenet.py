@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import Conv, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -84,6 +84,7 @@ class SqueezeNetBackbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]`, 21x21 or more, to the first convolution's maps and the last of each stage."""
+        check_images(x)
         del train
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.he_uniform()

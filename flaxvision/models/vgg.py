@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, adaptive_avg_pool, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -66,6 +66,7 @@ class VGGBackbone(Backbone):
         Raises:
             ValueError: `norm` is none of its values.
         """
+        check_images(x)
         if self.norm not in (None, "conv", "pool"):
             raise ValueError(f"norm must be None, 'conv' or 'pool'; got {self.norm!r}")
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, Conv, SeparableConv, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -49,7 +49,7 @@ class XceptionBlock(nn.Module):
     pool_padding: Padding = "SAME"
     conv: Callable[..., nn.Module] = functools.partial(Conv, use_bias=False)
     separable: Callable[..., nn.Module] = functools.partial(SeparableConv, use_bias=False)
-    norm: Callable[..., nn.Module] = BatchNorm
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -97,6 +97,7 @@ class XceptionBackbone(Backbone):
 
         They have 64, 128, 256, 728 and 2048 channels; the first three after the stem end in a sum, without a ReLU.
         """
+        check_images(x)
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(Conv, use_bias=False, kernel_init=_glorot, **policy)
         separable = functools.partial(SeparableConv, use_bias=False, kernel_init=_glorot, **policy)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import Conv, local_response_norm, max_pool
-from flaxvision.models.backbone import Backbone, part_of
+from flaxvision.models.backbone import Backbone, check_images, part_of
 from flaxvision.registry import register
 
 Dtype = Any
@@ -49,6 +49,7 @@ class ZFNetBackbone(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]` to the maps of the first, second and fifth convolution, before their pools."""
+        check_images(x)
         del train
         conv = functools.partial(
             Conv, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=nn.initializers.normal(0.01)

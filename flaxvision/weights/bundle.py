@@ -101,13 +101,15 @@ def card_of(path: str | os.PathLike[str]) -> Path:
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
-    """Whether `save` wrote this safetensors file, as the file itself says; False of any other or damaged file."""
+    """Whether `save` wrote this safetensors file, as the file says or, where it is damaged, the card beside it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
             return (file.metadata() or {}).get("format") == "flaxvision"
-    except (SafetensorError, OSError, ValueError):
+    except SafetensorError:
+        return card_of(path).is_file()
+    except (OSError, ValueError):
         return False
 
 

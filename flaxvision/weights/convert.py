@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -70,11 +71,13 @@ def convert(
 
     Raises:
         ValueError: Tensors are missing, superfluous, of another shape or not of floating point; all of them are named.
-            Or there is no such model or source.
-        TypeError: The model has no such field.
+            Or there is no such model or source, or `channels` is not positive.
+        TypeError: The model has no such field, or `channels` is no integer.
     """
     layout = layout_of(name, source)
     model = create_model(name, **{**layout.fields, **overrides})
+    if channels is not None and operator.index(channels) < 1:
+        raise ValueError(f"channels must be 1 or more, got {channels}")
     shapes = shapes_of(name, model, channels=channels, input_size=input_size)
     return nested(filled(name, adapted(name, tensors, layout, shapes), layout, shapes))
 
@@ -144,7 +147,9 @@ def images_of(name: str, channels: int | None = None, input_size: Shape | None =
     """The shape of a batch of one image, or of one feature vector."""
     info = model_info(name)
     size = tuple(input_size or info.input_size)
-    return jax.ShapeDtypeStruct((1, *size, channels or info.channels) if len(size) == 2 else (1, *size), jnp.float32)
+    if len(size) == 2:
+        size = (*size, info.channels if channels is None else channels)
+    return jax.ShapeDtypeStruct((1, *size), jnp.float32)
 
 
 def shapes_of(

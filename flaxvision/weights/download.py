@@ -141,7 +141,7 @@ def _download(url: str, partial: Path, retries: int, timeout: float, pause: floa
                 raise
             reason = error
         if attempt < retries:
-            _log.info("%s: %s; trying again", url, reason)
+            _log.warning("%s: %s; trying again", url, reason)
             time.sleep(pause * 2**attempt)
     raise ConnectionError(f"{url} could not be fetched in {retries + 1} attempts: {reason}") from reason
 

@@ -237,7 +237,7 @@ class _Network:
         fresh = [path for path, leaf in wanted.items() if path not in leaves or leaf.shape != leaves[path].shape]
         dropped = [path for path in leaves if path not in wanted]
         if fresh:
-            _log.info("%s: %s start fresh for %d classes", self.name, ", ".join(fresh), classes)
+            _log.warning("%s: %s start fresh for %d classes", self.name, ", ".join(fresh), classes)
         if dropped:
             _log.info("%s: %s are left out", self.name, ", ".join(dropped))
         model = create_model(self.name, **self.fields_with(classes))

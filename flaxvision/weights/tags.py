@@ -95,7 +95,7 @@ def tags(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: There is no such model.
     """
-    return tuple(_table().get(model_info(name).name, {}))
+    return model_info(name).weights
 
 
 def tag_of(name: str, tag: str) -> WeightsInfo:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.test_util import check_grads
 
 from flaxvision.layers import BatchNorm, Conv, local_response_norm
@@ -249,3 +250,20 @@ def test_fields_go_by_name():
 def test_batch_norm_wants_to_know_which_statistics():
     with pytest.raises(ValueError, match="use_running_average"):
         BatchNorm().init(jax.random.key(0), jnp.ones((2, 3)))
+
+
+def test_batches_of_any_size_and_none():
+    x = jnp.asarray(batch(6, 5, 4, 8))
+    norm = BatchNorm()
+    variables = drawn(norm, x)
+
+    @jax.jit
+    @jax.grad
+    def run(x):
+        y, _ = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        return jnp.sin(y).sum()
+
+    shape = export.symbolic_shape("n, 5, 4, 8")
+    exported = export.export(run, platforms=["cpu", "cuda"])(jax.ShapeDtypeStruct(shape, jnp.float32))
+    np.testing.assert_allclose(exported.call(x), run(x), rtol=1e-5, atol=1e-5)
+    assert run(x[:0]).shape == (0, 5, 4, 8)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import flaxvision as fv
 from flaxvision.layers import PrimaryCapsules, RoutedCapsules, capsule_lengths, capsules, routing_by_agreement, squash
@@ -121,6 +122,16 @@ def test_primary_capsules(size, strides):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     weight = jnp.asarray(RNG.normal(size=want.shape), jnp.float32)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), pull_ours(weight), pull(weight))
+
+
+def test_export_of_any_batch():
+    layer, u = RoutedCapsules(3, 5), jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, 8)), jnp.float32)
+    variables = layer.init(jax.random.key(0), u)
+    run = jax.jit(jax.grad(lambda u: jnp.sin(layer.apply(variables, u)).sum()))
+    shape = export.symbolic_shape("n, 6, 8")
+    exported = export.export(run, platforms=["cpu", "cuda"])(jax.ShapeDtypeStruct(shape, jnp.float32))
+    np.testing.assert_allclose(exported.call(u), run(u), rtol=1e-5, atol=1e-6)
+    assert layer.apply(variables, u[:0]).shape == (0, 3, 5)
 
 
 def test_primary_capsules_want_a_map_as_large_as_the_window():

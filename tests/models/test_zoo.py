@@ -192,3 +192,36 @@ def test_training(name):
     assert rough.dtype == jnp.float32
     error = float(jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact))
     assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize("name", sorted(set(fv.list_models(task="classification")) - {"perceptron", "mlp"}))
+def test_one_image_is_no_batch(name):
+    info = fv.model_info(name)
+    image = jax.ShapeDtypeStruct((*info.input_size, info.channels), jnp.float32)
+    with pytest.raises(ValueError, match=r"images \[N, "):
+        jax.eval_shape(fv.create_model(name).init, jax.random.key(0), image)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        fv.layers.ConvNorm(8, (3, 3)),
+        fv.models.BasicBlock(8),
+        fv.models.Bottleneck(2),
+        fv.models.SEBasicBlock(16),
+        fv.models.SEBottleneck(16),
+        fv.models.InvertedResidual(8),
+    ],
+    ids=lambda unit: type(unit).__name__,
+)
+def test_units_stand_alone(unit):
+    """By their defaults they normalize by the running statistics, as every model does."""
+    x = jax.ShapeDtypeStruct((2, 8, 8, 8), jnp.float32)
+    y, variables = jax.eval_shape(unit.init_with_output, jax.random.key(0), x)
+    assert y.shape[:3] == (2, 8, 8)
+    assert "batch_stats" in variables
+
+
+def test_a_negative_number_of_classes():
+    with pytest.raises(ValueError, match="num_classes must be 0 or more, got -1"):
+        fv.create_model("resnet18", num_classes=-1)

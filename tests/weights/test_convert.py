@@ -343,3 +343,8 @@ def test_resnet50_takes_under_two_seconds_and_under_three_times_its_size():
         tracemalloc.stop()
     assert size + peak < 3 * size  # the tensors themselves included
     assert len(_leaves(variables)) == 267
+
+
+def test_channels_that_no_image_has():
+    with pytest.raises(ValueError, match="channels must be 1 or more, got 0"):
+        fv.weights.convert("resnet20_cifar", {}, source="akamaster", channels=0)
