@@ -194,14 +194,12 @@ def parse(args: list[str] | None = None) -> Config:
     """Reads the flags: first those that choose the recipe, then all, with the recipe's values as defaults."""
     args = sys.argv[1:] if args is None else args
     choice, _ = tyro.cli(Choice, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True)
-    family, demo_size = (
-        next(value for pattern, value in table.items() if fnmatch.fnmatchcase(choice.model, pattern))
-        for table in (FAMILIES, DEMO_SIZES)
-    )
+    family = next(recipe for pattern, recipe in FAMILIES.items() if fnmatch.fnmatchcase(choice.model, pattern))
     recipe = choice.recipe if choice.recipe in RECIPES else "demo" if choice.dataset == "patterns" else family
     values = dataclasses.asdict(RECIPES[recipe])
     if recipe == "demo":
-        values |= {"size": demo_size, "eval_size": demo_size}
+        size = next(size for pattern, size in DEMO_SIZES.items() if fnmatch.fnmatchcase(choice.model, pattern))
+        values |= {"size": size, "eval_size": size}
     defaults = Config(recipe=recipe, **values)  # type: ignore[arg-type]
     return tyro.cli(Config, default=defaults, args=args, description=__doc__)
 
