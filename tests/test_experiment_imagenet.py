@@ -182,7 +182,7 @@ def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny
         logits = model.apply(variables, np.stack([prepare(photos[i]["image"]) for i in range(len(photos))]))
         ranks = np.argsort(-np.asarray(logits), -1)
         top1, top5 = (np.mean([photos.label[i] in ranks[i, :k] for i in range(250)]) for k in (1, 5))
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, photos.label[:250]).mean()
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, photos.label[:250]).mean().item()
         config = config_of(tmp_path, "demo", "patterns", weights=str(tmp_path / "tiny.safetensors"), **options, **more)
         assert imagenet.main(config) == 0
         text = capsys.readouterr().out

@@ -211,8 +211,11 @@ def global_avg_pool(x: jax.Array) -> jax.Array:
     Raises:
         ValueError: not one to three spatial dimensions.
     """
-    spatial = _spatial(x)
-    return _accumulated(x).mean(tuple(range(1, 1 + len(spatial)))).astype(_result_dtype(x))
+    axes = tuple(range(1, 1 + len(_spatial(x))))
+    if x.dtype == jnp.bfloat16:
+        # On a CPU jaxlib 0.11.2 to 0.12.0.1 gets `relu(relu(x) + x).sum()` wrong where it fuses that into one.
+        x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+    return _accumulated(x).mean(axes).astype(_result_dtype(x))
 
 
 def global_max_pool(x: jax.Array) -> jax.Array:
