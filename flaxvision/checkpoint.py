@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,8 @@ class _Entry(NamedTuple):  # sorts by age
 class Checkpoints:
     """The checkpoints of one run in one directory: the latest few and the best few by a metric.
 
-    Use it as a context manager or call `close`; otherwise an error of the last save is only logged when Python exits.
+    Use it as a context manager, or call `close`; otherwise an error of the last save is only logged when Python exits.
+    From Python 3.12 on a save outside of a `with` waits, since Python can finish none as it exits.
     One process writes to a directory at a time; any number may read.
 
     Args:
@@ -115,6 +117,7 @@ class Checkpoints:
         self._metrics: dict[Path, dict[str, float] | None] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="flaxvision-checkpoint")
         self._pending: Future[None] | None = None
+        self._entered = False
 
     def prepare(self) -> None:
         """Makes the directory, removes what a killed save left there and proves that it can be written.
@@ -180,7 +183,7 @@ class Checkpoints:
         path = self.directory / (f"{step:09d}" + (f"-r{revision}" if revision else ""))
         self._pending = self._writer.submit(self._write, _Entry(step, revision, path), arrays, record)
         _UNSEEN.add(self._pending)
-        if wait or _AT_EXIT is None:
+        if wait or not (self._entered or _AT_EXIT):
             self.wait()
 
     def restore(self, template: Any) -> Restored | None:
@@ -240,6 +243,7 @@ class Checkpoints:
             self._writer.shutdown()
 
     def __enter__(self) -> Checkpoints:
+        self._entered = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -355,9 +359,9 @@ def _finish_saves() -> None:
 
 
 # An exiting Python closes its thread pools first, and an Orbax save in flight then waits for ever. This hook runs
-# before that; it is private, so without it saves are synchronous.
-_AT_EXIT = getattr(threading, "_register_atexit", None)
-if _AT_EXIT is not None:
+# before that; it is private, and from Python 3.12 on no thread can start by then, which Orbax wants: then saves wait.
+_AT_EXIT = getattr(threading, "_register_atexit", None) if sys.version_info < (3, 12) else None
+if _AT_EXIT:
     _AT_EXIT(_finish_saves)
 
 
