@@ -225,7 +225,11 @@ def main(config: Config) -> int:
     report(result.metrics, test)
     final = result.state.variables if config.ema_decay is None else result.state.ema
     fields = {k: v for k, v in overrides.items() if k not in ("dtype", "axis_name")}
-    fv.weights.save(workdir / "weights.safetensors", final, name=config.model, metadata=result.metrics, **fields)
+    side = test[0]["image"].shape[0]
+    how = fv.data.Preprocessing(crop=side, resize=side, mean=info.mean, std=info.std)
+    metadata = {**result.metrics, "preprocessing": dataclasses.asdict(how)}
+    more = {"metadata": metadata, "input_size": (side, side), **fields}
+    fv.weights.save(workdir / "weights.safetensors", final, name=config.model, **more)
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
 

@@ -197,7 +197,9 @@ def parse(args: list[str] | None = None) -> Config:
     family = next(recipe for pattern, recipe in FAMILIES.items() if fnmatch.fnmatchcase(choice.model, pattern))
     recipe = choice.recipe if choice.recipe in RECIPES else "demo" if choice.dataset == "patterns" else family
     values = dataclasses.asdict(RECIPES[recipe])
-    if recipe == "demo":
+    if "--eval-only" in args:  # the weights say how they want to be evaluated
+        values |= {"eval_size": None, "eval_shorter": None}
+    elif recipe == "demo":
         size = next(size for pattern, size in DEMO_SIZES.items() if fnmatch.fnmatchcase(choice.model, pattern))
         values |= {"size": size, "eval_size": size}
     defaults = Config(recipe=recipe, **values)  # type: ignore[arg-type]

@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import flax
 import jax
 import numpy as np
 import tyro
 
 import flaxvision as fv
+from flaxvision.weights.tags import preprocessing_of
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Weights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
@@ -37,7 +39,8 @@ class List:
         """Prints them."""
         names = fv.list_models(self.pattern, task=self.task)
         if not names:
-            raise ValueError(f"no model has a name like {self.pattern!r}; flaxvision list shows all")
+            task = f" of {self.task}" if self.task else ""
+            raise ValueError(f"no model{task} has a name like {self.pattern!r}; flaxvision list shows all")
         wide = max(map(len, names))
         for name in names:
             info = fv.model_info(name)
@@ -47,7 +50,7 @@ class List:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """The likeliest classes of pictures, each by the evaluation transform that was published with the weights."""
+    """The likeliest classes of pictures, by the evaluation transform of the weights."""
 
     model: Name
     """A name of `flaxvision list`."""
@@ -73,7 +76,14 @@ class Predict:
         from PIL import Image
 
         model, variables = fv.weights.load_model(self.model, self.weights, source=self.source)
-        transform = fv.data.preprocessing_for(self.model, self.preprocessing or self.source or self.weights)
+        if not model.num_classes:  # type: ignore[attr-defined]
+            raise ValueError(f"{self.weights} has no classes: it gives features")
+        expects = self.preprocessing or self.source or self.weights
+        transform = fv.data.preprocessing_for(self.model, expects)
+        if preprocessing_of(self.model, expects) is None:
+            print(f"note: {expects} does not say its transform, so this is a guess: {transform}", file=sys.stderr)
+        # Lengths of capsules are no logits.
+        probability = (lambda x: x) if isinstance(model, fv.models.CapsNet) else jax.nn.softmax
         apply = jax.jit(model.apply)
         names = self.classes.read_text().splitlines() if self.classes else None
         for path in self.images:
@@ -82,7 +92,7 @@ class Predict:
             logits = np.asarray(apply(variables, pixels[None]))[0]
             if names is not None and len(names) != len(logits):
                 raise ValueError(f"{self.classes} names {len(names)} classes; the weights have {len(logits)}")
-            likely = np.asarray(jax.nn.softmax(logits))
+            likely = np.asarray(probability(logits))
             for place in np.argsort(-likely, kind="stable")[: self.top]:
                 print(f"{path}  {likely[place]:7.2%}  {names[place] if names else place}")
 
@@ -103,6 +113,8 @@ class Convert:
     """Start the layers that depend on it fresh for so many classes; 0 leaves them out."""
     channels: int | None = None
     """Fold the first kernel for images of so many channels."""
+    preprocessing: str | None = None
+    """A tag, or a source, whose evaluation transform goes into the card. Default: that of the weights, if they say."""
 
     def run(self) -> None:
         """Writes the bundle."""
@@ -111,9 +123,16 @@ class Convert:
         usual = fv.create_model(self.model)
         fields = [f.name for f in dataclasses.fields(model) if f.init and f.name not in ("parent", "name")]
         overrides = {f: getattr(model, f) for f in fields if getattr(model, f) != getattr(usual, f)}
-        transform = fv.data.preprocessing_for(self.model, self.source or self.weights)
-        metadata = {"from": self.weights, "source": self.source, "preprocessing": dataclasses.asdict(transform)}
-        how: dict[str, Any] = {"channels": self.channels, "metadata": metadata}
+        bundle = self.source is None and self.weights not in fv.weights.tags(self.model)
+        old = fv.weights.read_card(self.weights) if bundle else {"metadata": {}, "channels": None, "input_size": None}
+        channels = self.channels or old["channels"]
+        metadata = old["metadata"] | {"from": self.weights, "source": self.source}
+        transform = preprocessing_of(self.model, self.preprocessing or self.source or self.weights)
+        if transform and self.channels not in (None, 3):  # it was for other images
+            grey = {"order": "L", "mean": (np.mean(transform.mean).item(),), "std": (np.mean(transform.std).item(),)}
+            transform = dataclasses.replace(transform, **grey) if self.channels == 1 else None
+        metadata["preprocessing"] = dataclasses.asdict(transform) if transform else None
+        how: dict[str, Any] = {"channels": channels, "input_size": old["input_size"], "metadata": metadata}
         card = fv.weights.save(self.path, variables, name=self.model, **how, **overrides)
         print(f"{self.path}: {fv.weights.read_card(self.path)['parameters']:,} parameters; its card is {card}")
 
@@ -124,7 +143,7 @@ def main(args: list[str] | None = None) -> int:
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="flaxvision", description=__doc__, args=args)
     try:
         command.run()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, flax.errors.FlaxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

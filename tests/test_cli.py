@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,12 +59,40 @@ def test_predict_and_convert(folder, capsys):
 
 
 def test_convert_for_other_classes_and_channels(folder, capsys):
-    path = folder / "grey.safetensors"
+    path, again = folder / "grey.safetensors", folder / "again.safetensors"
     flags = ["--source", "akamaster", "--num-classes", "7", "--channels", "1"]
     assert cli.main(["convert", NAME, str(folder / "theirs.npz"), str(path), *flags]) == 0
     variables, card = fv.weights.read_bundle(path)
     assert (card["overrides"], card["channels"]) == ({"num_classes": 7}, 1)
     assert variables["params"]["head"]["bias"].shape == (7,)
+    # A bundle of a bundle keeps what its card says.
+    assert cli.main(["convert", NAME, str(path), str(again)]) == 0
+    assert fv.weights.read_card(again)["metadata"]["preprocessing"] == card["metadata"]["preprocessing"]
+    capsys.readouterr()
+    for bundle in (path, again):
+        assert cli.main(["predict", NAME, str(bundle), str(folder / "photo.png"), "--top", "7"]) == 0
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == 7
+        assert not said.err
+
+
+def test_networks_that_flatten_keep_their_size(folder, capsys):
+    model = fv.create_model("lenet_dli")
+    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    path, again = folder / "lenet.safetensors", folder / "lenet2.safetensors"
+    fv.weights.save(path, variables, name="lenet_dli", channels=3, input_size=(32, 32), metadata={"licence": "MIT"})
+    assert fv.data.preprocessing_for("lenet_dli", str(path)).crop == 32
+    assert cli.main(["convert", "lenet_dli", str(path), str(again)]) == 0
+    assert fv.weights.read_card(again)["metadata"]["licence"] == "MIT"
+    assert cli.main(["predict", "lenet_dli", str(again), str(folder / "photo.png"), "--top", "1"]) == 0
+
+
+def test_features_are_no_classes(folder, capsys):
+    path = str(folder / "headless.safetensors")
+    flags = ["--source", "akamaster", "--num-classes", "0"]
+    assert cli.main(["convert", NAME, str(folder / "theirs.npz"), path, *flags]) == 0
+    assert cli.main(["predict", NAME, path, str(folder / "photo.png")]) == 1
+    assert "has no classes: it gives features" in capsys.readouterr().err
 
 
 def test_a_bundle_without_a_transform_has_the_models_own(folder):
@@ -77,15 +106,25 @@ def test_a_bundle_without_a_transform_has_the_models_own(folder):
         fv.data.preprocessing_for(NAME, path)
 
 
-def test_the_library_alone_takes_its_first_tag():
-    assert fv.data.preprocessing_for("resnet50", "timm") == fv.data.preprocessing_for("resnet50", "timm/a1_in1k")
-    assert fv.data.preprocessing_for("zfnet", "pytorchcv") == fv.data.preprocessing_for("zfnet")
+def test_a_library_tells_the_transform_where_its_tags_agree(folder, capsys):
+    assert fv.data.preprocessing_for("xception", "timm") == fv.data.preprocessing_for("xception", "timm/tf_in1k")
+    usual = fv.data.preprocessing_for("resnet50", "timm")
+    assert (usual.crop, usual.resize) == (224, 256)
+    assert fv.data.preprocessing_for("resnet50", "timm/a1_in1k") != usual
+    variables = fv.weights.load(NAME, folder / "theirs.npz", source="akamaster")
+    fv.weights.save(folder / "silent.safetensors", variables, name=NAME)
+    args = ["predict", NAME, str(folder / "silent.safetensors"), str(folder / "photo.png")]
+    assert cli.main(args) == 0
+    assert "so this is a guess" in capsys.readouterr().err
+    assert cli.main([*args, "--preprocessing", "akamaster"]) == 0
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["list", "nosuch*"], "no model has a name like 'nosuch*'"),
+        (["list", "--task", "detection"], "no model of detection has a name like '*'"),
         (["predict", "resnet5", "x.npz", "photo.png"], "there is no model named 'resnet5'"),
         (["predict", NAME, "theirs.npz", "nosuch.png", "--source", "akamaster"], "No such file"),
         (["predict", NAME, "theirs.npz", "names.txt", "--source", "akamaster"], "cannot identify image file"),

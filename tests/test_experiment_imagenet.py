@@ -94,6 +94,13 @@ def test_the_rates_of_the_papers_by_epoch(recipe, rates):
         assert float(schedule(int(epoch * 1000))) == pytest.approx(rate, rel=1e-3)
 
 
+def test_an_evaluation_takes_no_sizes_from_recipes():
+    for flags in ([], ["--model", "alexnet", "--dataset", "x"], ["--recipe", "long"]):
+        config = imagenet.parse([*flags, "--eval-only", "--weights", "x"])
+        assert (config.eval_size, config.eval_shorter) == (None, None)
+    assert imagenet.parse(["--eval-only", "--eval-size", "40"]).eval_size == 40
+
+
 def test_the_demo_fits_every_model_of_images():
     for name in fv.list_models(task="classification"):
         if len(fv.model_info(name).input_size) == 2 and name not in ("mlp", "lenet_dli", "fashion_cnn", "capsnet"):

@@ -113,10 +113,11 @@ def preprocessing_for(name: str, weights: str | None = None) -> Preprocessing:
     Args:
         name: A registry name.
         weights: A tag of `model_info(name).weights`, such as `"torchvision/IMAGENET1K_V1"`; a source, such as
-            `"akamaster"` (CIFAR ResNets), `"deep_compression"` (SqueezeNet), `"coral"` (MobileNetV2), or the library of
-            tags, for its first; or the path of a bundle, whose card may hold a transform. None takes the first tag.
-            Where none of these tells it, the input size, mean and std of `model_info`, with the usual margin: the
-            shorter side becomes 1 / 0.875 of the crop, or the crop itself up to 64 pixels.
+            `"akamaster"` (CIFAR ResNets), `"deep_compression"` (SqueezeNet), `"coral"` (MobileNetV2), or a library
+            whose tags for the model agree; or the path of a bundle, whose card may hold a transform. None takes the
+            first tag. Where none of these tells it, the input size, mean and std of `model_info` (of a bundle its own
+            input), with the usual margin: the shorter side becomes 1 / 0.875 of the crop, or the crop itself up to 64
+            pixels.
 
     Returns:
         A callable that maps a PIL image or a uint8 array to float32 `[H, W, 3]`.
@@ -131,13 +132,23 @@ def preprocessing_for(name: str, weights: str | None = None) -> Preprocessing:
         known = preprocessing_of(name, weights or info.weights[0])
         if known is not None:
             return known
-    if len(info.input_size) != 2:
-        raise ValueError(f"{name} takes feature vectors {info.input_size}, not pictures")
-    side = min(info.input_size)
+    return usual_preprocessing(name)
+
+
+def usual_preprocessing(
+    name: str, input_size: tuple[int, ...] | None = None, channels: int | None = None
+) -> Preprocessing:
+    """What `preprocessing_for` falls back on, for images of another size or number of channels too."""
+    info = model_info(name)
+    size = tuple(input_size or info.input_size)
+    if len(size) != 2:
+        raise ValueError(f"{name} takes feature vectors {size}, not pictures")
+    side = min(size)
+    grey = (channels or info.channels) == 1
     return Preprocessing(
-        crop=info.input_size if info.input_size[0] != info.input_size[1] else side,
+        crop=size if size[0] != size[1] else side,
         resize=side if side <= 64 else round(side / 0.875),
-        mean=info.mean,
-        std=info.std,
-        order="L" if info.channels == 1 else "RGB",
+        mean=info.mean[:1] if grey else info.mean,
+        std=info.std[:1] if grey else info.std,
+        order="L" if grey else "RGB",
     )

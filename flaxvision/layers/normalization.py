@@ -100,7 +100,8 @@ class ConvNorm(nn.Module):
         strides: Steps of the window.
         padding: As in `layers.conv`.
         conv: Makes the convolution, such as `partial(Conv, use_bias=False, dtype=dtype)`.
-        norm: Makes the normalization, such as `partial(BatchNorm, use_running_average=not train)`.
+        norm: Makes the normalization, such as `partial(BatchNorm, use_running_average=not train)`. By default it takes
+            the running statistics, and leaves them alone.
         activation: What comes last.
     """
 

@@ -212,9 +212,6 @@ def global_avg_pool(x: jax.Array) -> jax.Array:
         ValueError: not one to three spatial dimensions.
     """
     axes = tuple(range(1, 1 + len(_spatial(x))))
-    if x.dtype == jnp.bfloat16:
-        # On a CPU jaxlib 0.11.2 to 0.12.0.1 gets `relu(relu(x) + x).sum()` wrong where it fuses that into one.
-        x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
     return _accumulated(x).mean(axes).astype(_result_dtype(x))
 
 
@@ -233,7 +230,8 @@ class TrainableAvgPool(nn.Module):
     """LeNet-5's sub-sampling layer: the window's sum times a coefficient plus a bias, one of each per feature map.
 
     LeCun, Bottou, Bengio and Haffner 1998, section II.B (layers S2 and S4); the squashing function comes after it. The
-    coefficient starts at one over the window's size, so that an untrained layer is an average pool.
+    coefficient starts at one over the window's size, so that an untrained layer is an average pool. As with
+    convolutions, `jax.jvp` does not go straight through it.
 
     Attributes:
         window_shape: extent of the window, one number for all spatial dimensions or one each.
@@ -320,6 +318,9 @@ def _ceil_pads(extent: int, window: int, step: int, pad: tuple[int, int]) -> tup
 
 def _accumulated(x: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
+    if x.dtype == jnp.bfloat16:
+        # On a CPU jaxlib 0.11.2 to 0.12.0.1 gets `relu(relu(x) + x).sum()` wrong where it fuses that into one.
+        x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
     return x.astype(jnp.promote_types(_result_dtype(x), jnp.float32))
 
 

@@ -56,7 +56,7 @@ class InvertedResidual(nn.Module):
         padding: Of the depthwise convolution.
         conv: Makes a convolution without bias.
         depthwise: Makes a depthwise convolution without bias.
-        norm: Makes a normalization.
+        norm: Makes a normalization; in training hand in `partial(BatchNorm, use_running_average=False)`.
     """
 
     features: int

@@ -62,7 +62,7 @@ class BasicBlock(nn.Module):
         strides: Step of the first convolution and of the shortcut.
         projection: Where the shape changes, the shortcut is a 1x1 convolution (option B); else `pad_shortcut`.
         conv: Makes a convolution without bias.
-        norm: Makes a normalization.
+        norm: Makes a normalization; in training hand in `partial(BatchNorm, use_running_average=False)`.
     """
 
     features: int
@@ -94,7 +94,7 @@ class Bottleneck(nn.Module):
         strides: Step of one of them and of the shortcut, which is a projection where the shape changes.
         stride_in_1x1: The first 1x1 convolution takes the step (the paper, Keras) or the 3x3 does (torchvision).
         conv: Makes a convolution without bias.
-        norm: Makes a normalization.
+        norm: Makes a normalization; in training hand in `partial(BatchNorm, use_running_average=False)`.
     """
 
     features: int

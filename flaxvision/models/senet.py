@@ -40,7 +40,7 @@ class SEBasicBlock(nn.Module):
         features: Output channels.
         strides: Step of the first convolution and of the shortcut, which is a projection where the shape changes.
         conv: Makes a convolution without bias.
-        norm: Makes a normalization.
+        norm: Makes a normalization; in training hand in `partial(BatchNorm, use_running_average=False)`.
         se: Makes the SE block.
     """
 
@@ -74,7 +74,7 @@ class SEBottleneck(nn.Module):
         stride_in_1x1: The first 1x1 convolution takes the step, or the 3x3 does.
         shortcut_size: Window of the projection, 1 or 3.
         conv: Makes a convolution without bias.
-        norm: Makes a normalization.
+        norm: Makes a normalization; in training hand in `partial(BatchNorm, use_running_average=False)`.
         se: Makes the SE block.
     """
 

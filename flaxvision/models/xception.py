@@ -40,7 +40,7 @@ class XceptionBlock(nn.Module):
         pool_padding: Of the max-pool.
         conv: Makes a convolution without bias.
         separable: Makes a separable convolution without bias.
-        norm: Makes a normalization.
+        norm: Makes a normalization; in training hand in `partial(BatchNorm, use_running_average=False)`.
     """
 
     features: tuple[int, ...]

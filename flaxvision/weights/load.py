@@ -56,7 +56,7 @@ def load(
     The variables are those of the source's network: `load_model` builds it, and so does `create_model(name,
     **fields(name, source))`. Weights are never fitted quietly: a tensor that is missing, superfluous or of another
     shape is an error. Two things may differ, if asked for, and what is done is logged (logger
-    `flaxvision.weights.load`, level INFO):
+    `flaxvision.weights.load`; what starts fresh as a warning):
 
     * With another `num_classes` the layers that depend on it start fresh, from the model's own initializers, and all
       else is kept; 0 leaves them out.

@@ -7,7 +7,7 @@ import difflib
 import functools
 from typing import Any
 
-from flaxvision.data.preprocessing import Preprocessing
+from flaxvision.data.preprocessing import Preprocessing, usual_preprocessing
 from flaxvision.registry import model_info
 from flaxvision.weights.bundle import is_bundle, read_card
 from flaxvision.weights.convert import sources
@@ -67,15 +67,18 @@ def preprocessing_of(name: str, weights: str) -> Preprocessing | None:
     if known or weights in tags(name):
         return known or tag_of(name, weights).preprocessing
     if weights in sources(name):
-        return next((tag_of(name, tag).preprocessing for tag in tags(name) if tag.startswith(f"{weights}/")), None)
+        found = [tag_of(name, tag).preprocessing for tag in tags(name) if tag.startswith(f"{weights}/")]
+        return found[0] if found and all(one == found[0] for one in found) else None
     if is_bundle(weights):
-        return _stored(weights, read_card(weights)["metadata"].get("preprocessing"))
+        card = read_card(weights)
+        if (fields := card["metadata"].get("preprocessing")) is not None:
+            return _stored(weights, fields)
+        own = card["input_size"] or card["channels"]
+        return usual_preprocessing(name, card["input_size"], card["channels"]) if own else None
     return tag_of(name, weights).preprocessing  # which says what there is
 
 
-def _stored(path: str, fields: dict[str, Any] | None) -> Preprocessing | None:
-    if fields is None:
-        return None
+def _stored(path: str, fields: dict[str, Any]) -> Preprocessing:
     try:
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
         return Preprocessing(**values)

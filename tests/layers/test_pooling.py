@@ -328,3 +328,15 @@ def test_whole_numbers_in_any_form_and_nothing_else():
     np.testing.assert_array_equal(layers.max_pool(x, 3, np.int64(2), 1), want)
     with pytest.raises(ValueError, match=r"strides must be an integer or 2 of them, got 2\.0"):
         layers.max_pool(x, 2, 2.0)
+
+
+@pytest.mark.parametrize(
+    "pool", [layers.global_avg_pool, lambda x: layers.adaptive_avg_pool(x, 2)], ids=["global", "adaptive"]
+)
+def test_bfloat16_means_after_two_relus(pool):
+    """jaxlib 0.11.2 to 0.12.0.1 give NaN on a CPU where they fuse all of this."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 32)), jnp.bfloat16)
+    form = lambda x: pool(jax.nn.relu(jax.nn.relu(x) + x))
+    with jax.disable_jit():
+        expected = form(x)
+    np.testing.assert_array_equal(jax.jit(form)(x).astype(jnp.float32), expected.astype(jnp.float32))
