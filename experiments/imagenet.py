@@ -141,6 +141,7 @@ class Choice:
     recipe: str | None = None
     model: str = "mobilenet_v2"
     dataset: str = "patterns"
+    eval_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ def parse(args: list[str] | None = None) -> Config:
     family = next(recipe for pattern, recipe in FAMILIES.items() if fnmatch.fnmatchcase(choice.model, pattern))
     recipe = choice.recipe if choice.recipe in RECIPES else "demo" if choice.dataset == "patterns" else family
     values = dataclasses.asdict(RECIPES[recipe])
-    if "--eval-only" in args:  # the weights say how they want to be evaluated
+    if choice.eval_only:  # the weights say how they want to be evaluated
         values |= {"eval_size": None, "eval_shorter": None}
     elif recipe == "demo":
         size = next(size for pattern, size in DEMO_SIZES.items() if fnmatch.fnmatchcase(choice.model, pattern))

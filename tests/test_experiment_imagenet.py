@@ -98,7 +98,8 @@ def test_an_evaluation_takes_no_sizes_from_recipes():
     for flags in ([], ["--model", "alexnet", "--dataset", "x"], ["--recipe", "long"]):
         config = imagenet.parse([*flags, "--eval-only", "--weights", "x"])
         assert (config.eval_size, config.eval_shorter) == (None, None)
-    assert imagenet.parse(["--eval-only", "--eval-size", "40"]).eval_size == 40
+    assert imagenet.parse(["--eval_only", "--eval-size", "40"]).eval_size == 40
+    assert imagenet.parse(["--eval_only"]).eval_size is None
 
 
 def test_the_demo_fits_every_model_of_images():
