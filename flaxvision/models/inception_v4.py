@@ -16,6 +16,7 @@ No trained original was published.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -218,11 +219,13 @@ class InceptionV4Backbone(Backbone):
     fields are those of `Backbone`.
 
     Attributes:
+        stage_sizes: Number of modules at 35x35, 17x17 and 8x8, without the reductions.
         se_reduction: Reduction of a squeeze-and-excitation block after every module, None for no blocks.
         epsilon: Epsilon of BatchNorm.
         momentum: Decay of BatchNorm's running statistics: 0.9 in timm, 0.99 in Keras.
     """
 
+    stage_sizes: tuple[int, int, int] = (4, 7, 3)
     se_reduction: int | None = None
     epsilon: float = 1e-3
     momentum: float = 0.9
@@ -250,14 +253,12 @@ class InceptionV4Backbone(Backbone):
         """
         check_extent(x)
         unit, _, se = self.make_layers(train)
-        modules = {
-            **dict.fromkeys(["mixed5b", "mixed5c", "mixed5d", "mixed5e"], InceptionV4A),
-            "mixed6a": partial(ReductionA, 192, 224, 256, 384),
-            **dict.fromkeys([f"mixed6{letter}" for letter in "bcdefgh"], InceptionV4B),
-            "mixed7a": InceptionV4ReductionB,
-            **dict.fromkeys(["mixed7b", "mixed7c", "mixed7d"], InceptionV4C),
-        }
-        stages = {"mixed5e": "stage2", "mixed6h": "stage3", "mixed7d": "stage4"}
+        reductions = {6: partial(ReductionA, 192, 224, 256, 384), 7: InceptionV4ReductionB}
+        modules = {5: InceptionV4A, 6: InceptionV4B, 7: InceptionV4C}
+
+        def mixed(x, name, module):
+            x = module(unit=unit, name=name)(x)
+            return se(name=f"{name}_se")(x) if se else x
 
         x = conv_chain(unit, x, "conv1a", (32, 3, 2, "VALID"))
         x = conv_chain(unit, x, "conv2a", (32, 3, 1, "VALID"))
@@ -270,19 +271,25 @@ class InceptionV4Backbone(Backbone):
         x = jnp.concatenate([y, z], axis=-1)
         yield "stage1", x
         x = jnp.concatenate([conv_chain(unit, x, "mixed5a", (192, 3, 2, "VALID")), max_pool(x, 3, 2)], axis=-1)
-        for name, module in modules.items():
-            x = module(unit=unit, name=name)(x)
-            x = se(name=f"{name}_se")(x) if se else x
-            if name in stages:
-                yield stages[name], x
+        for (group, module), size in zip(modules.items(), self.stage_sizes, strict=True):
+            if group in reductions:
+                x = mixed(x, f"mixed{group}a", reductions[group])
+            for letter in string.ascii_lowercase[1 : size + 1]:
+                x = mixed(x, f"mixed{group}{letter}", module)
+            yield f"stage{group - 3}", x
 
 
 class InceptionResNetV2Backbone(InceptionV4Backbone):
     """Inception-ResNet-v2 without its head, for images of 75x75 pixels or more.
 
-    The stages are `stem` (64 channels), `stage1` (192), `stage2` (320), `stage3` (1088) and `stage4` (1536). The fields
-    are those of `InceptionV4Backbone`.
+    The stages are `stem` (64 channels), `stage1` (192), `stage2` (320), `stage3` (1088) and `stage4` (1536). The other
+    fields are those of `InceptionV4Backbone`.
+
+    Attributes:
+        stage_sizes: Number of residual units at 35x35, 17x17 and 8x8.
     """
+
+    stage_sizes: tuple[int, int, int] = (10, 20, 10)
 
     @nn.nowrap
     def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
@@ -292,6 +299,7 @@ class InceptionResNetV2Backbone(InceptionV4Backbone):
             ValueError: The images have fewer than 75x75 pixels.
         """
         unit, conv, se = self.make_layers(train)
+        size35, size17, size8 = self.stage_sizes
 
         def mixed(x, name, module):
             x = module(unit=unit, name=name)(x)
@@ -307,14 +315,14 @@ class InceptionResNetV2Backbone(InceptionV4Backbone):
             yield stage, x
         x = max_pool(x, 3, 2)
         x = mixed(x, "mixed5b", partial(InceptionV3A, pool_features=64, count_include_pad=False, features=96))
-        x = blocks(x, "block35", BLOCK35, 10)
+        x = blocks(x, "block35", BLOCK35, size35)
         yield "stage2", x
         x = mixed(x, "mixed6a", partial(ReductionA, 256, 256, 384, 384))
-        x = blocks(x, "block17", BLOCK17, 20)
+        x = blocks(x, "block17", BLOCK17, size17)
         yield "stage3", x
         x = mixed(x, "mixed7a", InceptionResNetReductionB)
-        x = blocks(x, "block8", BLOCK8, 9)
-        x = InceptionResNetUnit(BLOCK8[0], 1.0, unit, conv, se, lambda y: y, name="block8_10")(x)
+        x = blocks(x, "block8", BLOCK8, size8 - 1)
+        x = InceptionResNetUnit(BLOCK8[0], 1.0, unit, conv, se, lambda y: y, name=f"block8_{size8}")(x)
         yield "stage4", conv_chain(unit, x, "conv7b", (1536, 1))
 
 

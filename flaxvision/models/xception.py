@@ -25,7 +25,6 @@ from flaxvision.registry import register
 
 Padding = str | tuple[tuple[int, int], ...]
 
-MIDDLE_BLOCKS = 8
 _glorot = nn.initializers.glorot_uniform()
 
 
@@ -98,11 +97,13 @@ class XceptionBackbone(Backbone):
     Images must have 7x7 pixels or more. The other fields are those of `Backbone`.
 
     Attributes:
+        middle_blocks: Number of blocks in the middle flow.
         pool_padding: Padding of the max-pools: "SAME" (Keras), or one on every side (timm's `legacy_xception`).
         epsilon: Epsilon of BatchNorm: 1e-3 (Keras), 1e-5 (timm).
         momentum: Decay of BatchNorm's running statistics: 0.99 (Keras), 0.9 (timm).
     """
 
+    middle_blocks: int = 8
     pool_padding: Padding = "SAME"
     epsilon: float = 1e-3
     momentum: float = 0.99
@@ -132,7 +133,7 @@ class XceptionBackbone(Backbone):
         x = block((256, 256), **self.atrous_fields(4, 2), name="stage2_block1")(x)
         yield "stage2", x
         x = block((728, 728), **self.atrous_fields(8, 2), name="stage3_block1")(x)
-        for i in range(MIDDLE_BLOCKS):
+        for i in range(self.middle_blocks):
             x = block((728, 728, 728), **self.atrous_fields(16, 1), name=f"stage3_block{i + 2}")(x)
         yield "stage3", x
         x = block((728, 1024), **self.atrous_fields(16, 2), name="stage4_block1")(x)
