@@ -120,9 +120,8 @@ class Convert:
         """Writes the bundle."""
         options = {"source": self.source, "num_classes": self.num_classes, "channels": self.channels}
         model, variables = fv.weights.load_model(self.model, self.weights, **options)
-        usual = fv.create_model(self.model)
-        fields = [f.name for f in dataclasses.fields(model) if f.init and f.name not in ("parent", "name")]
-        overrides = {f: getattr(model, f) for f in fields if getattr(model, f) != getattr(usual, f)}
+        usual = fv.model_fields(fv.create_model(self.model))
+        overrides = {name: value for name, value in fv.model_fields(model).items() if value != usual[name]}
         bundle = self.source is None and self.weights not in fv.weights.tags(self.model)
         old = fv.weights.read_card(self.weights) if bundle else {"metadata": {}, "channels": None, "input_size": None}
         channels = self.channels or old["channels"]

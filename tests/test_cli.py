@@ -125,7 +125,7 @@ def test_a_library_tells_the_transform_where_its_tags_agree(folder, capsys):
     [
         (["list", "nosuch*"], "no model has a name like 'nosuch*'"),
         (["list", "--task", "detection"], "no model of detection has a name like '*'"),
-        (["predict", "resnet5", "x.npz", "photo.png"], "there is no model named 'resnet5'"),
+        (["predict", "resnet5", "x.npz", "photo.png"], "got 'resnet5'"),
         (["predict", NAME, "theirs.npz", "nosuch.png", "--source", "akamaster"], "No such file"),
         (["predict", NAME, "theirs.npz", "names.txt", "--source", "akamaster"], "cannot identify image file"),
         (["predict", NAME, "theirs.npz", "photo.png"], "give source="),
