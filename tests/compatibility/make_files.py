@@ -2,8 +2,9 @@
 
     JAX_PLATFORMS=cpu PYTHONPATH=. python tests/compatibility/make_files.py
 
-`before.zip`, `parameters.json` and `orders.json` were written by commit f14330c (version 0.1.0.dev0, jax 0.10.1) and are never
-written again: they prove that what users have saved still loads. A later change of a format gets files of its own.
+`before.zip`, `parameters.json` and `orders.json` were written by commit f14330c (version 0.1.0.dev0, jax 0.10.1) and
+are never written again: they prove that what users have saved still loads. A later change of a format gets files of
+its own.
 
 `before.zip` holds:
 
