@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxvision import atomic
-from flaxvision.manifest import plain
+from flaxvision.manifest import json_value
 from flaxvision.registry import create_model
 from flaxvision.weights.convert import Variables, check, flat, nested, shapes_of
 from flaxvision.weights.files import read, sha256_of
@@ -79,7 +79,7 @@ def save(
         },
         "metadata": dict(metadata or {}),
     }
-    card = plain(card, "card")
+    card = json_value(card, "card")
     # Both are whole on the disk before the first takes its place. Stopped between the two, the card is the old one,
     # whose sha256 is not that of the tensors: an error to read, and never another's weights.
     with atomic.replacing(card_of(path)) as card_partial, atomic.replacing(path) as partial:
