@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import os
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def test_every_bit_comes_back(tmp_path, abstract):
             template["numpy"] = state["numpy"]
         restored = checkpoints.restore(template)
     assert bits(restored.state) == bits(state)
-    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(restored.state, state)
     assert isinstance(restored.state["numpy"], np.ndarray)
     assert isinstance(restored.state["bool"], jax.Array)
     np.testing.assert_array_equal(jax.random.uniform(restored.state["key"]), jax.random.uniform(state["key"]))
