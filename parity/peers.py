@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import published
 
 import flaxvision as fv
+from parity import published
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
@@ -88,20 +88,24 @@ class Problem(NamedTuple):
     fields: Mapping[str, Any] = MappingProxyType({})
 
 
-class Reference(NamedTuple):
+class Peer(NamedTuple):
     """A library's network.
 
     Attributes:
         version: Of the library.
         params: Trainable parameters.
-        forward: Runs one evaluation to its end.
-        train: Runs one train step to its end.
+        forward: Starts one forward pass in evaluation mode.
+        train: Starts one train step.
+        wait: Waits for the result of `forward` or `train`.
+        peak_memory: Returns the peak device memory in bytes since the network was built, or None if it is not known.
     """
 
     version: str
     params: int
     forward: Callable[[], Any]
     train: Callable[[], Any]
+    wait: Callable[[Any], Any] = lambda result: result
+    peak_memory: Callable[[], int | None] = lambda: None
 
 
 def check_available(library: str, model: str) -> None:
@@ -118,7 +122,7 @@ def check_available(library: str, model: str) -> None:
         raise ImportError(f'--vs {library} needs {library}, which is not installed: pip install -e ".[reference]"')
 
 
-def load_keras(problem: Problem) -> Reference:
+def load_keras(problem: Problem) -> Peer:
     """The network in Keras 3 on the JAX backend, channels last.
 
     Its train step is `train_on_batch` after `compile(optimizer, loss, jit_compile=True)`, its forward pass
@@ -128,7 +132,7 @@ def load_keras(problem: Problem) -> Reference:
         problem: What to compute.
 
     Returns:
-        The `Reference`.
+        The `Peer`.
 
     Raises:
         RuntimeError: Keras runs on another backend, or the network is not ours.
@@ -150,7 +154,7 @@ def load_keras(problem: Problem) -> Reference:
         jit_compile=True,
     )
     images, labels = jax.device_put(problem.images), jax.device_put(problem.labels)
-    reference = Reference(
+    peer = Peer(
         version=keras.__version__,
         params=sum(math.prod(w.shape) for w in model.trainable_weights),
         forward=lambda: model.predict_on_batch(images),
@@ -158,7 +162,7 @@ def load_keras(problem: Problem) -> Reference:
     )
     source = "keras" if published.in_keras(problem.model) and problem.model not in CHAINS else None
     _check_logits("keras", np.asarray(model(images, training=False), np.float32), problem, source)
-    return reference
+    return peer
 
 
 def _keras_chain(problem: Problem) -> Any:
@@ -193,14 +197,14 @@ def _keras_chain(problem: Problem) -> Any:
     return model
 
 
-def load_torch(problem: Problem) -> Reference:
+def load_torch(problem: Problem) -> Peer:
     """The network in eager torch, channels first, with torch's own number of threads; on CUDA where JAX is there too.
 
     Args:
         problem: What to compute.
 
     Returns:
-        The `Reference`.
+        The `Peer`.
 
     Raises:
         RuntimeError: JAX has a GPU that torch does not see, or the network is not ours.
@@ -248,7 +252,7 @@ def load_torch(problem: Problem) -> Reference:
     published_in = None if problem.model in CHAINS else published.torch_source(problem.model)
     _check_logits("torch", forward().cpu().numpy(), problem, published_in)
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Reference(torch.__version__, params, forward, train)
+    return Peer(torch.__version__, params, forward, train)
 
 
 def _torch_chain(problem: Problem) -> Any:
@@ -301,7 +305,7 @@ def _torch_chain(problem: Problem) -> Any:
     return model
 
 
-LOADERS: dict[str, Callable[[Problem], Reference]] = {"keras": load_keras, "torch": load_torch}
+LOADERS: dict[str, Callable[[Problem], Peer]] = {"keras": load_keras, "torch": load_torch}
 
 
 def _check_shapes(library: str, theirs: list[tuple[int, ...]], weights: list[np.ndarray]) -> None:

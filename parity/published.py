@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import libraries
 import numpy as np
 
 import flaxvision as fv
 from flaxvision.weights.slots import canonical
+from parity import libraries
 
 
 def has(library: str, name: str) -> bool:
@@ -40,22 +40,6 @@ def torch_source(name: str) -> str | None:
 def fields(name: str, libraries: tuple[str, ...]) -> dict[str, Any]:
     """The fields with which our model is timed."""
     return fv.weights.fields(name, "keras") if "keras" in libraries and in_keras(name) else {}
-
-
-def variables_of(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Variables filled with numpy, which takes a second where compiling `init` takes many."""
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        kind = path[-1].key
-        if kind in ("scale", "var"):
-            return np.ones(leaf.shape, leaf.dtype)
-        if kind in ("bias", "mean"):
-            return np.zeros(leaf.shape, leaf.dtype)
-        return rng.standard_normal(leaf.shape, np.float32) * (2 / max(1, np.prod(leaf.shape[:-1]))) ** 0.5
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def our_logits(problem: Any, source: str) -> np.ndarray:

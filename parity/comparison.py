@@ -13,15 +13,14 @@ import functools
 import math
 from typing import Any
 
-import drawing
 import jax
 import jax.numpy as jnp
-import libraries
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 import flaxvision as fv
 from flaxvision.weights.convert import layout_of
+from parity import drawing, libraries
 
 Tensors = dict[str, np.ndarray]
 Size = tuple[int, int]

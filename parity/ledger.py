@@ -22,14 +22,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import comparison
 import jax
-import libraries
-import machine
 import numpy as np
 import tyro
 
 import flaxvision as fv
+from benchmarks import machine
+from parity import comparison, libraries
 
 RESULTS = Path(__file__).parent / "results" / "parity.jsonl"
 LIBRARIES = ("torchvision", "timm", "keras", "pytorchcv")
@@ -251,8 +250,9 @@ def main(config: Config) -> None:
             print(label, f"{line['seconds']} s;", "; ".join(failures(line)) or "within the tolerances", flush=True)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the command line and writes the ledger."""
     try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except ValueError as error:
+        main(tyro.cli(Config, description=__doc__, prog="python -m parity"))
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")

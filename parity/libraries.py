@@ -14,8 +14,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import drawing
 import numpy as np
+
+from parity import drawing
 
 Tensors = dict[str, np.ndarray]
 Batch = tuple[np.ndarray, np.ndarray]
