@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,7 @@ from benchmarks import against, machine, timing
 from benchmarks.timing import Contender
 from parity import peers, published
 
+Lower = Callable[..., Any]
 Library = Literal["keras", "torch", "torch_compile"]
 RESULTS = machine.RESULTS / "throughput.jsonl"
 
@@ -73,6 +75,8 @@ class Config:
     vs: Annotated[tuple[tuple[Library, ...], ...], tyro.conf.UseAppendAction] = ()
     """Libraries to time beside flaxvision: keras (on JAX), torch (eager), torch_compile (torch.compile, channels last,
     fused optimizer). Give several (--vs keras torch) or repeat the flag."""
+    lenient: bool = False
+    """Record a library of --vs that is missing or fails, instead of stopping."""
     against: Path | None = None
     """Root of another checkout of flaxvision to time beside this one."""
     devices: int = 1
@@ -137,7 +141,8 @@ def check(config: Config) -> None:
     if config.libraries and config.against:
         raise ValueError(f"--vs must be empty with --against; got {', '.join(config.libraries)}")
     for library in config.libraries:
-        peers.check_available(library, config.model)
+        if not config.lenient:
+            peers.check_available(library, config.model)
     machine.check_output(config.output)
 
 
@@ -178,23 +183,23 @@ class Workload:
         sample = jax.ShapeDtypeStruct((1, *self.images.shape[1:]), jnp.float32)
         return fv.train.create_state(self.model, tx, jax.random.key(0), sample, variables=self.variables)
 
-    def contender(self, mode: str) -> tuple[Contender, float | None]:
-        """Returns the step of a mode, "forward" or "train", and its FLOPs as XLA counts them."""
+    def contender(self, mode: str) -> tuple[Contender, Lower]:
+        """Returns the step of a mode, "forward" or "train", and a function that lowers it."""
         return self.forward() if mode == "forward" else self.train()
 
-    def forward(self) -> tuple[Contender, float | None]:
+    def forward(self) -> tuple[Contender, Lower]:
         """The forward pass in evaluation mode."""
         state = jax.device_put(self.state(), jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()))
         apply = lambda state, batch: state.apply_fn(state.variables, self._normalise(batch)["image"], train=False)
         step = fv.train.jit_step(apply, self.mesh)
-        return Contender(lambda: step(state, self.batch), chain=self.config.chain), _flops(step, state, self.batch)
+        lower = functools.partial(step.lower, *jax.eval_shape(lambda: (state, self.batch)))
+        return Contender(lambda: step(state, self.batch), chain=self.config.chain), lower
 
-    def train(self) -> tuple[Contender, float | None]:
-        """The train step, which continues from its own last state."""
+    def train(self) -> tuple[Contender, Lower]:
+        """The train step, which continues from its own last state. The lowered program is one step."""
         state, rng = self.state(), jax.random.key(1)
         body = functools.partial(fv.train.train_step, objective=fv.train.classification())
         once = lambda state, batch, rng: body(state, self._normalise(batch), rng)
-        flops = _flops(fv.train.jit_step(once, self.mesh), state, self.batch, rng)
 
         def fused(state, batch, rng):
             again = lambda _, carry: once(carry[0], batch, rng)
@@ -202,13 +207,15 @@ class Workload:
 
         whole = fused if self.config.fuse > 1 else once
         step = fv.train.jit_step(whole, self.mesh) if self.config.donate else jax.jit(whole)
+        shapes = jax.eval_shape(lambda: (state, self.batch, rng))
+        lower = functools.partial(fv.train.jit_step(once, self.mesh).lower, *shapes)
 
         def run():
             nonlocal state
             state, metrics = step(state, self.batch, rng)
             return state, metrics
 
-        return Contender(run, chain=self.config.chain), flops
+        return Contender(run, chain=self.config.chain), lower
 
     def _normalise(self, batch: Any) -> Any:
         if not self.config.uint8:
@@ -217,7 +224,7 @@ class Workload:
 
     def problem(self) -> peers.Problem:
         """What the libraries of `--vs` compute."""
-        logits = np.asarray(jax.jit(self.model.apply)(self.variables, self.images))
+        logits = np.asarray(jax.jit(self.model.apply)(self.variables, self.images[:2]))
         bfloat16 = self.config.dtype == "bfloat16"
         weights = ordered_weights(self.model, self.variables, self.images.shape[1:])
         return peers.Problem(
@@ -228,6 +235,14 @@ class Workload:
 def prepare(mode: str, **settings: Any) -> Contender:
     """Makes the contender of a worker of `--against`."""
     return Workload(Config(**settings)).contender(mode)[0]
+
+
+def flops_of(lower: Lower) -> float | None:
+    """Returns the FLOPs of a program as XLA counts them."""
+    # Counted for a TPU, where convolutions lower to plain XLA ones: the CPU forms do other work for the same result,
+    # and XLA counts the body of a loop once.
+    cost = lower(lowering_platforms=("tpu",)).cost_analysis() or {}
+    return float(cost["flops"]) if cost.get("flops", 0) > 0 else None
 
 
 def variables_of(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -278,6 +293,8 @@ def show(record: dict[str, Any], modes: tuple[str, ...]) -> None:
                 speedup = record[mode]["speedup"][name]
                 line += f"  flaxvision is {speedup['ratio']:.2f}x [{speedup['q1']:.2f}, {speedup['q3']:.2f}]"
             print(line)
+    for library, problem in record.get("left_out", {}).items():
+        print(f"without {library}: {problem}")
 
 
 def _beside_libraries(config: Config) -> dict[str, Any]:
@@ -288,22 +305,31 @@ def _beside_libraries(config: Config) -> dict[str, Any]:
     contenders: dict[str, dict[str, Contender]] = {mode: {} for mode in config.modes}
     facts: dict[str, dict[str, Any]] = {mode: {"flaxvision": {}} for mode in config.modes}
     for mode in config.modes:  # before the libraries are imported, so that the process's peak memory is ours
-        contenders[mode]["flaxvision"], flops = work.contender(mode)
+        contenders[mode]["flaxvision"], lower = work.contender(mode)
         contenders[mode]["flaxvision"].warm_up(config.warmup)
         peak, record["peak_memory"] = machine.peak_memory(jax.devices()[0])
-        facts[mode]["flaxvision"] = {"peak_memory_bytes": peak, "flops": flops}
+        facts[mode]["flaxvision"] = {"peak_memory_bytes": peak, "flops": flops_of(lower)}
     problem = work.problem() if config.libraries else None
     for library in config.libraries:
         assert problem is not None
-        peer = peers.LOADERS[library](problem)
-        if config.model in peers.CHAINS and peer.params != params:
-            raise RuntimeError(f"{library}'s network must have {params:,} parameters; got {peer.params:,}")
-        record[library] = peer.version
-        for mode in config.modes:
-            step = Contender(getattr(peer, mode), peer.wait, config.chain)
-            step.warm_up(config.warmup)
-            contenders[mode][library] = step
-            facts[mode][library] = {"peak_memory_bytes": peer.peak_memory()}
+        try:
+            peers.check_available(library, config.model)
+            peer = peers.LOADERS[library](problem)
+            if config.model in peers.CHAINS and peer.params != params:
+                raise RuntimeError(f"{library}'s network must have {params:,} parameters; got {peer.params:,}")
+            for mode in config.modes:
+                step = Contender(getattr(peer, mode), peer.wait, config.chain)
+                step.warm_up(config.warmup)
+                contenders[mode][library] = step
+                facts[mode][library] = {"peak_memory_bytes": peer.peak_memory()}
+            record[library] = peer.version
+        except Exception as error:
+            if not config.lenient:
+                raise
+            for mode in config.modes:
+                contenders[mode].pop(library, None)
+                facts[mode].pop(library, None)
+            record.setdefault("left_out", {})[library] = f"{type(error).__name__}: {error}"[:500]
     for mode in config.modes:
         timing.take_turns(list(contenders[mode].values()), config.steps, config.block)
         _per_step(contenders[mode]["flaxvision"], config.fuse if mode == "train" else 1)
@@ -338,13 +364,6 @@ def _against(config: Config) -> dict[str, Any]:
 
 def _per_step(contender: Contender, fuse: int) -> None:
     contender.times = [t / fuse for t in contender.times]
-
-
-def _flops(step: Any, *arguments: Any) -> float | None:
-    # Counted for a TPU, where convolutions lower to plain XLA ones: the CPU forms do other work for the same result,
-    # and XLA counts the body of a loop once.
-    cost = step.lower(*arguments, lowering_platforms=("tpu",)).cost_analysis() or {}
-    return float(cost["flops"]) if cost.get("flops", 0) > 0 else None
 
 
 if __name__ == "__main__":

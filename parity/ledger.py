@@ -79,16 +79,16 @@ loaded there, and converted by `flaxvision.weights.convert`. Errors are relative
 * **forward**: logits in float32, with the running statistics (eval) and with those of the batch (train).
 * **gradient**: gradient of the cross-entropy in float64 with batch statistics, all parameters as one vector. Auxiliary
   heads have the weight {aux}. **worst tensor's gradient**: the largest error of a single tensor.
-* **loss, parameters, statistics**: the drift over {steps} steps of SGD with momentum {momentum} on two alternating batches
-  in float64, with BatchNorm in training mode. For the loss it is that of the worst step. For the parameters and the running
-  statistics it is the distance at the end, divided by the distance from their start. The learning rate is such that, to
-  first order, a step reduces the loss by 5 %. torch's running variances are unbiased and ours are biased: theirs are
-  multiplied by (n - 1) / n for the comparison.
-* Dropout is off on both sides. Images are small, with odd and unequal sides where the architecture permits; every line of
-  [ledger.jsonl](ledger.jsonl) gives the size. Networks with auxiliary heads are compared once more with them, without a
-  trajectory.
-* **parameters**: the number of trainable parameters, the same on both sides. `+ n`: Keras' ResNets have n more, the biases
-  of convolutions followed by a BatchNorm. They only shift its mean, and the conversion folds them into it.
+* **loss, parameters, statistics**: the drift over {steps} steps of SGD with momentum {momentum} on two alternating
+  batches in float64, with BatchNorm in training mode. For the loss it is that of the worst step. For the parameters and
+  the running statistics it is the distance at the end, divided by the distance from their start. The learning rate is
+  such that, to first order, a step reduces the loss by 5 %. torch's running variances are unbiased and ours are biased:
+  theirs are multiplied by (n - 1) / n for the comparison.
+* Dropout is off on both sides. Images are small, with odd and unequal sides where the architecture permits; every line
+  of [ledger.jsonl](ledger.jsonl) gives the size. Networks with auxiliary heads are compared once more with them,
+  without a trajectory.
+* **parameters**: the number of trainable parameters, equal on both sides. `+ n`: Keras' ResNets have n more, the
+  biases of convolutions followed by a BatchNorm. They only shift its mean, and the conversion folds them into it.
 * Where libraries define a network differently under one name, `flaxvision.weights.fields(name, source)` gives the fields
   that make our network equal to theirs.
 

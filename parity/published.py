@@ -3,7 +3,7 @@
 Where Keras is compared, our model is built with the fields of Keras' network (`fv.weights.fields`), and torch's ResNets
 put the stride where Keras puts it, so that all compute the same network. The differences that remain cost no
 measurable time: Keras' ResNets have biases before BatchNorm, torch's MobileNetV2 and timm's Xception pad differently,
-and the other libraries' networks have no dropout. Each network is checked against ours built with that library's fields.
+and the other libraries' networks have no dropout. Each one is checked against ours with that library's fields.
 """
 
 from __future__ import annotations

@@ -8,13 +8,14 @@ weights and images again, without any of these libraries.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from parity import comparison
 
 FILE = Path(__file__).resolve().parents[1] / "tests" / "parity" / "references.npz"
-SMALL = {"classes": 100}
+SMALL: dict[str, Any] = {"classes": 100}
 
 # The smallest network of every family, for each library whose network differs. The ledger has the other depths.
 CASES = {
@@ -65,7 +66,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    arrays = {f"{case}/{name}": value for case, pair in CASES.items() for name, value in make(pair).items()}
+    arrays: dict[str, Any] = {
+        f"{case}/{name}": value for case, pair in CASES.items() for name, value in make(pair).items()
+    }
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")
 

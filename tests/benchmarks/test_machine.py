@@ -50,7 +50,7 @@ def test_recorded_results_need_a_clean_commit(checkout, tmp_path):
 def test_without_git_the_commit_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
     assert machine.commit(tmp_path) is None
-    with pytest.raises(ValueError, match="commit is unknown: .*; set FLAXVISION_COMMIT"):
+    with pytest.raises(ValueError, match=r"commit is unknown: .*; set FLAXVISION_COMMIT"):
         machine.append(machine.RESULTS / "none.jsonl", {"commit": None})
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "a" * 40)
     assert machine.commit(tmp_path) == "a" * 40

@@ -47,10 +47,11 @@ def test_a_line_per_run(tmp_path, capsys):
 @pytest.mark.parametrize("options", [{}, {"fuse": 3, "chain": 2}, {"donate": False, "uint8": True}])
 def test_the_train_step_trains(tmp_path, options):
     work = throughput.Workload(settings(tmp_path, **options))
-    step, flops = work.train()
+    step, lower = work.train()
     losses = [float(step.run()[1]["loss"]) for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
-    assert flops == pytest.approx(throughput.Workload(settings(tmp_path)).train()[1], rel=0.01)
+    flops = throughput.flops_of(throughput.Workload(settings(tmp_path)).train()[1])
+    assert throughput.flops_of(lower) == pytest.approx(flops, rel=0.01)
     assert work.batch["image"].dtype == ("uint8" if options.get("uint8") else "float32")
 
 
@@ -121,6 +122,13 @@ def test_a_peer_is_timed_beside_ours(monkeypatch, tmp_path):
     assert record["torch_compile"] == "1.2"
     assert record["train"]["torch_compile"]["peak_memory_bytes"] == 7
     assert record["train"]["speedup"]["torch_compile"]["ratio"] < 1
+
+
+def test_a_peer_that_fails_is_recorded(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    record = throughput.main(settings(tmp_path, mode="forward", vs=(("torch",),), lenient=True))
+    assert record["left_out"]["torch"].startswith("ImportError: torch is not installed")
+    assert record["forward"]["speedup"] == {}
 
 
 def test_every_chain_names_a_model():
