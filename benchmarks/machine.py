@@ -87,7 +87,23 @@ def check_output(path: Path | None) -> None:
         ValueError: The file is one of the recorded results, and the commit is not known or not clean.
     """
     if path is not None and _is_committed(path):
-        _check_commit(commit())
+        check_commit(commit())
+
+
+def check_commit(found: str | None) -> None:
+    """Checks the result of `commit`.
+
+    Raises:
+        ValueError: The commit is not known, or files differ from it.
+    """
+    if found is None:
+        raise ValueError(f"commit is unknown: this is not a git repository; set {COMMIT_VARIABLE} to the commit's hash")
+    if not re.fullmatch("[0-9a-f]{40}", found):
+        problem = ", ".join(changed_files()) or f"{COMMIT_VARIABLE}={found}"
+        raise ValueError(
+            f"working tree differs from the commit: {problem}; commit first, or pass --output PATH to write a file "
+            "outside of the recorded results"
+        )
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -101,7 +117,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
         ValueError: The file is one of the recorded results, and the record's commit is not clean.
     """
     if _is_committed(path):
-        _check_commit(record["commit"])
+        check_commit(record["commit"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -139,17 +155,6 @@ def rounded(value: Any) -> Any:
 def _is_committed(path: Path) -> bool:
     path = path.resolve()
     return any(path == kept or kept in path.parents for kept in COMMITTED)
-
-
-def _check_commit(found: str | None) -> None:
-    if found is None:
-        raise ValueError(f"commit is unknown: this is not a git repository; set {COMMIT_VARIABLE} to the commit's hash")
-    if not re.fullmatch("[0-9a-f]{40}", found):
-        problem = ", ".join(changed_files()) or f"{COMMIT_VARIABLE}={found}"
-        raise ValueError(
-            f"working tree differs from the commit: {problem}; commit first, or pass --output PATH to write a file "
-            "outside of the recorded results"
-        )
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:

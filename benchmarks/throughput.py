@@ -206,7 +206,10 @@ class Workload:
             return jax.lax.fori_loop(1, self.config.fuse, again, once(state, batch, rng))
 
         whole = fused if self.config.fuse > 1 else once
-        step = fv.train.jit_step(whole, self.mesh) if self.config.donate else jax.jit(whole)
+        step = fv.train.jit_step(whole, self.mesh)
+        if not self.config.donate:
+            everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+            state, step = jax.device_put(state, everywhere), jax.jit(whole, out_shardings=everywhere)
         shapes = jax.eval_shape(lambda: (state, self.batch, rng))
         lower = functools.partial(fv.train.jit_step(once, self.mesh).lower, *shapes)
 

@@ -89,8 +89,8 @@ loaded there, and converted by `flaxvision.weights.convert`. Errors are relative
   without a trajectory.
 * **parameters**: the number of trainable parameters, equal on both sides. `+ n`: Keras' ResNets have n more, the
   biases of convolutions followed by a BatchNorm. They only shift its mean, and the conversion folds them into it.
-* Where libraries define a network differently under one name, `flaxvision.weights.fields(name, source)` gives the fields
-  that make our network equal to theirs.
+* Where libraries define a network differently under one name, `flaxvision.weights.fields(name, source)` gives the
+  fields that make our network equal to theirs.
 
 {table}
 
