@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -297,19 +296,18 @@ def summarize(kernels: list[tuple[str, float, float]], steps: int, top: int) -> 
         `busy_ms` and `span_ms` per step, `idle_share` (the part of the span without a kernel), and `kernels`, the
         longest ones by their time per step.
     """
-    times: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    busy, end = 0.0, -np.inf
+    times: dict[str, float] = {}
+    counts = Counter(name for name, _, _ in kernels)
+    begin = end = min((start for _, start, _ in kernels), default=0.0)
+    busy = 0.0
     for name, start, duration in sorted(kernels, key=lambda kernel: kernel[1]):
-        times[name] += duration
-        counts[name] += 1
+        times[name] = times.get(name, 0.0) + duration
         busy += max(0.0, start + duration - max(start, end))
         end = max(end, start + duration)
-    span = end - min((start for _, start, _ in kernels), default=0.0)
-    total = sum(times.values())
+    span, total = end - begin, sum(times.values())
     longest = [
         {"name": name, "ms": t / 1e6 / steps, "share": t / total, "count": counts[name] / steps}
-        for name, t in times.most_common(top)
+        for name, t in sorted(times.items(), key=lambda item: -item[1])[:top]
     ]
     for kernel in longest:
         print(f"{kernel['ms']:9.3f} ms {100 * kernel['share']:5.1f} % {kernel['count']:6.1f}x  {kernel['name'][:90]}")
@@ -339,18 +337,17 @@ def write_photos(root: Path, count: int) -> None:
 def _lines(command: list[str], seconds: float) -> Iterator[str]:
     """Runs a command and yields its lines. After the time limit it gets SIGTERM, and 30 s later SIGKILL."""
     limit = ["timeout", "--signal=TERM", "--kill-after=30", f"{max(1.0, seconds - 30)}"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*limit, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=machine.ROOT
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            yield line.rstrip()
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                yield line.rstrip()
+        except BaseException:
+            process.terminate()
+            raise
         yield f"exit status {process.wait()}"
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
 
 
 def main(part: Part) -> int:

@@ -131,7 +131,7 @@ case $stage in
 4)
     data=$DATA/cifar10 script=experiments/cifar10.py
     if [[ $TINY ]]; then
-        train demo "" "$script --recipe demo --model mlp --epochs 0.02 --eval-batch-size 50 --no-progress"
+        train demo "" "$script --recipe demo --model resnet20_cifar --epochs 0.02 --eval-batch-size 50 --no-progress"
     else
         if [[ -d $data && -f $DATA/weights/resnet20_cifar10.npz ]]; then
             gpu training published --command="$script --manual-dir $data --eval-only \

@@ -188,11 +188,13 @@ def table(lines: Iterable[dict[str, Any]]) -> str:
 def report(lines: Iterable[dict[str, Any]]) -> str:
     """Formats the whole report: the table with its explanations."""
     lines = list(lines)
-    worst = {key: float(np.max([line[key] for line in lines if key in line])) for _, key, _ in _COLUMNS}
+    errors = {key: [line[key] for line in lines if key in line] for _, key, _ in _COLUMNS}
     commits = Counter(line["commit"][:7] for line in sorted(lines, key=lambda line: line["time"]))
     versions = sorted({part for line in lines for part in line["version"].split(", ")})
     versions += sorted({f"{name} {line[name]}" for line in lines for name in ("jax", "flax")})
-    summary = [f"| {title} | {worst[key]:.1e} | {limit:.0e} |" for title, key, limit in _COLUMNS]
+    summary = [
+        f"| {title} | {np.max(errors[key]):.1e} | {limit:.0e} |" for title, key, limit in _COLUMNS if errors[key]
+    ]
     bad = [f"* `{line['model']}`, {line['source']}: {'; '.join(f)}" for line in lines if (f := failures(line))]
     have = {(line["model"], line["source"], line["aux"]) for line in lines}
     lacking = [f"`{p.model}` ({p.source})" for p in pairs() if (p.model, p.source, p.aux) not in have]

@@ -25,6 +25,7 @@ PARTS = {
 def run(stage, tmp_path, **environment):
     environment = {**os.environ, "TINY": "1", "OUT": str(tmp_path), "PYTHON": sys.executable, **environment}
     environment |= {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     script = machine.ROOT / "benchmarks" / "gpu.sh"
     return subprocess.run([script, *stage.split()], capture_output=True, text=True, env=environment, cwd=tmp_path)
 
