@@ -113,8 +113,8 @@ def main(config: Config) -> int:
     plain, augment = transforms(config, size)
     train_step, eval_step = fv.train.compile_steps(
         fv.train.capsule(reconstruction_weight=config.reconstruction_weight),
-        augment=augment,
-        plain=plain,
+        train_transform=augment,
+        eval_transform=plain,
         use_ema=config.ema_decay is not None,
     )
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))

@@ -161,7 +161,7 @@ def main(config: Config) -> int:
         model, variables = fv.weights.load_model(config.model, config.weights, **options)
         if model.num_classes != classes:
             raise ValueError(f"{test.name} has {classes} classes, the weights {config.weights} {model.num_classes}")
-        _, eval_step = fv.train.compile_steps(objective, plain=plain, parallel=config.parallel)
+        _, eval_step = fv.train.compile_steps(objective, eval_transform=plain, parallel=config.parallel)
         state = fv.train.create_state(model, optax.identity(), jax.random.key(0), None, variables=variables)
         report(fv.train.evaluate(state, eval_step, fv.data.eval_batches(test, config.eval_batch_size)), test)
         return 0
@@ -176,7 +176,7 @@ def main(config: Config) -> int:
         overrides["aux_heads"] = True
     model = fv.create_model(config.model, **overrides)
     batches = fv.data.train_batches(train, config.batch_size, seed=config.seed)
-    rates = config.rates(batches.steps_per_epoch)
+    rates = config.learning_rate_schedule(batches.steps_per_epoch)
     ops = []
     if config.crop_padding:
         ops.append(functools.partial(a.random_crop, padding=config.crop_padding, mode=config.padding_mode))
@@ -187,15 +187,15 @@ def main(config: Config) -> int:
     mix = a.mixing(classes, mixup_alpha=config.mixup, cutmix_alpha=config.cutmix)
     train_step, eval_step = fv.train.compile_steps(
         objective,
-        augment=a.make_transform(*ops, mix=mix, **common),
-        plain=plain,
+        train_transform=a.make_transform(*ops, mix=mix, **common),
+        eval_transform=plain,
         accumulate=config.accumulate,
         use_ema=config.ema_decay is not None,
         parallel=config.parallel,
     )
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
     sample = jax.ShapeDtypeStruct((1, *test[0]["image"].shape), jnp.float32)
-    state = fv.train.create_state(model, config.update_rule(rates), init_rng, sample, ema_decay=config.ema_decay)
+    state = fv.train.create_state(model, config.make_optimizer(rates), init_rng, sample, ema_decay=config.ema_decay)
 
     free = ("workdir", "data_dir", "manual_dir", "progress", "eval_only", "weights", "source")
     fv.train.open_workdir(workdir, config, free=(*free, "eval_batch_size", "log_every"))

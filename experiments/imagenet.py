@@ -267,22 +267,22 @@ def main(config: Config) -> int:
         transform=lambda example, rng: {**example, "image": crop(example["image"], rng)},
         num_threads=config.threads,
     )
-    rates = config.rates(batches.steps_per_epoch)
+    rates = config.learning_rate_schedule(batches.steps_per_epoch)
     ops = [a.random_flip] if config.flip else []
     if config.lighting:
         ops.append(functools.partial(a.random_lighting, std=config.lighting))
     mix = a.mixing(classes, mixup_alpha=config.mixup, cutmix_alpha=config.cutmix)
     train_step, eval_step = fv.train.compile_steps(
         objective,
-        augment=a.make_transform(*ops, mix=mix, mean=info.mean, std=info.std),
-        plain=a.make_transform(mean=info.mean, std=info.std),
+        train_transform=a.make_transform(*ops, mix=mix, mean=info.mean, std=info.std),
+        eval_transform=a.make_transform(mean=info.mean, std=info.std),
         accumulate=config.accumulate,
         use_ema=config.ema_decay is not None,
         parallel=config.parallel,
     )
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
     sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    state = fv.train.create_state(model, config.update_rule(rates), init_rng, sample, ema_decay=config.ema_decay)
+    state = fv.train.create_state(model, config.make_optimizer(rates), init_rng, sample, ema_decay=config.ema_decay)
 
     seen = jax.ShapeDtypeStruct((1, eval_size, eval_size, 3), jnp.float32)
     try:

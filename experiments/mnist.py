@@ -142,8 +142,8 @@ def main(config: Config) -> int:
     )
     train_step, eval_step = fv.train.compile_steps(
         objective,
-        augment=augment,
-        plain=plain,
+        train_transform=augment,
+        eval_transform=plain,
         accumulate=config.accumulate,
         use_ema=config.ema_decay is not None,
         parallel=config.parallel,
