@@ -58,7 +58,7 @@ def test_he_2015_in_numbers():
     recipe = cifar10.RECIPES["he"]
     steps = 50_000 // recipe.batch_size
     assert recipe.num_steps(steps) == 64_000
-    rates = recipe.rates(steps)
+    rates = recipe.learning_rate_schedule(steps)
     for step, rate in ((0, 0.1), (31_999, 0.1), (32_001, 0.01), (47_999, 0.01), (48_001, 0.001), (63_999, 0.001)):
         assert float(rates(step)) == pytest.approx(rate)
     assert (recipe.batch_size, recipe.momentum, recipe.weight_decay) == (128, 0.9, 1e-4)

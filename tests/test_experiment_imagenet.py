@@ -73,8 +73,8 @@ def test_every_classifier_of_images_has_a_recipe_that_can_run():
     assert set(chosen.values()) < set(imagenet.RECIPES)
     for recipe in imagenet.RECIPES.values():
         steps = 1_281_167 // recipe.batch_size
-        assert np.isfinite(float(recipe.rates(steps)(recipe.num_steps(steps) - 1)))
-        recipe.update_rule(recipe.rates(steps))
+        assert np.isfinite(float(recipe.learning_rate_schedule(steps)(recipe.num_steps(steps) - 1)))
+        recipe.make_optimizer(recipe.learning_rate_schedule(steps))
 
 
 @pytest.mark.parametrize(("recipe", "rates"), [
@@ -89,7 +89,7 @@ def test_every_classifier_of_images_has_a_recipe_that_can_run():
     ("mobilenet", {0.5: 0.045, 10.5: 0.045 * 0.98**10}),
 ])  # fmt: skip
 def test_the_rates_of_the_papers_by_epoch(recipe, rates):
-    schedule = imagenet.RECIPES[recipe].rates(1000)
+    schedule = imagenet.RECIPES[recipe].learning_rate_schedule(1000)
     for epoch, rate in rates.items():
         assert float(schedule(int(epoch * 1000))) == pytest.approx(rate, rel=1e-3)
 

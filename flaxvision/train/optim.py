@@ -149,4 +149,4 @@ def schedule(
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
-    return f"{what} must be a known name, such as {', '.join(near)}; got {name!r}"
+    return f"name must be a known {what}, such as {', '.join(near)}; got {name!r}"
