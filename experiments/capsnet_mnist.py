@@ -158,7 +158,7 @@ def main(config: Config) -> int:
 def transforms(config: Config, size):
     """The evaluation's and the training's transform: pixels in [0, 1] as the paper has them, and the shift."""
     a = fv.data.augment
-    ops = [lambda key, image: a.resize_or_pad(image, size)]  # before the shift, which counts pixels of this size
+    ops = [functools.partial(a.to_size, size=size)]  # before the shift, whose pixels are those of this size
     if config.shift:
         ops.append(functools.partial(a.random_shift, max_shift=config.shift))
     return a.make_transform(size=size), a.make_transform(*ops)

@@ -99,7 +99,9 @@ def test_a_run_does_all_its_steps(uninterrupted):
     assert result.metrics["accuracy"] == records[-1]["accuracy"]
 
 
-@pytest.mark.parametrize(("killed_at", "checkpoint_every"), [(0, None), (7, None), (10, None), (19, None), (1, 3), (13, 3)])
+@pytest.mark.parametrize(
+    ("killed_at", "checkpoint_every"), [(0, None), (7, None), (10, None), (19, None), (1, 3), (13, 3)]
+)
 def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, checkpoint_every):
     class KilledError(Exception):
         pass

@@ -23,7 +23,9 @@ def test_a_shortened_run_keeps_its_shape():
     whole = Recipe(epochs=10.0, warmup_epochs=1.0, schedule="cosine")
     short = dataclasses.replace(whole, epochs=5.0, warmup_epochs=0.5)
     for share in (0.15, 0.4, 0.9):
-        assert float(short.learning_rate_schedule(100)(int(500 * share))) == pytest.approx(float(whole.learning_rate_schedule(100)(int(1000 * share))))
+        assert float(short.learning_rate_schedule(100)(int(500 * share))) == pytest.approx(
+            float(whole.learning_rate_schedule(100)(int(1000 * share)))
+        )
 
 
 def test_boundaries_that_fall_on_one_step_multiply():
