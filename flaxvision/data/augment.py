@@ -7,9 +7,9 @@ An *example* is a dict with `image`, float32 [H, W, C] in [0, 1], and optionally
 * `label` [H, W], the class of every pixel, 255 where it is unknown (a label of lower rank belongs to the whole image);
 * `keypoints` [..., 2], xy in pixels, optionally with `visible` [...].
 
-An *op* is ``(key, example) -> example``. Photometric ops change the image only. Geometric ops move everything that lies
-in the image, or raise ValueError when traced for what they cannot move. A *transform* is ``(rng, batch) -> batch`` for a
-dict of arrays with a batch dimension. `make_transform` builds a transform from ops::
+An *op* is ``(key, example) -> example``. Photometric ops change the image only. Geometric ops move everything that
+lies in the image; for what they cannot move they raise ValueError when traced. A *transform* is
+``(rng, batch) -> batch`` for a dict of arrays with a batch dimension. `make_transform` builds a transform from ops::
 
     transform = make_transform(
         random_flip,
@@ -22,9 +22,9 @@ dict of arrays with a batch dimension. `make_transform` builds a transform from 
     batch = transform(jax.random.fold_in(rng, state.step), batch)  # uint8 images in, standardized float32 out
     batch = make_transform(mean=..., std=...)(rng, batch)          # evaluation
 
-Example i draws from ``fold_in(rng, i)``, where i is its row in the global batch, so under ``jit`` over a mesh the images
-do not depend on the number of devices. Under ``pmap``, rows are counted within each device: fold the index of the device
-into ``rng`` first.
+Example i draws from ``fold_in(rng, i)``, where i is its row in the global batch, so under ``jit`` over a mesh the
+images do not depend on the number of devices. Under ``pmap``, rows are counted within each device: fold the index of
+the device into ``rng`` first.
 """
 
 import functools

@@ -111,9 +111,7 @@ def binary(*, positive_weight: float = 1.0) -> Objective:
     """
 
     def losses(logits, batch):
-        _expect(
-            logits.shape == (*batch["label"].shape, 1), "one row for each row of a single logit", logits, batch["label"]
-        )
+        _expect(logits.shape == (*batch["label"].shape, 1), "one row per logit", logits, batch["label"])
         label = batch["label"].astype(jnp.float32)
         weights = 1 + (positive_weight - 1) * label
         return weights * optax.sigmoid_binary_cross_entropy(logits[:, 0], label)

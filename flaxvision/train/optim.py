@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "step", "cosine", "polynomial", "one_cycle")
 
 
 def decayed(params: Any) -> Any:
-    """Marks the parameters with weight decay: kernels, but no vector or scalar such as a bias or a normalization scale."""
+    """Marks the parameters that have weight decay: kernels, but no vectors and scalars such as biases."""
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 

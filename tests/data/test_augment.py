@@ -316,7 +316,7 @@ def hue_of(pixels):
 
 def test_colour_ops_refuse_grey_images_and_ops_refuse_batches():
     for op in (ADJUST_HUE, ADJUST_SATURATION):
-        with pytest.raises(ValueError, match="image must have 3 channels .*; got 1 channels"):
+        with pytest.raises(ValueError, match=r"image must have 3 channels .*; got 1 channels"):
             op(jnp.ones((4, 4, 1)), 0.1)
     with pytest.raises(ValueError, match=r"float32\[2, 4, 4, 3\]"):
         augment.rotate(jnp.ones((2, 4, 4, 3)), 3.0)

@@ -129,9 +129,7 @@ def test_masks_keep_their_own_resolution():
     np.testing.assert_array_equal(flipped["masks"], small[:, :, ::-1])
     resized = augment.to_size(None, example, size=(48, 64))
     np.testing.assert_array_equal(resized["masks"], small.repeat(2, 1).repeat(2, 2))
-    with pytest.raises(
-        ValueError, match=r"masks must cover the image \(24, 32\) at a resolution that to_size can keep"
-    ):
+    with pytest.raises(ValueError, match=r"masks must cover the image \(24, 32\) at a resolution that to_size"):
         augment.to_size(None, example, size=(50, 64))
 
 
@@ -150,7 +148,7 @@ def test_a_flip_with_a_size_mirrors_the_valid_part():
     ({"depth": np.zeros((24, 32))}, r"random_shift cannot move 'depth' of shape \(24, 32\); remove the key or the op"),
     ({"size": np.array([24, 30])}, r"random_shift cannot move 'size' of shape \(2,\)"),
     ({"valid": None}, r"random_shift needs `valid` \[M\] beside `boxes` \[M, 4\]"),
-    ({"label": np.zeros((12, 16), int)}, r"label must have the size of the image \(24, 32\) for random_shift; got \(12,"),
+    ({"label": np.zeros((12, 16), int)}, r"label must have the size of the image \(24, 32\) for random_shift; got"),
     ({"masks": np.zeros((3, 5, 4, 1))}, r"masks must be \[M, h, w\] for random_shift"),
 ])  # fmt: skip
 def test_what_cannot_move_is_refused_when_traced(change, message):
@@ -196,7 +194,5 @@ def test_ops_that_return_no_example_and_mixing_of_objects_are_refused():
         for key in ("boxes", "masks", "keypoints"):
             with pytest.raises(ValueError, match=f"{mix.__name__} cannot mix '{key}' of shape"):
                 mix(jax.random.key(0), {"image": batch["image"], "label": np.arange(4), key: batch[key]}, num_classes=4)
-    with pytest.raises(
-        ValueError, match=r"mode must be 'zero' for random_crop of an example with \['boxes', 'keypoints'"
-    ):
+    with pytest.raises(ValueError, match=r"mode must be 'zero' for random_crop of an example with \['boxes'"):
         augment.random_crop(jax.random.key(0), scene(), mode="reflect")

@@ -115,7 +115,7 @@ def test_binary():
     assert sums["accuracy"] == ((p > 0.5) == labels).sum()
     loss, _ = measure(binary(positive_weight=3.0), logits, labels)
     np.testing.assert_allclose(loss, (each * np.where(labels, 3, 1)).mean(), rtol=1e-5)
-    with pytest.raises(ValueError, match="label must have one row for each row of a single logit"):
+    with pytest.raises(ValueError, match="label must have one row per logit"):
         measure(binary(), LOGITS, labels)
 
 

@@ -146,11 +146,11 @@ def test_warm_up_rises_to_the_peak_and_the_rest_keeps_its_place(name):
 
 
 def test_schedule_refuses():
-    with pytest.raises(ValueError, match="name must be a known schedule, such as cosine, .*; got 'cosin'"):
+    with pytest.raises(ValueError, match=r"name must be a known schedule, such as cosine, .*; got 'cosin'"):
         schedule("cosin", 1, 10)
     with pytest.raises(ValueError, match=r"warmup_steps must be in \[0, total_steps=10\); got 10"):
         schedule("cosine", 1, 10, warmup_steps=10)
-    with pytest.raises(ValueError, match="warmup_steps must be 0 for one_cycle, .*; got 1"):
+    with pytest.raises(ValueError, match=r"warmup_steps must be 0 for one_cycle, .*; got 1"):
         schedule("one_cycle", 1, 10, warmup_steps=1)
     with pytest.raises(ValueError, match="must come after the 8 warm-up steps"):
         schedule("step", 1, 10, warmup_steps=8)
