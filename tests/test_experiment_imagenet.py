@@ -222,6 +222,6 @@ def test_what_can_not_be_evaluated_is_refused(tmp_path, folder, tiny):
         imagenet.main(config_of(tmp_path, "demo", folder, eval_every=-1.0))
     broken = Path(folder) / "val" / "dark" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"dark/0\.jpg: not a readable image"):
+    with pytest.raises(ValueError, match=r"dark/0\.jpg is not a readable image"):
         imagenet.main(config_of(tmp_path, "demo", folder))
     assert not (tmp_path / "run").exists()

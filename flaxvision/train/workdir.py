@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flaxvision import checkpoint
+from flaxvision import atomic, checkpoint
 from flaxvision.train import loop, writers
 from flaxvision.train.state import TrainState
 
-PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -88,9 +88,8 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
         if not differ:
             return path
     written = {"config": settings, "versions": versions(), "commit": commit(), "command": sys.argv}
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(written, indent=2) + "\n")
-    os.replace(new, file)
+    with atomic.replacing(file) as partial:
+        partial.write_text(json.dumps(written, indent=2) + "\n")
     return path
 
 

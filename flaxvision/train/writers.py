@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxvision import atomic
+
 Record = dict[str, Any]
 
 # The keys of a record that are no metrics.
@@ -60,10 +62,8 @@ class JsonlWriter:
     def start(self, step: int) -> None:
         """Drops the records after `step` and opens the file."""
         kept = [r for r in read_records(self.path) if r["step"] <= step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(new, self.path)
+        with atomic.replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("a", buffering=1)
 
     def write(self, record: Record) -> None:

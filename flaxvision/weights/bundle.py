@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxvision import atomic
 from flaxvision.manifest import plain
 from flaxvision.registry import create_model
 from flaxvision.weights.convert import Variables, check, flat, nested, shapes_of
-from flaxvision.weights.files import read, replacing, sha256_of
+from flaxvision.weights.files import read, sha256_of
 
 FORMAT = 1
 
@@ -81,7 +82,7 @@ def save(
     card = plain(card, "card")
     # Both are whole on the disk before the first takes its place. Stopped between the two, the card is the old one,
     # whose sha256 is not that of the tensors: an error to read, and never another's weights.
-    with replacing(card_of(path)) as card_partial, replacing(path) as partial:
+    with atomic.replacing(card_of(path)) as card_partial, atomic.replacing(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # safetensors makes a file that only its owner may read
         save_file(leaves, partial, metadata={"format": "flaxvision", "model": name})

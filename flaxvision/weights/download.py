@@ -11,7 +11,6 @@ import http.client
 import logging
 import os
 import re
-import secrets
 import sys
 import time
 import urllib.error
@@ -19,7 +18,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from flaxvision.weights.files import put, sha256_of
+from flaxvision import atomic
+from flaxvision.weights.files import sha256_of
 
 _log = logging.getLogger(__name__)
 
@@ -91,20 +91,16 @@ def fetch(
             return path
         # It is replaced, not removed: another process may have just put it there and be about to read it.
         _log.warning("%s in the cache is damaged; fetching it anew", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
-    partial = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
+    with atomic.replacing(path) as partial:
         stated = _download(url, partial, retries, timeout, pause, progress)
         for expected in filter(None, (digest, stated)):
             if wrong := _differs(partial, expected):
                 raise ValueError(f"{url} has the {wrong}, not {expected.partition(':')[2]}...; the file was not kept")
         seen.unlink(missing_ok=True)  # of an older file: a crash between the two must not let it vouch for the new one
         found = sha256_of(partial)
-        put(partial, path)
-        seen.write_text(found + "\n")
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(seen) as partial:
+        partial.write_text(found + "\n")
     return path
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import pickle
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,32 +196,3 @@ def sha256_of(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
     """The hexadecimal digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and moves it there when the block has ended without an error.
-
-    Whoever reads `path` sees the old file or the whole new one, after a crash as well.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        yield partial
-        put(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def put(partial: Path, path: Path) -> None:
-    """Moves a written file to its place, durably."""
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    with contextlib.suppress(OSError):  # not every system opens a directory
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

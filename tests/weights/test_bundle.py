@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 
 import flaxvision as fv
-from flaxvision.weights.files import replacing
 
 MODEL = {"name": "mlp", "features": (6, 5), "num_classes": 3, "input_size": (4,)}
 
@@ -155,21 +152,6 @@ def test_an_interrupted_save_leaves_no_mixture(tmp_path, variables, monkeypatch)
         found, card = fv.weights.read_bundle(path)
         assert card["metadata"] == {"run": 2 if stop == 2 else 1}
         jax.tree.map(np.testing.assert_array_equal, found, other if stop == 2 else variables)
-
-
-def test_a_killed_writer_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    code = (
-        "import os, sys; from flaxvision.weights.files import replacing\n"
-        f"with replacing({str(path)!r}) as partial:\n"
-        "    partial.write_text('half'); os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
-    assert path.read_text() == "old"
-    with replacing(path) as partial:
-        partial.write_text("new")
-    assert path.read_text() == "new"
 
 
 def test_the_card_is_for_people(tmp_path, variables):
