@@ -44,7 +44,7 @@ def test_predict_and_convert(folder, capsys):
     said = capsys.readouterr().out
     lines = [line.rsplit("  ", 2) for line in said.splitlines()]
     model, variables = fv.weights.load_model(NAME, theirs, source="akamaster")
-    pixels = fv.data.preprocessing_for(NAME, "akamaster")(Image.open(photo))
+    pixels = fv.weights.preprocessing_for(NAME, "akamaster")(Image.open(photo))
     logits = np.asarray(model.apply(variables, pixels[None]))[0]
     likely = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     order = np.argsort(-likely)[:3]
@@ -55,7 +55,7 @@ def test_predict_and_convert(folder, capsys):
     assert "269,722 parameters" in capsys.readouterr().out
     assert cli.main(["predict", NAME, bundle, photo, photo, *flags]) == 0
     assert capsys.readouterr().out == said
-    assert fv.data.preprocessing_for(NAME, bundle) == fv.data.preprocessing_for(NAME, "akamaster")
+    assert fv.weights.preprocessing_for(NAME, bundle) == fv.weights.preprocessing_for(NAME, "akamaster")
 
 
 def test_convert_for_other_classes_and_channels(folder, capsys):
@@ -81,7 +81,7 @@ def test_networks_that_flatten_keep_their_size(folder, capsys):
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     path, again = folder / "lenet.safetensors", folder / "lenet2.safetensors"
     fv.weights.save(path, variables, name="lenet_dli", channels=3, input_size=(32, 32), metadata={"licence": "MIT"})
-    assert fv.data.preprocessing_for("lenet_dli", str(path)).crop == 32
+    assert fv.weights.preprocessing_for("lenet_dli", str(path)).crop == 32
     assert cli.main(["convert", "lenet_dli", str(path), str(again)]) == 0
     assert fv.weights.read_card(again)["metadata"]["licence"] == "MIT"
     assert cli.main(["predict", "lenet_dli", str(again), str(folder / "photo.png"), "--top", "1"]) == 0
@@ -99,18 +99,18 @@ def test_a_bundle_without_a_transform_has_the_models_own(folder):
     variables = fv.weights.load(NAME, folder / "theirs.npz", source="akamaster")
     fv.weights.save(folder / "bare.safetensors", variables, name=NAME)
     path = str(folder / "bare.safetensors")
-    assert fv.data.preprocessing_for(NAME, path) == fv.data.preprocessing_for(NAME)
+    assert fv.weights.preprocessing_for(NAME, path) == fv.weights.preprocessing_for(NAME)
     card = json.loads((folder / "bare.json").read_text())
     (folder / "bare.json").write_text(json.dumps(card | {"metadata": {"preprocessing": {"cropp": 3}}}))
     with pytest.raises(ValueError, match="holds no evaluation transform"):
-        fv.data.preprocessing_for(NAME, path)
+        fv.weights.preprocessing_for(NAME, path)
 
 
 def test_a_library_tells_the_transform_where_its_tags_agree(folder, capsys):
-    assert fv.data.preprocessing_for("xception", "timm") == fv.data.preprocessing_for("xception", "timm/tf_in1k")
-    usual = fv.data.preprocessing_for("resnet50", "timm")
+    assert fv.weights.preprocessing_for("xception", "timm") == fv.weights.preprocessing_for("xception", "timm/tf_in1k")
+    usual = fv.weights.preprocessing_for("resnet50", "timm")
     assert (usual.crop, usual.resize) == (224, 256)
-    assert fv.data.preprocessing_for("resnet50", "timm/a1_in1k") != usual
+    assert fv.weights.preprocessing_for("resnet50", "timm/a1_in1k") != usual
     variables = fv.weights.load(NAME, folder / "theirs.npz", source="akamaster")
     fv.weights.save(folder / "silent.safetensors", variables, name=NAME)
     args = ["predict", NAME, str(folder / "silent.safetensors"), str(folder / "photo.png")]

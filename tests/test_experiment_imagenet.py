@@ -177,7 +177,7 @@ def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny
     )
     variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
     photos = fv.data.load("patterns", "test", as_stored=True)
-    usual = fv.data.preprocessing_for("tiny")
+    usual = fv.weights.preprocessing_for("tiny")
     own = dataclasses.replace(usual, crop=40, resize=44, interpolation="bicubic")
     options = {"eval_only": True, "eval_batch_size": 64}
     said = []

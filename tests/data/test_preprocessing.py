@@ -118,7 +118,7 @@ def test_names():
     with pytest.raises(ValueError, match=r"perceptron takes feature vectors \(2,\), not pictures"):
         preprocessing_for("perceptron")
     assert preprocessing_for("lenet_dli") == Preprocessing(28, 28, mean=(0.1307,), std=(0.3081,), order="L")
-    assert fv.data.preprocessing_for is preprocessing_for
+    assert fv.weights.preprocessing_for is preprocessing_for
 
 
 @pytest.mark.reference

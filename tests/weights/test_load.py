@@ -305,7 +305,7 @@ def test_published_weights_know_the_photos(name, source, file):
     """Of `sample_photos`, as its index says; SqueezeNet takes one kitten for a fox."""
     root = Path(os.environ["FLAXVISION_DATA"])
     model, variables = fv.weights.load_model(name, root / "weights" / file, source=source)
-    preprocess = fv.data.preprocessing_for(name, source)
+    preprocess = fv.weights.preprocessing_for(name, source)
     rows = list(csv.DictReader((root / "sample_photos" / "index.csv").read_text().splitlines()))
     images = np.stack([preprocess(Image.open(root / "sample_photos" / row["file"])) for row in rows])
     probabilities = np.asarray(jax.nn.softmax(jax.jit(model.apply)(variables, images)))
@@ -326,7 +326,7 @@ def test_published_weights_know_the_photos(name, source, file):
 def test_published_resnet20_scores_as_published():
     root = Path(os.environ["FLAXVISION_DATA"])
     model, variables = fv.weights.load_model(NAME, root / "weights" / "resnet20_cifar10.npz", source="akamaster")
-    preprocess = fv.data.preprocessing_for(NAME, "akamaster")
+    preprocess = fv.weights.preprocessing_for(NAME, "akamaster")
     labels = np.fromfile(root / "cifar10" / "test_labels.u8", np.uint8)
     apply = jax.jit(lambda x: jnp.argmax(model.apply(variables, x), -1))
     right = 0
