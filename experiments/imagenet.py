@@ -168,7 +168,7 @@ class Config(Recipe):
     source: str | None = None
     """Of a file that is no bundle of flaxvision: the library whose names its tensors have."""
     preprocessing: str | None = None
-    """Of a file: whose it expects, a tag or as of fv.weights.preprocessing_for. Default: as its card or --source says."""
+    """Preprocessing for a weights file: a tag or a source. Default: that of its card or of --source."""
     eval_only: bool = False
     """Measure --weights; no training."""
     eval_batch_size: int = 256

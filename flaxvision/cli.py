@@ -41,7 +41,9 @@ class List:
         names = fv.list_models(self.pattern, task=self.task)
         if not names:
             task = f" with the task {self.task}" if self.task else ""
-            raise ValueError(f"pattern must match a model{task}; got {self.pattern!r}; `flaxvision list` shows all names")
+            raise ValueError(
+                f"pattern must match a model{task}; got {self.pattern!r}; `flaxvision list` shows all names"
+            )
         wide = max(map(len, names))
         for name in names:
             info = fv.model_info(name)

@@ -34,7 +34,7 @@ cifar10 = load_script()
 def tiny(monkeypatch):
     """A registered ResNet of one unit, to compile in no time."""
     info = dataclasses.replace(
-        fv.model_info("resnet20_cifar"), name="tiny", weights=(), defaults=(("stage_sizes", (1,)), ("features", (8,)))
+        fv.model_info("resnet20_cifar"), name="tiny", defaults=(("stage_sizes", (1,)), ("features", (8,)))
     )
     monkeypatch.setitem(registry._MODELS, "tiny", (CifarResNet, info))
     return "tiny"
