@@ -161,6 +161,7 @@ def test_a_folder_trains_and_every_photograph_counts_once(tmp_path, folder, tiny
     assert capsys.readouterr().out == text
     assert fv.train.read_records(tmp_path / "run" / "metrics.jsonl") == records
     weights = str(tmp_path / "run" / "weights.safetensors")
+    assert len(fv.weights.read_card(weights)["class_names"]) == fv.weights.load_model("tiny", weights)[0].num_classes
     assert imagenet.main(dataclasses.replace(config, eval_only=True, weights=weights)) == 0
     figures = re.compile(r"top-1 (.*)%, loss (.*), on 14")
     (top1, loss), (again, close) = (figures.search(t).groups() for t in (text, capsys.readouterr().out))
