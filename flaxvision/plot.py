@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flaxvision import atomic
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -317,16 +319,11 @@ def _figure(width, height):
 
 
 def _save(figure, path):
-    """Writes beside `path` and renames, so that a reader never sees half a picture."""
+    """Saves the figure to `path`, unless it is None; a reader never sees half a picture."""
     if path is not None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")
-        try:
-            figure.savefig(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic.replacing(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:] or "png")
     return figure
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flaxvision import checkpoint
+from flaxvision import atomic, checkpoint
 from flaxvision.train import loop, writers
 from flaxvision.train.state import TrainState
 
@@ -83,9 +83,8 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
         if not differ:
             return path
     written = {"config": settings, "versions": versions(), "commit": commit(), "command": sys.argv}
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(written, indent=2) + "\n")
-    os.replace(new, file)
+    with atomic.replacing(file) as partial:
+        partial.write_text(json.dumps(written, indent=2) + "\n")
     return path
 
 

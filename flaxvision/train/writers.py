@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flaxvision import atomic
+
 Record = dict[str, Any]
 
 
@@ -43,10 +45,8 @@ class JsonlWriter:
     def start(self, step: int) -> None:
         """Keeps the records up to `step`, replacing the file in one move."""
         kept = [r for r in read_records(self.path) if r["step"] <= step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(new, self.path)
+        with atomic.replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("a", buffering=1)
 
     def write(self, record: Record) -> None:
