@@ -29,7 +29,7 @@ def save(
     *,
     name: str,
     channels: int | None = None,
-    input_size: tuple[int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     class_names: Sequence[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     **overrides: Any,
