@@ -73,7 +73,7 @@ class Pair:
 
     def variables(self, tensors: Tensors) -> dict[str, Any]:
         """The library's tensors as our variables, `params` and, where there are any, `batch_stats`."""
-        variables = fv.weights.convert(self.model, tensors, source=self.source, **self._overrides)
+        variables = fv.weights.convert(self.model, tensors, source=self.source, **self._fields)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     def frozen(self, params: Any) -> set[str]:

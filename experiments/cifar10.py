@@ -228,7 +228,7 @@ def main(config: Config) -> int:
     side = test[0]["image"].shape[0]
     how = fv.data.Preprocessing(crop=side, resize=side, mean=info.mean, std=info.std)
     metadata = {**result.metrics, "preprocessing": dataclasses.asdict(how)}
-    more = {"metadata": metadata, "input_size": (side, side), **fields}
+    more = {"metadata": metadata, "input_size": (side, side), "class_names": test.classes, **fields}
     fv.weights.save(workdir / "weights.safetensors", final, name=config.model, **more)
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0

@@ -168,7 +168,7 @@ class Config(Recipe):
     source: str | None = None
     """Of a file that is no bundle of flaxvision: the library whose names its tensors have."""
     preprocessing: str | None = None
-    """Of a file: whose it expects, a tag or as of fv.data.preprocessing_for. Default: as its card or --source says."""
+    """Preprocessing for a weights file: a tag or a source. Default: that of its card or of --source."""
     eval_only: bool = False
     """Measure --weights; no training."""
     eval_batch_size: int = 256
@@ -234,7 +234,7 @@ def main(config: Config) -> int:
         fv.data.validate(photos, channels=3, num_classes=classes, verify=config.verify)
         options = {"source": config.source, "dtype": overrides["dtype"]}
         model, variables = fv.weights.load_model(config.model, config.weights, **options)
-        how = fv.data.preprocessing_for(config.model, config.preprocessing or config.source or config.weights)
+        how = fv.weights.preprocessing_for(config.model, config.preprocessing or config.source or config.weights)
         published = config.preprocessing or config.weights in fv.weights.tags(config.model)
         if not published and (config.eval_size or config.eval_shorter):
             how = dataclasses.replace(how, crop=middle.crop, resize=middle.resize)
@@ -321,6 +321,7 @@ def main(config: Config) -> int:
     final = result.state.variables if config.ema_decay is None else result.state.ema
     fields = {k: v for k, v in overrides.items() if k not in ("dtype", "axis_name")}
     how = {"metadata": {**result.metrics, "preprocessing": dataclasses.asdict(middle)}, "input_size": (size, size)}
+    how["class_names"] = test.classes
     fv.weights.save(workdir / "weights.safetensors", final, name=config.model, **how, **fields)
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0

@@ -10,6 +10,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from flaxvision import published
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
@@ -25,7 +27,6 @@ class ModelInfo:
         params: Trainable parameters at the defaults, exact.
         mean: Per-channel mean of the published preprocessing, in [0, 1].
         std: Per-channel standard deviation, likewise.
-        weights: Tags of the published weights that `flaxvision.weights.load` knows.
         defaults: Module fields that the name sets.
     """
 
@@ -38,8 +39,12 @@ class ModelInfo:
     params: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    weights: tuple[str, ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Tags of the published weights that `flaxvision.weights.load` accepts; the first one is the default."""
+        return published.tags(self.name)
 
 
 _MODELS: dict[str, tuple[type[nn.Module], ModelInfo]] = {}
@@ -60,6 +65,7 @@ def register(module: type[nn.Module], name: str, *, defaults: dict[str, Any] | N
     if name in _MODELS:
         raise ValueError(f"a model named {name!r} is registered already")
     defaults = defaults or {}
+    info.pop("weights", None)  # the tables of published weights list the tags
     _MODELS[name] = (module, ModelInfo(name=name, defaults=tuple(defaults.items()), **info))
 
 

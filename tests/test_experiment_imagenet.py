@@ -34,7 +34,7 @@ imagenet = load_script()
 def tiny(monkeypatch):
     """A registered ResNet of one unit, to compile in no time."""
     info = dataclasses.replace(
-        fv.model_info("resnet20_cifar"), name="tiny", weights=(), defaults=(("stage_sizes", (1,)), ("features", (8,)))
+        fv.model_info("resnet20_cifar"), name="tiny", defaults=(("stage_sizes", (1,)), ("features", (8,)))
     )
     monkeypatch.setitem(registry._MODELS, "tiny", (CifarResNet, info))
     return "tiny"
@@ -161,6 +161,7 @@ def test_a_folder_trains_and_every_photograph_counts_once(tmp_path, folder, tiny
     assert capsys.readouterr().out == text
     assert fv.train.read_records(tmp_path / "run" / "metrics.jsonl") == records
     weights = str(tmp_path / "run" / "weights.safetensors")
+    assert len(fv.weights.read_card(weights)["class_names"]) == fv.weights.load_model("tiny", weights)[0].num_classes
     assert imagenet.main(dataclasses.replace(config, eval_only=True, weights=weights)) == 0
     figures = re.compile(r"top-1 (.*)%, loss (.*), on 14")
     (top1, loss), (again, close) = (figures.search(t).groups() for t in (text, capsys.readouterr().out))
@@ -177,7 +178,7 @@ def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny
     )
     variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
     photos = fv.data.load("patterns", "test", as_stored=True)
-    usual = fv.data.preprocessing_for("tiny")
+    usual = fv.weights.preprocessing_for("tiny")
     own = dataclasses.replace(usual, crop=40, resize=44, interpolation="bicubic")
     options = {"eval_only": True, "eval_batch_size": 64}
     said = []
