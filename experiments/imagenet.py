@@ -47,13 +47,13 @@ class Recipe(fv.train.Recipe):
     shorter: tuple[int, int] = (256, 256)
     """Of scaled: lowest and highest length of the shorter side."""
     flip: bool = True
-    """Augment: mirror left and right."""
+    """Augmentation: mirror left and right."""
     lighting: float = 0.0
     """Augment: deviation of AlexNet's colour shift along the principal components."""
     mixup: float = 0.0
-    """Augment: mixup's alpha."""
+    """Augmentation: alpha of mixup."""
     cutmix: float = 0.0
-    """Augment: cutmix's alpha; with mixup too, each batch takes one of the two."""
+    """Augmentation: alpha of cutmix; with mixup too, each batch uses one of the two."""
     eval_size: int | None = None
     """Height and width of the middle crop in evaluation. Default: the model's published input."""
     eval_shorter: int | None = None
@@ -160,9 +160,9 @@ class Config(Recipe):
     manual_dir: str | None = None
     """Folder with a TFDS set's original archives."""
     data_dir: str | None = None
-    """TFDS folder with the prepared sets. Default: TFDS' own."""
+    """TFDS directory with prepared data sets. Default: that of TFDS."""
     workdir: str | None = None
-    """Where the run is kept; the same folder again goes on where it was. Default: runs/DATASET-MODEL-RECIPE-SEED."""
+    """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-MODEL-RECIPE-SEED."""
     weights: str | None = None
     """A published tag, or a file, to evaluate with the preprocessing that belongs to it."""
     source: str | None = None
@@ -172,7 +172,7 @@ class Config(Recipe):
     eval_only: bool = False
     """Measure --weights; no training."""
     eval_batch_size: int = 256
-    """Images a step of evaluation, over all devices."""
+    """Images per step of evaluation, over all devices."""
     eval_every: float = 1.0
     """Epochs between evaluations and checkpoints."""
     log_every: int = 100
@@ -184,9 +184,9 @@ class Config(Recipe):
     bfloat16: bool = False
     """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """How the step is compiled for several devices."""
+    """How the steps are compiled for several devices."""
     seed: int = 0
-    """Of the parameters, the data's order and all else."""
+    """Seed of the parameters, of the order of the data and of everything else."""
     progress: bool = True
     """Show the progress bar."""
 
@@ -208,7 +208,7 @@ def parse(args: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> int:
-    """Runs the experiment; returns the process's exit status."""
+    """Runs the experiment and returns the exit status of the process."""
     for field in ("eval_every", "log_every", "eval_batch_size"):
         if not 0 < getattr(config, field) < math.inf:
             raise ValueError(f"--{field.replace('_', '-')} must be positive and finite; got {getattr(config, field)}")
@@ -334,7 +334,7 @@ def report(metrics: dict[str, float], test) -> None:
 
 
 def leave(number, frame):
-    """Outside the loop, which handles the signal itself, there is nothing to save."""
+    """Ends the process outside of the training loop, where there is nothing to save; the loop has its own handler."""
     sys.exit(0)
 
 

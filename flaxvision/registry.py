@@ -123,6 +123,23 @@ def create_backbone(name: str, **overrides: Any) -> nn.Module:
     return model.make_backbone(name=None)  # type: ignore[operator]
 
 
+def model_fields(model: nn.Module) -> dict[str, Any]:
+    """Returns the fields of a model and of its backbone, as the overrides of `create_model`.
+
+    `create_model(name, **model_fields(model))` rebuilds a model of that name.
+
+    Args:
+        model: A model, such as `create_model` returns.
+
+    Returns:
+        Values by field name. The field `backbone` is replaced by the fields of the backbone.
+    """
+    fields = [field.name for field in dataclasses.fields(model) if field.init and field.name not in ("parent", "name")]
+    values = {field: getattr(model, field) for field in fields}
+    backbone = values.pop("backbone", None)
+    return values if backbone is None else {**values, **model_fields(backbone)}
+
+
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     """Lists the registered names.
 
