@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from flaxvision import atomic
 from flaxvision import manifest as notes
 from flaxvision.manifest import Damage, brief
 
@@ -329,7 +330,7 @@ class Checkpoints:
                 return
             notes.write_checksums(staged.path)
             _read_arrays(staged, _read_record(staged))
-            staged.path.rename(entry.path)
+            atomic.move(staged.path, entry.path)
         except Exception as error:
             for path in self.directory.glob(staged.path.name + "*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -347,7 +348,7 @@ class Checkpoints:
             # The rename takes it out of sight at once; a kill during the removal leaves no half a checkpoint.
             doomed = entry.path.with_name(entry.path.name + ".deleted")
             try:
-                entry.path.rename(doomed)
+                atomic.move(entry.path, doomed)
                 shutil.rmtree(doomed)
             except OSError as error:
                 logger.warning("checkpoint %d could not be deleted: %s", entry.step, error)

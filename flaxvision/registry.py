@@ -10,6 +10,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from flaxvision import published
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
@@ -25,7 +27,6 @@ class ModelInfo:
         params: Trainable parameters at the defaults, exact.
         mean: Per-channel mean of the published preprocessing, in [0, 1].
         std: Per-channel standard deviation, likewise.
-        weights: Tags of the published weights that `flaxvision.weights.load` knows.
         defaults: Module fields that the name sets.
     """
 
@@ -38,8 +39,12 @@ class ModelInfo:
     params: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    weights: tuple[str, ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Tags of the published weights that `flaxvision.weights.load` accepts; the first one is the default."""
+        return published.tags(self.name)
 
 
 _MODELS: dict[str, tuple[type[nn.Module], ModelInfo]] = {}
@@ -60,6 +65,7 @@ def register(module: type[nn.Module], name: str, *, defaults: dict[str, Any] | N
     if name in _MODELS:
         raise ValueError(f"a model named {name!r} is registered already")
     defaults = defaults or {}
+    info.pop("weights", None)  # the tables of published weights list the tags
     _MODELS[name] = (module, ModelInfo(name=name, defaults=tuple(defaults.items()), **info))
 
 
@@ -115,6 +121,23 @@ def create_backbone(name: str, **overrides: Any) -> nn.Module:
         have = ", ".join(n for n, (module, _) in sorted(_MODELS.items()) if hasattr(module, "make_backbone"))
         raise ValueError(f"{name} has no feature hierarchy; these have one: {have}")
     return model.make_backbone(name=None)  # type: ignore[operator]
+
+
+def model_fields(model: nn.Module) -> dict[str, Any]:
+    """Returns the fields of a model and of its backbone, as the overrides of `create_model`.
+
+    `create_model(name, **model_fields(model))` rebuilds a model of that name.
+
+    Args:
+        model: A model, such as `create_model` returns.
+
+    Returns:
+        Values by field name. The field `backbone` is replaced by the fields of the backbone.
+    """
+    fields = [field.name for field in dataclasses.fields(model) if field.init and field.name not in ("parent", "name")]
+    values = {field: getattr(model, field) for field in fields}
+    backbone = values.pop("backbone", None)
+    return values if backbone is None else {**values, **model_fields(backbone)}
 
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:

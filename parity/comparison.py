@@ -72,7 +72,7 @@ class Pair:
 
     def variables(self, tensors: Tensors) -> dict[str, Any]:
         """Converts the library's tensors to our variables, `params` and `batch_stats` (possibly empty)."""
-        variables = fv.weights.convert(self.model, tensors, source=self.source, **self._overrides)
+        variables = fv.weights.convert(self.model, tensors, source=self.source, **self._fields)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     def frozen(self, params: Any) -> set[str]:

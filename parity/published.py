@@ -59,7 +59,8 @@ def keras_model(name: str, variables: Mapping[str, Any], shape: tuple[int, ...],
     if not in_keras(name):
         return _keras_basic_resnet(name, variables, shape)
     model = libraries.build("keras", name, (shape[0], shape[1])).model
-    tensors = fv.weights.export(name, variables, source="keras", input_size=(shape[0], shape[1]))
+    fields = fv.weights.fields(name, "keras")
+    tensors = fv.weights.export(name, variables, source="keras", input_size=(shape[0], shape[1]), **fields)
     names = canonical(variable.path for variable in model.weights)
     for variable in model.weights:
         variable.assign(tensors[names[variable.path]])
@@ -73,7 +74,8 @@ def torch_model(name: str, variables: Mapping[str, Any], shape: tuple[int, ...],
     source = torch_source(name)
     assert source is not None
     model = libraries.build(source, name, (shape[0], shape[1])).module
-    tensors = fv.weights.export(name, variables, source=source, input_size=(shape[0], shape[1]))
+    fields = fv.weights.fields(name, source)
+    tensors = fv.weights.export(name, variables, source=source, input_size=(shape[0], shape[1]), **fields)
     found = model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
     odd = [k for k in (*found.missing_keys, *found.unexpected_keys) if not k.endswith("num_batches_tracked")]
     if odd:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flaxvision.layers.convolution import Conv
-from flaxvision.layers.lowering import channel_sum, normalize, normalized
+from flaxvision.layers.lowering import channel_sum, spread
 
 
 class BatchNorm(nn.Module, kw_only=True):
@@ -66,17 +66,18 @@ class BatchNorm(nn.Module, kw_only=True):
             if not self.is_initializing():
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
-        form = normalized if use_running_average else normalize
-        return _normalized_by(form, self.epsilon, jnp.dtype(dtype), x, mean, var, scale, bias)
+        return _standardize(self.epsilon, jnp.dtype(dtype), x, mean, var, scale, bias)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # layers of equal shape are traced once
-def _normalized_by(form, epsilon, dtype, x, mean, var, scale, bias):
+@functools.partial(jax.jit, static_argnums=(0, 1))  # layers of equal shape are traced once
+def _standardize(epsilon, dtype, x, mean, var, scale, bias):
     factor = lax.rsqrt(var + epsilon)
     if scale is not None:
         factor = factor * scale
-    shift = jnp.zeros_like(factor) if bias is None else bias.astype(factor.dtype)
-    return form(x, mean, factor, shift).astype(dtype)
+    y = (x - spread(mean, x.shape)) * spread(factor, x.shape)
+    if bias is not None:
+        y = y + spread(bias.astype(factor.dtype), x.shape)
+    return y.astype(dtype)
 
 
 def _moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
