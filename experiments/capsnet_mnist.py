@@ -39,15 +39,15 @@ class Config:
     """digits (embedded), mnist, fashion_mnist, another TFDS name, a folder, or an .npz; see flaxvision.data.load.
     Images are brought to 28x28."""
     workdir: str | None = None
-    """Where the run is kept; the same folder again goes on where it was. Default: runs/DATASET-capsnet-SEED."""
+    """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-capsnet-SEED."""
     data_dir: str | None = None
-    """TFDS folder with the prepared sets. Default: TFDS' own."""
+    """TFDS directory with prepared data sets. Default: that of TFDS."""
     manual_dir: str | None = None
-    """Folder with a set's original files, from which TFDS prepares it without a network."""
+    """Directory with the original files of a data set, from which TFDS prepares it without a network."""
     epochs: float = 20.0
     """Passes over the training set."""
     batch_size: int = 32
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     learning_rate: float = 1e-3
     """Adam's first rate."""
     decay: float = 0.02
@@ -59,7 +59,7 @@ class Config:
     reconstruction_weight: float = 5e-4
     """Factor of the sum of squares of the drawing's error; 0 builds no decoder."""
     ema_decay: float | None = None
-    """Evaluate a moving average of the weights with this decay."""
+    """Decay of a moving average of the weights, which is then evaluated. Default: no average."""
     conv_features: int = 256
     """Channels of the first convolution."""
     primary_features: int = 32
@@ -71,13 +71,13 @@ class Config:
     log_every: int = 50
     """Steps between training records."""
     seed: int = 0
-    """Of the parameters, the data's order and all else."""
+    """Seed of the parameters, of the order of the data and of everything else."""
     progress: bool = True
     """Show the progress bar."""
 
 
 def main(config: Config) -> int:
-    """Runs the experiment; returns the process's exit status."""
+    """Runs the experiment and returns the exit status of the process."""
     sizes = ("batch_size", "conv_features", "primary_features", "routing_iterations")
     for field in (*sizes, "epochs", "eval_every", "log_every", "learning_rate", "decay"):
         if not 0 < getattr(config, field) < math.inf:
@@ -113,8 +113,8 @@ def main(config: Config) -> int:
     plain, augment = transforms(config, size)
     train_step, eval_step = fv.train.compile_steps(
         fv.train.capsule(reconstruction_weight=config.reconstruction_weight),
-        augment=augment,
-        plain=plain,
+        train_transform=augment,
+        eval_transform=plain,
         use_ema=config.ema_decay is not None,
     )
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
@@ -158,7 +158,7 @@ def main(config: Config) -> int:
 def transforms(config: Config, size):
     """The evaluation's and the training's transform: pixels in [0, 1] as the paper has them, and the shift."""
     a = fv.data.augment
-    ops = [lambda key, image: a.resize_or_pad(image, size)]  # before the shift, which counts pixels of this size
+    ops = [functools.partial(a.to_size, size=size)]  # before the shift, whose pixels are those of this size
     if config.shift:
         ops.append(functools.partial(a.random_shift, max_shift=config.shift))
     return a.make_transform(size=size), a.make_transform(*ops)
@@ -195,7 +195,7 @@ def draw(model, variables, test, plain, workdir: Path) -> None:
 
 
 def leave(number, frame):
-    """Outside the loop, which handles the signal itself, there is nothing to save."""
+    """Ends the process outside of the training loop, where there is nothing to save; the loop has its own handler."""
     sys.exit(0)
 
 

@@ -38,13 +38,13 @@ class Recipe(fv.train.Recipe):
     padding_mode: Literal["zero", "reflect"] = "zero"
     """What the padding holds."""
     flip: bool = True
-    """Augment: mirror left and right."""
+    """Augmentation: mirror left and right."""
     cutout: int = 0
     """Augment: blank a square of this side."""
     mixup: float = 0.0
-    """Augment: mixup's alpha."""
+    """Augmentation: alpha of mixup."""
     cutmix: float = 0.0
-    """Augment: cutmix's alpha; with mixup too, each batch takes one of the two."""
+    """Augmentation: alpha of cutmix; with mixup too, each batch uses one of the two."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,9 +97,9 @@ class Config(Recipe):
     manual_dir: str | None = None
     """Folder with the files of CIFAR-10's binary version."""
     data_dir: str | None = None
-    """TFDS folder with the prepared sets. Default: TFDS' own."""
+    """TFDS directory with prepared data sets. Default: that of TFDS."""
     workdir: str | None = None
-    """Where the run is kept; the same folder again goes on where it was. Default: runs/DATASET-MODEL-RECIPE-SEED."""
+    """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-MODEL-RECIPE-SEED."""
     weights: str | None = None
     """A file of weights, or a published tag, to evaluate."""
     source: str | None = None
@@ -107,7 +107,7 @@ class Config(Recipe):
     eval_only: bool = False
     """Measure --weights on the test images; no training."""
     eval_batch_size: int = 500
-    """Images a step of evaluation, over all devices."""
+    """Images per step of evaluation, over all devices."""
     eval_every: float = 2.0
     """Epochs between evaluations and checkpoints."""
     log_every: int = 100
@@ -115,9 +115,9 @@ class Config(Recipe):
     bfloat16: bool = False
     """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """How the step is compiled for several devices."""
+    """How the steps are compiled for several devices."""
     seed: int = 0
-    """Of the parameters, the data's order and all else."""
+    """Seed of the parameters, of the order of the data and of everything else."""
     progress: bool = True
     """Show the progress bar."""
 
@@ -133,7 +133,7 @@ def parse(args: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> int:
-    """Runs the experiment; returns the process's exit status."""
+    """Runs the experiment and returns the exit status of the process."""
     for field in ("eval_every", "log_every", "eval_batch_size"):
         if not 0 < getattr(config, field) < math.inf:
             raise ValueError(f"--{field.replace('_', '-')} must be positive and finite; got {getattr(config, field)}")
@@ -161,7 +161,7 @@ def main(config: Config) -> int:
         model, variables = fv.weights.load_model(config.model, config.weights, **options)
         if model.num_classes != classes:
             raise ValueError(f"{test.name} has {classes} classes, the weights {config.weights} {model.num_classes}")
-        _, eval_step = fv.train.compile_steps(objective, plain=plain, parallel=config.parallel)
+        _, eval_step = fv.train.compile_steps(objective, eval_transform=plain, parallel=config.parallel)
         state = fv.train.create_state(model, optax.identity(), jax.random.key(0), None, variables=variables)
         report(fv.train.evaluate(state, eval_step, fv.data.eval_batches(test, config.eval_batch_size)), test)
         return 0
@@ -176,7 +176,7 @@ def main(config: Config) -> int:
         overrides["aux_heads"] = True
     model = fv.create_model(config.model, **overrides)
     batches = fv.data.train_batches(train, config.batch_size, seed=config.seed)
-    rates = config.rates(batches.steps_per_epoch)
+    rates = config.learning_rate_schedule(batches.steps_per_epoch)
     ops = []
     if config.crop_padding:
         ops.append(functools.partial(a.random_crop, padding=config.crop_padding, mode=config.padding_mode))
@@ -187,15 +187,15 @@ def main(config: Config) -> int:
     mix = a.mixing(classes, mixup_alpha=config.mixup, cutmix_alpha=config.cutmix)
     train_step, eval_step = fv.train.compile_steps(
         objective,
-        augment=a.make_transform(*ops, mix=mix, **common),
-        plain=plain,
+        train_transform=a.make_transform(*ops, mix=mix, **common),
+        eval_transform=plain,
         accumulate=config.accumulate,
         use_ema=config.ema_decay is not None,
         parallel=config.parallel,
     )
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
     sample = jax.ShapeDtypeStruct((1, *test[0]["image"].shape), jnp.float32)
-    state = fv.train.create_state(model, config.update_rule(rates), init_rng, sample, ema_decay=config.ema_decay)
+    state = fv.train.create_state(model, config.make_optimizer(rates), init_rng, sample, ema_decay=config.ema_decay)
 
     free = ("workdir", "data_dir", "manual_dir", "progress", "eval_only", "weights", "source")
     fv.train.open_workdir(workdir, config, free=(*free, "eval_batch_size", "log_every"))
@@ -228,7 +228,7 @@ def main(config: Config) -> int:
     side = test[0]["image"].shape[0]
     how = fv.data.Preprocessing(crop=side, resize=side, mean=info.mean, std=info.std)
     metadata = {**result.metrics, "preprocessing": dataclasses.asdict(how)}
-    more = {"metadata": metadata, "input_size": (side, side), **fields}
+    more = {"metadata": metadata, "input_size": (side, side), "class_names": test.classes, **fields}
     fv.weights.save(workdir / "weights.safetensors", final, name=config.model, **more)
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
@@ -249,7 +249,7 @@ def draw(train, batches, view, rng, path) -> None:
 
 
 def leave(number, frame):
-    """Outside the loop, which handles the signal itself, there is nothing to save."""
+    """Ends the process outside of the training loop, where there is nothing to save; the loop has its own handler."""
     sys.exit(0)
 
 

@@ -47,13 +47,13 @@ class Recipe(fv.train.Recipe):
     shorter: tuple[int, int] = (256, 256)
     """Of scaled: lowest and highest length of the shorter side."""
     flip: bool = True
-    """Augment: mirror left and right."""
+    """Augmentation: mirror left and right."""
     lighting: float = 0.0
     """Augment: deviation of AlexNet's colour shift along the principal components."""
     mixup: float = 0.0
-    """Augment: mixup's alpha."""
+    """Augmentation: alpha of mixup."""
     cutmix: float = 0.0
-    """Augment: cutmix's alpha; with mixup too, each batch takes one of the two."""
+    """Augmentation: alpha of cutmix; with mixup too, each batch uses one of the two."""
     eval_size: int | None = None
     """Height and width of the middle crop in evaluation. Default: the model's published input."""
     eval_shorter: int | None = None
@@ -160,19 +160,19 @@ class Config(Recipe):
     manual_dir: str | None = None
     """Folder with a TFDS set's original archives."""
     data_dir: str | None = None
-    """TFDS folder with the prepared sets. Default: TFDS' own."""
+    """TFDS directory with prepared data sets. Default: that of TFDS."""
     workdir: str | None = None
-    """Where the run is kept; the same folder again goes on where it was. Default: runs/DATASET-MODEL-RECIPE-SEED."""
+    """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-MODEL-RECIPE-SEED."""
     weights: str | None = None
     """A published tag, or a file, to evaluate with the preprocessing that belongs to it."""
     source: str | None = None
     """Of a file that is no bundle of flaxvision: the library whose names its tensors have."""
     preprocessing: str | None = None
-    """Of a file: whose it expects, a tag or as of fv.data.preprocessing_for. Default: as its card or --source says."""
+    """Preprocessing for a weights file: a tag or a source. Default: that of its card or of --source."""
     eval_only: bool = False
     """Measure --weights; no training."""
     eval_batch_size: int = 256
-    """Images a step of evaluation, over all devices."""
+    """Images per step of evaluation, over all devices."""
     eval_every: float = 1.0
     """Epochs between evaluations and checkpoints."""
     log_every: int = 100
@@ -184,9 +184,9 @@ class Config(Recipe):
     bfloat16: bool = False
     """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """How the step is compiled for several devices."""
+    """How the steps are compiled for several devices."""
     seed: int = 0
-    """Of the parameters, the data's order and all else."""
+    """Seed of the parameters, of the order of the data and of everything else."""
     progress: bool = True
     """Show the progress bar."""
 
@@ -208,7 +208,7 @@ def parse(args: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> int:
-    """Runs the experiment; returns the process's exit status."""
+    """Runs the experiment and returns the exit status of the process."""
     for field in ("eval_every", "log_every", "eval_batch_size"):
         if not 0 < getattr(config, field) < math.inf:
             raise ValueError(f"--{field.replace('_', '-')} must be positive and finite; got {getattr(config, field)}")
@@ -234,7 +234,7 @@ def main(config: Config) -> int:
         fv.data.validate(photos, channels=3, num_classes=classes, verify=config.verify)
         options = {"source": config.source, "dtype": overrides["dtype"]}
         model, variables = fv.weights.load_model(config.model, config.weights, **options)
-        how = fv.data.preprocessing_for(config.model, config.preprocessing or config.source or config.weights)
+        how = fv.weights.preprocessing_for(config.model, config.preprocessing or config.source or config.weights)
         published = config.preprocessing or config.weights in fv.weights.tags(config.model)
         if not published and (config.eval_size or config.eval_shorter):
             how = dataclasses.replace(how, crop=middle.crop, resize=middle.resize)
@@ -267,22 +267,22 @@ def main(config: Config) -> int:
         transform=lambda example, rng: {**example, "image": crop(example["image"], rng)},
         num_threads=config.threads,
     )
-    rates = config.rates(batches.steps_per_epoch)
+    rates = config.learning_rate_schedule(batches.steps_per_epoch)
     ops = [a.random_flip] if config.flip else []
     if config.lighting:
         ops.append(functools.partial(a.random_lighting, std=config.lighting))
     mix = a.mixing(classes, mixup_alpha=config.mixup, cutmix_alpha=config.cutmix)
     train_step, eval_step = fv.train.compile_steps(
         objective,
-        augment=a.make_transform(*ops, mix=mix, mean=info.mean, std=info.std),
-        plain=a.make_transform(mean=info.mean, std=info.std),
+        train_transform=a.make_transform(*ops, mix=mix, mean=info.mean, std=info.std),
+        eval_transform=a.make_transform(mean=info.mean, std=info.std),
         accumulate=config.accumulate,
         use_ema=config.ema_decay is not None,
         parallel=config.parallel,
     )
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
     sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    state = fv.train.create_state(model, config.update_rule(rates), init_rng, sample, ema_decay=config.ema_decay)
+    state = fv.train.create_state(model, config.make_optimizer(rates), init_rng, sample, ema_decay=config.ema_decay)
 
     seen = jax.ShapeDtypeStruct((1, eval_size, eval_size, 3), jnp.float32)
     try:
@@ -321,6 +321,7 @@ def main(config: Config) -> int:
     final = result.state.variables if config.ema_decay is None else result.state.ema
     fields = {k: v for k, v in overrides.items() if k not in ("dtype", "axis_name")}
     how = {"metadata": {**result.metrics, "preprocessing": dataclasses.asdict(middle)}, "input_size": (size, size)}
+    how["class_names"] = test.classes
     fv.weights.save(workdir / "weights.safetensors", final, name=config.model, **how, **fields)
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
@@ -333,7 +334,7 @@ def report(metrics: dict[str, float], test) -> None:
 
 
 def leave(number, frame):
-    """Outside the loop, which handles the signal itself, there is nothing to save."""
+    """Ends the process outside of the training loop, where there is nothing to save; the loop has its own handler."""
     sys.exit(0)
 
 

@@ -1,10 +1,10 @@
-"""The command line: what the package has, what a network says of pictures, other libraries' weights as bundles.
+"""Command line: list models, classify images, convert weights.
 
     flaxvision list 'resnet*'
     flaxvision predict resnet50 torchvision/IMAGENET1K_V2 photo.jpg
     flaxvision convert resnet20_cifar resnet20.npz resnet20.safetensors --source akamaster
 
-`flaxvision COMMAND --help` shows a command's flags.
+`flaxvision COMMAND --help` shows the options of a command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 import tyro
 
 import flaxvision as fv
-from flaxvision.weights.tags import preprocessing_of
+from flaxvision.weights.load import load_weights
+from flaxvision.weights.preprocessing import known_preprocessing
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Weights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
@@ -28,19 +29,21 @@ Weights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """The registered models: year, input, parameters and the tags of their published weights."""
+    """List the registered models with year, input size, parameters and the tags of their published weights."""
 
     pattern: Annotated[str, tyro.conf.Positional] = "*"
-    """A shell pattern of names, in quotes."""
+    """Shell pattern of model names, in quotes."""
     task: Literal["classification", "detection", "segmentation"] | None = None
-    """Those of one task. Default: all."""
+    """List only the models of one task. Default: all."""
 
     def run(self) -> None:
-        """Prints them."""
+        """Prints one line per model."""
         names = fv.list_models(self.pattern, task=self.task)
         if not names:
-            task = f" of {self.task}" if self.task else ""
-            raise ValueError(f"no model{task} has a name like {self.pattern!r}; flaxvision list shows all")
+            task = f" with the task {self.task}" if self.task else ""
+            raise ValueError(
+                f"pattern must match a model{task}; got {self.pattern!r}; `flaxvision list` shows all names"
+            )
         wide = max(map(len, names))
         for name in names:
             info = fv.model_info(name)
@@ -50,48 +53,52 @@ class List:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """The likeliest classes of pictures, by the evaluation transform of the weights."""
+    """Print the most probable classes of images, using the evaluation transform of the weights."""
 
     model: Name
-    """A name of `flaxvision list`."""
+    """Name of a model, see `flaxvision list`."""
     weights: Weights
-    """A published tag of `flaxvision list`, fetched once, or a file: a bundle, .safetensors, .npz, .h5 or .pth."""
+    """Published tag, see `flaxvision list`; or a file: a bundle, .safetensors, .npz, .h5 or .pth. The file of a tag is
+    downloaded once."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]")]
-    """Pictures that Pillow reads."""
+    """Image files of any format that Pillow reads."""
     source: str | None = None
-    """For a file that is no bundle: the library whose names its tensors have."""
+    """Library that named the tensors; needed for files that are not bundles."""
     preprocessing: str | None = None
-    """A tag, or a source, whose transform to take. Default: that of the weights."""
+    """Tag or source that gives the evaluation transform. Default: the transform of the weights."""
     classes: Path | None = None
-    """A text file with a class's name a line. Default: classes are numbers."""
+    """Text file with one class name per line. Default: the class names of the weights, or numbers if there are none."""
     top: int = 5
-    """How many classes."""
+    """Number of classes to print."""
 
     def run(self) -> None:
-        """Prints a line for each picture and class."""
+        """Prints one line per image and class."""
         if self.top < 1:
             raise ValueError(f"--top must be at least 1; got {self.top}")
         if not self.images:
-            raise ValueError("there is no picture; give the path of at least one")
+            raise ValueError("IMAGE must be the path of at least one image; got none")
         from PIL import Image
 
-        model, variables = fv.weights.load_model(self.model, self.weights, source=self.source)
-        if not model.num_classes:  # type: ignore[attr-defined]
-            raise ValueError(f"{self.weights} has no classes: it gives features")
-        expects = self.preprocessing or self.source or self.weights
-        transform = fv.data.preprocessing_for(self.model, expects)
-        if preprocessing_of(self.model, expects) is None:
-            print(f"note: {expects} does not say its transform, so this is a guess: {transform}", file=sys.stderr)
-        # Lengths of capsules are no logits.
+        loaded = load_weights(self.model, self.weights, source=self.source)
+        model, names = loaded.model(), loaded.class_names
+        count = getattr(model, "num_classes", 0)
+        if not count:
+            raise ValueError(f"WEIGHTS must have classes; got {self.weights}, which gives features")
+        if self.classes is not None:
+            names = tuple(self.classes.read_text().splitlines())
+            if len(names) != count:
+                raise ValueError(f"--classes must have one name for each of {count} classes; got {len(names)} names")
+        stated = self.preprocessing or self.source or self.weights
+        transform = fv.weights.preprocessing_for(self.model, stated)
+        if known_preprocessing(self.model, stated) is None:
+            print(f"note: {stated} does not state its preprocessing; this is a guess: {transform}", file=sys.stderr)
+        # The capsule network gives lengths between 0 and 1, not logits.
         probability = (lambda x: x) if isinstance(model, fv.models.CapsNet) else jax.nn.softmax
         apply = jax.jit(model.apply)
-        names = self.classes.read_text().splitlines() if self.classes else None
         for path in self.images:
             with Image.open(path) as image:
                 pixels = transform(image)
-            logits = np.asarray(apply(variables, pixels[None]))[0]
-            if names is not None and len(names) != len(logits):
-                raise ValueError(f"{self.classes} names {len(names)} classes; the weights have {len(logits)}")
+            logits = np.asarray(apply(loaded.variables, pixels[None]))[0]
             likely = np.asarray(probability(logits))
             for place in np.argsort(-likely, kind="stable")[: self.top]:
                 print(f"{path}  {likely[place]:7.2%}  {names[place] if names else place}")
@@ -99,45 +106,57 @@ class Predict:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Writes a bundle of flaxvision, PATH.safetensors with its card PATH.json, from published weights or a file."""
+    """Convert published weights or a file to a flaxvision bundle: PATH.safetensors and its card PATH.json."""
 
     model: Name
-    """A name of `flaxvision list`."""
+    """Name of a model, see `flaxvision list`."""
     weights: Weights
-    """A published tag, or a file; see `flaxvision predict`."""
+    """Published tag or a file, as for `flaxvision predict`."""
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH.safetensors")]
-    """Of the bundle."""
+    """Path of the bundle."""
     source: str | None = None
-    """For a file that is no bundle: the library whose names its tensors have."""
+    """Library that named the tensors; needed for files that are not bundles."""
     num_classes: int | None = None
-    """Start the layers that depend on it fresh for so many classes; 0 leaves them out."""
+    """Initialize the head anew for this number of classes; 0 leaves it out."""
     channels: int | None = None
-    """Fold the first kernel for images of so many channels."""
+    """Fold the first kernel for images with this number of channels."""
     preprocessing: str | None = None
-    """A tag, or a source, whose evaluation transform goes into the card. Default: that of the weights, if they say."""
+    """Tag or source of the evaluation transform to store in the card. Default: that of the weights, if they state
+    one."""
 
     def run(self) -> None:
         """Writes the bundle."""
         options = {"source": self.source, "num_classes": self.num_classes, "channels": self.channels}
-        model, variables = fv.weights.load_model(self.model, self.weights, **options)
-        usual = fv.model_fields(fv.create_model(self.model))
-        overrides = {name: value for name, value in fv.model_fields(model).items() if value != usual[name]}
-        bundle = self.source is None and self.weights not in fv.weights.tags(self.model)
-        old = fv.weights.read_card(self.weights) if bundle else {"metadata": {}, "channels": None, "input_size": None}
-        channels = self.channels or old["channels"]
-        metadata = old["metadata"] | {"from": self.weights, "source": self.source}
-        transform = preprocessing_of(self.model, self.preprocessing or self.source or self.weights)
-        if transform and self.channels not in (None, 3):  # it was for other images
+        loaded = load_weights(self.model, self.weights, **options)
+        from_bundle = self.source is None and self.weights not in fv.weights.tags(self.model)
+        metadata = fv.weights.read_card(self.weights)["metadata"] if from_bundle else {}
+        transform = known_preprocessing(self.model, self.preprocessing or self.source or self.weights)
+        if transform and self.channels not in (None, 3):  # the transform is for colour images
             grey = {"order": "L", "mean": (np.mean(transform.mean).item(),), "std": (np.mean(transform.std).item(),)}
             transform = dataclasses.replace(transform, **grey) if self.channels == 1 else None
-        metadata["preprocessing"] = dataclasses.asdict(transform) if transform else None
-        how: dict[str, Any] = {"channels": channels, "input_size": old["input_size"], "metadata": metadata}
-        card = fv.weights.save(self.path, variables, name=self.model, **how, **overrides)
-        print(f"{self.path}: {fv.weights.read_card(self.path)['parameters']:,} parameters; its card is {card}")
+        stated = dataclasses.asdict(transform) if transform else None
+        card = fv.weights.save(
+            self.path,
+            loaded.variables,
+            name=self.model,
+            channels=loaded.channels,
+            input_size=loaded.input_size,
+            class_names=loaded.class_names,
+            metadata=metadata | {"from": self.weights, "source": self.source, "preprocessing": stated},
+            **loaded.fields,
+        )
+        print(f"{self.path}: {fv.weights.read_card(self.path)['parameters']:,} parameters, described by {card}")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs a command; returns the process's exit status."""
+    """Runs a command.
+
+    Args:
+        args: The arguments; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 1 after an error.
+    """
     commands: dict[str, Any] = {"list": List, "predict": Predict, "convert": Convert}
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="flaxvision", description=__doc__, args=args)
     try:

@@ -1,7 +1,7 @@
-"""Every picture of the library: each function draws one matplotlib Figure and saves it if given a path.
+"""Pictures: each function draws one matplotlib Figure and saves it if given a path.
 
-No function touches pyplot, its global state or the backend, so that they work without a display, inside a notebook
-and from threads. Matplotlib is imported when the first picture is drawn. A file appears whole or not at all.
+The functions use neither pyplot nor its global state, so they work without a display, in notebooks and in threads.
+Matplotlib is imported when the first picture is drawn. A file is written completely or not at all.
 """
 
 import math
@@ -33,19 +33,19 @@ def image_grid(
     Args:
         images: [N, H, W], [N, H, W, 1] or [N, H, W, 3]; uint8 in [0, 255], or floats in [0, 1] (clipped).
         labels: N class indices, or N texts.
-        classes: Names of the classes, to show instead of indices.
-        columns: Images in a row.
+        classes: Names of the classes, shown instead of indices.
+        columns: Number of images in a row.
         path: File to write; None only returns the figure.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if `images` is empty or of another shape, `labels` has another length, or `columns` is below 1.
+        ValueError: `images` is empty or has another shape, `labels` has another length, or `columns` is below 1.
     """
     images = _images("images", images)
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"labels has {len(labels)} entries for {len(images)} images.")
+        raise ValueError(f"labels must have one entry for each of the {len(images)} images; got {len(labels)}")
     titles = None if labels is None else [_class_name(label, classes) for label in labels]
     return _grid(images, titles, columns, path, {"vmin": 0, "vmax": 1})
 
@@ -53,68 +53,78 @@ def image_grid(
 def feature_maps(
     maps: Any, titles: Sequence[str] | None = None, path: PathLike | None = None, columns: int = 4
 ) -> "Figure":
-    """Draws the outputs of filters in grey, each stretched over its own range.
+    """Draws feature maps in grey, each from black, its lowest value, to white, its highest.
 
     Args:
-        maps: Feature maps [H, W], of any sizes; an array [N, H, W] will do.
-        titles: One text each.
+        maps: Feature maps [H, W] of any sizes, or an array [N, H, W].
+        titles: One text for each map.
         path: File to write; None only returns the figure.
-        columns: Maps in a row.
+        columns: Number of maps in a row.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if a map is not [H, W] or there is none, `titles` has another length, or `columns` is below 1.
+        ValueError: A map is not [H, W], there are none, `titles` has another length, or `columns` is below 1.
     """
     arrays = [np.asarray(each, dtype=np.float32) for each in maps]
     if not arrays or any(each.ndim != 2 for each in arrays):
-        raise ValueError(f"maps has shapes {[each.shape for each in arrays]}; expected one or more arrays [H, W].")
+        raise ValueError(f"maps must be one or more arrays [H, W]; got shapes {[each.shape for each in arrays]}")
     if titles is not None and len(titles) != len(arrays):
-        raise ValueError(f"titles has {len(titles)} entries for {len(arrays)} maps.")
+        raise ValueError(f"titles must have one entry for each of the {len(arrays)} maps; got {len(titles)}")
     return _grid(arrays, titles, columns, path, {})
 
 
 def curves(
-    records: Sequence[Mapping[str, Any]], path: PathLike | None = None, steps_per_epoch: float | None = None
+    records: Sequence[Mapping[str, Any]],
+    path: PathLike | None = None,
+    steps_per_epoch: float | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> "Figure":
-    """Draws loss and, where recorded, accuracy over the steps of a run, one line per split.
+    """Draws the metrics of a run over its steps, one panel for each metric and one line for each split.
 
     Args:
         records: Lines of ``metrics.jsonl``: dicts with ``step``, ``split`` ("train", "validation", "test", ...) and
-            ``loss``, ``accuracy`` (from 0 to 1) or both. Other records and keys are passed over.
+            metrics by name. Values of metrics with names that end in "accuracy" are drawn in percent.
         path: File to write; None only returns the figure.
         steps_per_epoch: Adds a second axis that counts epochs.
+        metrics: Names of the metrics to draw; None for all in the records.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if no record has a step and a loss, or `steps_per_epoch` is not positive.
+        ValueError: No record has a step, a split and one of the metrics, or `steps_per_epoch` is not positive.
     """
+    from flaxvision.train.writers import metric_names
+
     if steps_per_epoch is not None and steps_per_epoch <= 0:
-        raise ValueError(f"steps_per_epoch is {steps_per_epoch}; expected a positive number.")
-    lines = {
-        metric: {
-            split: sorted((r["step"], r[metric]) for r in records if _belongs(r, split, metric))
-            for split in dict.fromkeys(r["split"] for r in records if _belongs(r, None, metric))
-        }
-        for metric in ("loss", "accuracy")
-    }
-    if not lines["loss"]:
-        raise ValueError("records holds nothing with `step`, `split` and `loss`; expected the lines of metrics.jsonl.")
-    panels = [metric for metric in lines if lines[metric]]
-    figure = _figure(5.6 * len(panels), 4.0)
-    for axes, metric in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
-        percent = 100 if metric == "accuracy" else 1
-        for i, (split, points) in enumerate(lines[metric].items()):
+        raise ValueError(f"steps_per_epoch must be positive; got {steps_per_epoch}")
+    found = {name: None for r in records if "step" in r and "split" in r for name in metric_names(r)}
+    names = list(metrics) if metrics is not None else sorted(found, key=lambda name: name != "loss")
+    panels = [name for name in names if any(_belongs(r, None, name) for r in records)]
+    if not panels:
+        raise ValueError(
+            f"records must hold `step`, `split` and {'one of ' + ', '.join(names) if names else 'a metric'}; got "
+            f"{len(records)} without"
+        )
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(5.6 * columns, 4.0 * rows)
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, metric in zip(grid, panels, strict=False):
+        percent = metric.endswith("accuracy")
+        for i, split in enumerate(dict.fromkeys(r["split"] for r in records if _belongs(r, None, metric))):
+            points = sorted((r["step"], r[metric]) for r in records if _belongs(r, split, metric))
             steps, values = np.asarray(points, dtype=np.float64).T
             marker = "o" if (len(points) <= 40 and split != "train") or len(points) == 1 else None
             style = {"color": _split_colour(split, i), "marker": marker, "markersize": 4, "linewidth": 1.5}
-            axes.plot(steps, percent * values, label=split, **style)
+            axes.plot(steps, 100 * values if percent else values, label=split, **style)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.set_ylabel("loss" if metric == "loss" else "accuracy (%)")
+        axes.set_ylabel(f"{metric} (%)" if percent else metric)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         if steps_per_epoch is not None:
@@ -133,28 +143,29 @@ def lr_range(
     path: PathLike | None = None,
     diverged: float | None = None,
 ) -> "Figure":
-    """Draws a learning-rate range test: the loss over the raised rate, smoothed, and the rate that was chosen.
+    """Draws a learning-rate range test: the loss over the learning rate, and the learning rate that was chosen.
 
     Args:
-        learning_rates: Rates in the order of the test, positive and rising.
-        losses: Loss at each; NaN or infinite where it diverged.
-        chosen: The rate to train with.
+        learning_rates: Learning rates in the order of the test, positive and increasing.
+        losses: Loss at each of them; NaN or infinite where it diverged.
+        chosen: The learning rate to train with.
         path: File to write; None only returns the figure.
-        diverged: Rate at which the loss diverged; None for three times `chosen`, the rule of the test.
+        diverged: Learning rate at which the loss diverged; None for three times `chosen`.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if the two sequences differ in length, are empty, or a rate is not positive.
+        ValueError: The two sequences are empty or differ in length, or a learning rate is not positive.
     """
     rates, values = np.asarray(learning_rates, np.float64), np.asarray(losses, np.float64)
     if rates.shape != values.shape or rates.ndim != 1 or not rates.size:
         raise ValueError(
-            f"learning_rates has shape {rates.shape} and losses {values.shape}; expected two equal lengths."
+            f"learning_rates and losses must have the same length, at least 1; got shapes {rates.shape} and "
+            f"{values.shape}"
         )
     if not (rates > 0).all():
-        raise ValueError(f"learning_rates holds {rates.min()}; expected positive rates, they stand on a log axis.")
+        raise ValueError(f"learning_rates must be positive; got {rates.min()}")
     finite = np.isfinite(values)
     smooth = _smooth(values[finite])
     diverged = 3 * chosen if diverged is None else diverged
@@ -167,7 +178,7 @@ def lr_range(
     axes.axvline(chosen, color=OTHER_COLOUR, linestyle="-", label=f"chosen: {chosen:.2g}")
     axes.set_xscale("log")
     before = smooth[rates[finite] <= diverged]
-    if before.size:  # what comes after the divergence would flatten everything before it
+    if before.size:  # the axis ends soon above these values, which the diverged ones would flatten
         low, high = before.min(), before.max()
         room = 0.15 * (high - low) or 1.0
         axes.set_ylim(low - room, high + 3 * room)
@@ -191,22 +202,22 @@ def decision_boundary(
     Args:
         predict: Maps float32 [M, 2] to M class indices.
         features: Samples [N, 2].
-        labels: Their N classes, from 0.
-        feature_names: Axis labels, with units.
-        class_names: Names of the classes; None for "class 0" and so on.
+        labels: N class indices.
+        feature_names: Labels of the axes, with units.
+        class_names: Names of the classes; None for "class 0", "class 1" and so on.
         path: File to write; None only returns the figure.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if the shapes are others, or a class has no name.
+        ValueError: A shape is not as described, or a class has no name.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels).astype(int)
     if features.ndim != 2 or features.shape[1] != 2:
-        raise ValueError(f"features has shape {features.shape}; expected [N, 2].")
+        raise ValueError(f"features must be [N, 2]; got shape {features.shape}")
     if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels has shape {labels.shape}; expected ({len(features)},), one for each sample.")
+        raise ValueError(f"labels must have shape ({len(features)},), one for each sample; got {labels.shape}")
     low, high = features.min(0), features.max(0)
     room = np.where(high > low, 0.08 * (high - low), 0.5)
     x, y = (np.linspace(a, b, 400, dtype=np.float32) for a, b in zip(low - room, high + room, strict=True))
@@ -214,13 +225,13 @@ def decision_boundary(
     regions = np.asarray(predict(grid.reshape(-1, 2)))
     if regions.shape != (grid.shape[0] * grid.shape[1],):
         raise ValueError(
-            f"predict gave shape {regions.shape} for {grid[..., 0].size} samples; expected one class each."
+            f"predict must return one class for each of the {grid[..., 0].size} samples; got shape {regions.shape}"
         )
     regions = regions.reshape(grid.shape[:2]).astype(int)
     count = int(max(labels.max(), regions.max())) + 1
     names = [f"class {k}" for k in range(count)] if class_names is None else list(class_names)
     if len(names) < count:
-        raise ValueError(f"class_names has {len(names)} entries for {count} classes.")
+        raise ValueError(f"class_names must have at least {count} entries; got {len(names)}")
 
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
@@ -244,10 +255,10 @@ def decision_boundary(
 
 
 def confusion_matrix(counts: Any, classes: Sequence[str] | None = None, path: PathLike | None = None) -> "Figure":
-    """Draws how often each class was taken for each: counts as text, shares of the true class as colour.
+    """Draws a confusion matrix: counts as text, shares of the true class as colour.
 
     Args:
-        counts: [K, K], rows are true classes and columns predicted ones.
+        counts: [K, K]; rows are true classes, columns are predictions. See `flaxvision.metrics.ConfusionMatrix`.
         classes: Names of the K classes; None for indices.
         path: File to write; None only returns the figure.
 
@@ -255,21 +266,21 @@ def confusion_matrix(counts: Any, classes: Sequence[str] | None = None, path: Pa
         The figure.
 
     Raises:
-        ValueError: if `counts` is not square or `classes` has another length.
+        ValueError: `counts` is not square, or `classes` has another length.
     """
     counts = np.asarray(counts)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.size:
-        raise ValueError(f"counts has shape {counts.shape}; expected [K, K].")
+        raise ValueError(f"counts must be [K, K]; got shape {counts.shape}")
     size = len(counts)
     names = [str(k) for k in range(size)] if classes is None else list(classes)
     if len(names) != size:
-        raise ValueError(f"classes has {len(names)} names for {size} classes.")
+        raise ValueError(f"classes must have {size} names; got {len(names)}")
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(max(0.5 * size, 2.6), 12.0)
     figure = _figure(side + 2.2, side + 1.2)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    if size <= 30:  # beyond, numbers do not fit and names every few classes are enough
+    if size <= 30:  # numbers do not fit into smaller cells
         for i, j in np.argwhere(counts):
             colour = "white" if shares[i, j] > 55 else "black"
             text = {"ha": "center", "va": "center", "fontsize": 9 if size <= 12 else 6, "color": colour}
@@ -285,16 +296,16 @@ def confusion_matrix(counts: Any, classes: Sequence[str] | None = None, path: Pa
 
 
 def _grid(images, titles, columns, path, limits):
-    """Images [H, W] or [H, W, 3] in rows of `columns`."""
+    """Draws images [H, W] or [H, W, 3] in rows of `columns`."""
     if columns < 1:
-        raise ValueError(f"columns is {columns}; expected at least 1.")
+        raise ValueError(f"columns must be at least 1; got {columns}")
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     height, width = np.max([image.shape[:2] for image in images], axis=0)
     cell = max(min(7.5 / columns, 3.2), 1.1)
     figure = _figure(cell * columns, (cell * height / width + (0.25 if titles is not None else 0)) * rows)
     panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    letters = max(int(cell * 12), 6)  # that fit above a cell at 9 points
+    letters = max(int(cell * 12), 6)  # the number that fits above a cell at 9 points
     for i, axes in enumerate(panels):
         axes.set_axis_off()
         if i >= len(images):
@@ -308,7 +319,7 @@ def _grid(images, titles, columns, path, limits):
 
 
 def _figure(width, height):
-    """An empty figure of so many inches whose parts make room for each other."""
+    """Returns an empty figure of this size in inches, with constrained layout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -319,7 +330,7 @@ def _figure(width, height):
 
 
 def _save(figure, path):
-    """Saves the figure to `path`, unless it is None; a reader never sees half a picture."""
+    """Writes the figure if there is a path, and returns it."""
     if path is not None:
         path = Path(path)
         with atomic.replacing(path) as partial:
@@ -328,41 +339,41 @@ def _save(figure, path):
 
 
 def _images(name, images):
-    """[N, H, W] or [N, H, W, 3] floats in [0, 1]."""
+    """Returns images as [N, H, W] or [N, H, W, 3] floats in [0, 1]."""
     images = np.asarray(images)
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     if not len(images) or (images.ndim != 3 and (images.ndim != 4 or images.shape[-1] != 3)):
-        raise ValueError(f"{name} has shape {images.shape}; expected one or more [H, W], [H, W, 1] or [H, W, 3].")
+        raise ValueError(f"{name} must be one or more [H, W], [H, W, 1] or [H, W, 3]; got shape {images.shape}")
     if images.dtype == np.uint8:
         return images / np.float32(255)
     return np.clip(images.astype(np.float32), 0, 1)
 
 
 def _class_name(label, classes):
-    """The name of a class index, or the label itself."""
+    """Returns the name of a class index, or the label itself."""
     if classes is None or isinstance(label, str):
         return str(label)
     if not 0 <= int(label) < len(classes):
-        raise ValueError(f"labels holds {label}, but classes has {len(classes)} names.")
+        raise ValueError(f"labels must be indices of the {len(classes)} classes; got {label}")
     return classes[int(label)]
 
 
 def _belongs(record, split, metric):
-    """Whether a record is a finite point of this line."""
+    """Returns whether a record is a finite point of this line."""
     value = record.get(metric)
     known = "step" in record and "split" in record and split in (None, record["split"])
     return known and isinstance(value, int | float) and math.isfinite(value)
 
 
 def _split_colour(split, index):
-    """Fixed colours for the usual splits."""
+    """Returns the colour of a split; the usual splits have fixed ones."""
     named = {"train": TRAIN_COLOUR, "validation": VALIDATION_COLOUR, "test": OTHER_COLOUR}
     return named.get(split, f"C{index + 3}")
 
 
 def _smooth(values, decay=0.8):
-    """Exponential moving average, corrected for its start."""
+    """Returns the exponential moving average, corrected for its start."""
     smooth, average = [], 0.0
     for i, value in enumerate(values):
         average = decay * average + (1 - decay) * value

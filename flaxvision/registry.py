@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from flaxvision import published
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
@@ -25,7 +27,6 @@ class ModelInfo:
         params: Exact number of trainable parameters at the defaults.
         mean: Per-channel mean of the published preprocessing, in [0, 1].
         std: Per-channel standard deviation of the published preprocessing, in [0, 1].
-        weights: Tags of the published weights that `flaxvision.weights.load` accepts.
         defaults: Fields of the model, or of its backbone, that the name sets.
     """
 
@@ -38,8 +39,12 @@ class ModelInfo:
     params: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    weights: tuple[str, ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Tags of the published weights that `flaxvision.weights.load` accepts; the first one is the default."""
+        return published.tags(self.name)
 
 
 class _Entry(NamedTuple):

@@ -39,23 +39,26 @@ def test_list(capsys):
 
 def test_predict_and_convert(folder, capsys):
     theirs, bundle, photo = (str(folder / name) for name in ("theirs.npz", "bundle.safetensors", "photo.png"))
-    flags = ["--top", "3", "--classes", str(folder / "names.txt")]
+    flags = ["--top", "3"]
     assert cli.main(["predict", NAME, theirs, photo, photo, "--source", "akamaster", *flags]) == 0
     said = capsys.readouterr().out
     lines = [line.rsplit("  ", 2) for line in said.splitlines()]
     model, variables = fv.weights.load_model(NAME, theirs, source="akamaster")
-    pixels = fv.data.preprocessing_for(NAME, "akamaster")(Image.open(photo))
+    pixels = fv.weights.preprocessing_for(NAME, "akamaster")(Image.open(photo))
     logits = np.asarray(model.apply(variables, pixels[None]))[0]
     likely = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     order = np.argsort(-likely)[:3]
-    assert [line[2] for line in lines] == [f"class {i}" for i in order] * 2
+    cifar = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert [line[2] for line in lines] == [cifar[i] for i in order] * 2
     assert [float(line[1].strip(" %")) for line in lines[:3]] == pytest.approx(100 * likely[order], abs=0.006)
 
     assert cli.main(["convert", NAME, theirs, bundle, "--source", "akamaster"]) == 0
     assert "269,722 parameters" in capsys.readouterr().out
     assert cli.main(["predict", NAME, bundle, photo, photo, *flags]) == 0
     assert capsys.readouterr().out == said
-    assert fv.data.preprocessing_for(NAME, bundle) == fv.data.preprocessing_for(NAME, "akamaster")
+    assert cli.main(["predict", NAME, bundle, photo, *flags, "--classes", str(folder / "names.txt")]) == 0
+    assert [line.rsplit("  ", 1)[1] for line in capsys.readouterr().out.splitlines()] == [f"class {i}" for i in order]
+    assert fv.weights.preprocessing_for(NAME, bundle) == fv.weights.preprocessing_for(NAME, "akamaster")
 
 
 def test_convert_for_other_classes_and_channels(folder, capsys):
@@ -64,6 +67,7 @@ def test_convert_for_other_classes_and_channels(folder, capsys):
     assert cli.main(["convert", NAME, str(folder / "theirs.npz"), str(path), *flags]) == 0
     variables, card = fv.weights.read_bundle(path)
     assert (card["overrides"], card["channels"]) == ({"num_classes": 7}, 1)
+    assert card["class_names"] is None  # the new head has other classes
     assert variables["params"]["head"]["bias"].shape == (7,)
     # A bundle of a bundle keeps what its card says.
     assert cli.main(["convert", NAME, str(path), str(again)]) == 0
@@ -81,7 +85,7 @@ def test_networks_that_flatten_keep_their_size(folder, capsys):
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     path, again = folder / "lenet.safetensors", folder / "lenet2.safetensors"
     fv.weights.save(path, variables, name="lenet_dli", channels=3, input_size=(32, 32), metadata={"licence": "MIT"})
-    assert fv.data.preprocessing_for("lenet_dli", str(path)).crop == 32
+    assert fv.weights.preprocessing_for("lenet_dli", str(path)).crop == 32
     assert cli.main(["convert", "lenet_dli", str(path), str(again)]) == 0
     assert fv.weights.read_card(again)["metadata"]["licence"] == "MIT"
     assert cli.main(["predict", "lenet_dli", str(again), str(folder / "photo.png"), "--top", "1"]) == 0
@@ -92,30 +96,30 @@ def test_features_are_no_classes(folder, capsys):
     flags = ["--source", "akamaster", "--num-classes", "0"]
     assert cli.main(["convert", NAME, str(folder / "theirs.npz"), path, *flags]) == 0
     assert cli.main(["predict", NAME, path, str(folder / "photo.png")]) == 1
-    assert "has no classes: it gives features" in capsys.readouterr().err
+    assert "headless.safetensors, which gives features" in capsys.readouterr().err
 
 
 def test_a_bundle_without_a_transform_has_the_models_own(folder):
     variables = fv.weights.load(NAME, folder / "theirs.npz", source="akamaster")
     fv.weights.save(folder / "bare.safetensors", variables, name=NAME)
     path = str(folder / "bare.safetensors")
-    assert fv.data.preprocessing_for(NAME, path) == fv.data.preprocessing_for(NAME)
+    assert fv.weights.preprocessing_for(NAME, path) == fv.weights.preprocessing_for(NAME)
     card = json.loads((folder / "bare.json").read_text())
     (folder / "bare.json").write_text(json.dumps(card | {"metadata": {"preprocessing": {"cropp": 3}}}))
-    with pytest.raises(ValueError, match="holds no evaluation transform"):
-        fv.data.preprocessing_for(NAME, path)
+    with pytest.raises(ValueError, match="holds an invalid evaluation transform"):
+        fv.weights.preprocessing_for(NAME, path)
 
 
 def test_a_library_tells_the_transform_where_its_tags_agree(folder, capsys):
-    assert fv.data.preprocessing_for("xception", "timm") == fv.data.preprocessing_for("xception", "timm/tf_in1k")
-    usual = fv.data.preprocessing_for("resnet50", "timm")
+    assert fv.weights.preprocessing_for("xception", "timm") == fv.weights.preprocessing_for("xception", "timm/tf_in1k")
+    usual = fv.weights.preprocessing_for("resnet50", "timm")
     assert (usual.crop, usual.resize) == (224, 256)
-    assert fv.data.preprocessing_for("resnet50", "timm/a1_in1k") != usual
+    assert fv.weights.preprocessing_for("resnet50", "timm/a1_in1k") != usual
     variables = fv.weights.load(NAME, folder / "theirs.npz", source="akamaster")
     fv.weights.save(folder / "silent.safetensors", variables, name=NAME)
     args = ["predict", NAME, str(folder / "silent.safetensors"), str(folder / "photo.png")]
     assert cli.main(args) == 0
-    assert "so this is a guess" in capsys.readouterr().err
+    assert "this is a guess" in capsys.readouterr().err
     assert cli.main([*args, "--preprocessing", "akamaster"]) == 0
     assert not capsys.readouterr().err
 
@@ -123,16 +127,25 @@ def test_a_library_tells_the_transform_where_its_tags_agree(folder, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["list", "nosuch*"], "no model has a name like 'nosuch*'"),
-        (["list", "--task", "detection"], "no model of detection has a name like '*'"),
+        (["list", "nosuch*"], "pattern must match a model; got 'nosuch*'"),
+        (["list", "--task", "detection"], "pattern must match a model with the task detection; got '*'"),
         (["predict", "resnet5", "x.npz", "photo.png"], "got 'resnet5'"),
         (["predict", NAME, "theirs.npz", "nosuch.png", "--source", "akamaster"], "No such file"),
         (["predict", NAME, "theirs.npz", "names.txt", "--source", "akamaster"], "cannot identify image file"),
-        (["predict", NAME, "theirs.npz", "photo.png"], "give source="),
-        (["predict", NAME, "theirs.npz", "--source", "akamaster"], "there is no picture"),
+        (["predict", NAME, "theirs.npz", "photo.png"], "source must name the library of theirs.npz"),
+        (
+            ["predict", NAME, "theirs.npz", "--source", "akamaster"],
+            "IMAGE must be the path of at least one",
+        ),
         (["predict", NAME, "theirs.npz", "photo.png", "--source", "akamaster", "--top", "0"], "--top must be at least"),
-        (["convert", NAME, "theirs.npz", "out.npz", "--source", "akamaster"], "must end in .safetensors"),
-        (["convert", NAME, "nosuch.npz", "out.safetensors", "--source", "akamaster"], "there is no file nosuch.npz"),
+        (
+            ["convert", NAME, "theirs.npz", "out.npz", "--source", "akamaster"],
+            "must end in .safetensors; got out.npz",
+        ),
+        (
+            ["convert", NAME, "nosuch.npz", "out.safetensors", "--source", "akamaster"],
+            "must be an existing file; got nosuch",
+        ),
     ],
 )
 def test_one_line_for_each_error(folder, monkeypatch, capsys, args, message):
@@ -147,4 +160,4 @@ def test_the_numbers_of_names_and_classes(folder, capsys):
     (folder / "few.txt").write_text("cat\n")
     args = ["predict", NAME, str(folder / "theirs.npz"), str(folder / "photo.png"), "--source", "akamaster"]
     assert cli.main([*args, "--classes", str(folder / "few.txt")]) == 1
-    assert "names 1 classes; the weights have 10" in capsys.readouterr().err
+    assert "--classes must have one name for each of 10 classes; got 1 names" in capsys.readouterr().err

@@ -34,7 +34,7 @@ cifar10 = load_script()
 def tiny(monkeypatch):
     """A registered ResNet of one unit, to compile in no time."""
     info = dataclasses.replace(
-        fv.model_info("resnet20_cifar"), name="tiny", weights=(), defaults=(("stage_sizes", (1,)), ("features", (8,)))
+        fv.model_info("resnet20_cifar"), name="tiny", defaults=(("stage_sizes", (1,)), ("features", (8,)))
     )
     monkeypatch.setitem(registry._MODELS, "tiny", registry._Entry(CifarResNet, CifarResNetBackbone, info))
     return "tiny"
@@ -58,7 +58,7 @@ def test_he_2015_in_numbers():
     recipe = cifar10.RECIPES["he"]
     steps = 50_000 // recipe.batch_size
     assert recipe.num_steps(steps) == 64_000
-    rates = recipe.rates(steps)
+    rates = recipe.learning_rate_schedule(steps)
     for step, rate in ((0, 0.1), (31_999, 0.1), (32_001, 0.01), (47_999, 0.01), (48_001, 0.001), (63_999, 0.001)):
         assert float(rates(step)) == pytest.approx(rate)
     assert (recipe.batch_size, recipe.momentum, recipe.weight_decay) == (128, 0.9, 1e-4)
@@ -115,6 +115,7 @@ def test_a_run_learns_and_goes_on(tmp_path, npz, tiny, capsys):
     assert capsys.readouterr().out == text
     assert fv.train.read_records(tmp_path / "run" / "metrics.jsonl") == records
     weights = str(tmp_path / "run" / "weights.safetensors")
+    assert len(fv.weights.read_card(weights)["class_names"]) == fv.weights.load_model("tiny", weights)[0].num_classes
     assert cifar10.main(dataclasses.replace(config, eval_only=True, weights=weights)) == 0
     assert capsys.readouterr().out == text.splitlines(keepends=True)[0]
     assert cifar10.main(dataclasses.replace(config, eval_batch_size=9, log_every=1)) == 0  # neither changes the run

@@ -137,7 +137,7 @@ def test_sigterm_before_the_training_leaves_with_status_0(tmp_path):
 
 
 def test_a_run_that_never_began_may_change(tmp_path):
-    with pytest.raises(ValueError, match="12 rows"):
+    with pytest.raises(ValueError, match="batch size must be a multiple of the 8 devices"):
         mnist.main(config_of(tmp_path, batch_size=12))
     assert mnist.main(config_of(tmp_path, batch_size=64, hidden=(8,))) == 0
     with pytest.raises(ValueError, match="holds another run: batch_size was 64, now 32"):
@@ -235,7 +235,7 @@ def test_bad_folders(tmp_path):
 
 
 def test_a_batch_that_the_devices_do_not_divide(tmp_path):
-    with pytest.raises(ValueError, match="12 rows can't be shared out over 8 devices"):
+    with pytest.raises(ValueError, match="multiple of the 8 devices, such as 8; got 12"):
         mnist.main(config_of(tmp_path, dataset=npz(tmp_path / "data.npz"), batch_size=12))
 
 

@@ -1,4 +1,4 @@
-"""Every picture is written, holds what it should, and leaves matplotlib's global state alone."""
+"""Every picture is written, shows its data, and leaves matplotlib's global state alone."""
 
 import math
 import subprocess
@@ -36,8 +36,8 @@ def texts(figure):
 
 @pytest.mark.parametrize(
     "images",
-    [GREY, GREY[..., None], np.repeat(GREY[..., None], 3, -1), GREY / 255.0],
-    ids=["HW", "HW1", "HW3", "float"],
+    [GREY, np.repeat(GREY[..., None], 3, -1), GREY[..., None] / 255.0],
+    ids=["HW", "HW3", "float HW1"],
 )
 def test_image_grid(images, tmp_path):
     path = tmp_path / "new" / "grid.png"
@@ -60,15 +60,15 @@ def test_image_grid_shows_texts_numpy_labels_and_shortens():
 
 
 def test_image_grid_errors():
-    with pytest.raises(ValueError, match="labels has 2 entries for 5"):
+    with pytest.raises(ValueError, match="labels must have one entry for each of the 5 images; got 2"):
         plot.image_grid(GREY, [0, 1])
-    with pytest.raises(ValueError, match=r"images has shape \(5, 8, 6, 2\)"):
+    with pytest.raises(ValueError, match=r"images must be one or more .*; got shape \(5, 8, 6, 2\)"):
         plot.image_grid(np.zeros((5, 8, 6, 2)))
-    with pytest.raises(ValueError, match="images has shape"):
+    with pytest.raises(ValueError, match="images must be one or more"):
         plot.image_grid(GREY[:0])
-    with pytest.raises(ValueError, match="columns is 0"):
+    with pytest.raises(ValueError, match="columns must be at least 1; got 0"):
         plot.image_grid(GREY, columns=0)
-    with pytest.raises(ValueError, match="labels holds 7"):
+    with pytest.raises(ValueError, match="labels must be indices of the 2 classes; got 7"):
         plot.image_grid(GREY[:1], [7], ["cat", "dog"])
 
 
@@ -78,9 +78,9 @@ def test_feature_maps(tmp_path):
     picture(tmp_path / "maps.png")
     assert [axes.get_title() for axes in figure.axes] == ["vertical", "pooled"]
     assert figure.axes[0].images[0].get_clim() == (maps[0].min(), maps[0].max())
-    with pytest.raises(ValueError, match="titles has 1 entries for 2"):
+    with pytest.raises(ValueError, match="titles must have one entry for each of the 2 maps; got 1"):
         plot.feature_maps(maps, ["vertical"])
-    with pytest.raises(ValueError, match=r"maps has shapes \[\(8, 6, 1\)\]"):
+    with pytest.raises(ValueError, match=r"maps must be one or more arrays \[H, W\]; got shapes \[\(8, 6, 1\)\]"):
         plot.feature_maps([GREY[0][..., None]])
 
 
@@ -108,10 +108,24 @@ def test_curves_of_one_point_without_accuracy(tmp_path):
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 2.3]])
 
 
+def test_curves_are_named_by_the_metrics_of_the_records(tmp_path):
+    records = [
+        {"step": 1, "split": "train", "box_loss": 1.0, "loss": 2.0, "learning_rate": 0.1, "images_per_second": 9.0},
+        {"step": 2, "split": "validation", "seg_mean_iou": 0.5, "ap": 0.25, "loss": 1.5},
+    ]
+    figure = plot.curves(records, tmp_path / "curves.png")
+    picture(tmp_path / "curves.png")
+    assert [axes.get_ylabel() for axes in figure.axes if axes.lines] == ["loss", "box_loss", "seg_mean_iou", "ap"]
+    (axes,) = plot.curves(records, metrics=["ap", "none"]).axes
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[2, 0.25]])
+    with pytest.raises(ValueError, match="`split` and one of recall; got 2 without"):
+        plot.curves(records, metrics=["recall"])
+
+
 def test_curves_errors():
-    with pytest.raises(ValueError, match="records holds nothing"):
+    with pytest.raises(ValueError, match="records must hold `step`, `split` and a metric; got 1 without"):
         plot.curves([{"step": 1, "split": "train"}])
-    with pytest.raises(ValueError, match="steps_per_epoch is 0"):
+    with pytest.raises(ValueError, match="steps_per_epoch must be positive; got 0"):
         plot.curves(RECORDS, steps_per_epoch=0)
 
 
@@ -131,9 +145,9 @@ def test_lr_range(tmp_path):
     assert np.isfinite(smooth.get_ydata()).all()
     assert len(smooth.get_ydata()) == 58
     assert "diverges at 0.5" in texts(plot.lr_range(rates, losses, 0.3, diverged=0.5))
-    with pytest.raises(ValueError, match="learning_rates has shape"):
+    with pytest.raises(ValueError, match="learning_rates and losses must have the same length"):
         plot.lr_range(rates, losses[1:], 0.3)
-    with pytest.raises(ValueError, match="learning_rates holds 0"):
+    with pytest.raises(ValueError, match="learning_rates must be positive; got 0"):
         plot.lr_range([0.0, 1.0], [1.0, 1.0], 0.3)
 
 
@@ -157,13 +171,13 @@ def test_decision_boundary(tmp_path):
     blue, orange = ((np.abs(pixels.astype(int) - c).max(-1) < 8).sum() for c in ((199, 221, 237), (255, 223, 195)))
     assert min(blue, orange) > 0.1 * pixels.shape[0] * pixels.shape[1]  # both regions are there
     plot.decision_boundary(lambda samples: np.zeros(len(samples)), features, labels)  # one region only
-    with pytest.raises(ValueError, match=r"features has shape \(30, 1\)"):
+    with pytest.raises(ValueError, match=r"features must be \[N, 2\]; got shape \(30, 1\)"):
         plot.decision_boundary(predict, features[:, :1], labels)
-    with pytest.raises(ValueError, match="labels has shape"):
+    with pytest.raises(ValueError, match=r"labels must have shape \(30,\)"):
         plot.decision_boundary(predict, features, labels[1:])
-    with pytest.raises(ValueError, match="class_names has 1 entries for 2"):
+    with pytest.raises(ValueError, match="class_names must have at least 2 entries; got 1"):
         plot.decision_boundary(predict, features, labels, class_names=["setosa"])
-    with pytest.raises(ValueError, match="predict gave shape"):
+    with pytest.raises(ValueError, match="predict must return one class for each of the 160000 samples"):
         plot.decision_boundary(lambda samples: np.zeros((len(samples), 2)), features, labels)
 
 
@@ -178,9 +192,9 @@ def test_confusion_matrix(tmp_path):
     many = plot.confusion_matrix(np.eye(100, dtype=int))
     assert not many.axes[0].texts
     assert len(many.axes[0].get_xticks()) <= 40
-    with pytest.raises(ValueError, match=r"counts has shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"counts must be \[K, K\]; got shape \(2, 3\)"):
         plot.confusion_matrix(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="classes has 1 names for 2"):
+    with pytest.raises(ValueError, match="classes must have 2 names; got 1"):
         plot.confusion_matrix(np.eye(2), ["cat"])
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from flaxvision.data.arrays import ArraySource, Mapped, Source, Subset, stratified_split, subset
     from flaxvision.data.folder import FolderSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
-    from flaxvision.data.preprocessing import Preprocessing, preprocessing_for
+    from flaxvision.data.preprocessing import Preprocessing
     from flaxvision.data.sources import load
     from flaxvision.data.statistics import channel_statistics
     from flaxvision.data.tfds import TfdsSource
@@ -30,7 +30,6 @@ _HOME = {
     "channel_statistics": "statistics",
     "eval_batches": "pipeline",
     "load": "sources",
-    "preprocessing_for": "preprocessing",
     "stratified_split": "arrays",
     "subset": "arrays",
     "train_batches": "pipeline",
@@ -52,7 +51,6 @@ __all__ = [
     "cropping",
     "eval_batches",
     "load",
-    "preprocessing_for",
     "stratified_split",
     "subset",
     "train_batches",

@@ -1,8 +1,8 @@
-"""Crops of photographs on the host: uint8 [H, W, C] of any size to uint8 [size, size, C], for the worker threads.
+"""Random crops on the host, for the worker threads: uint8 [H, W, C] of any size to uint8 [size, size, C].
 
-They draw from a numpy generator, as `flaxvision.data.train_batches` hands one to its transform.
-`flaxvision.data.augment` has their like on the device, for images that have one size already, and
-`flaxvision.data.Preprocessing` what evaluation takes.
+They draw from a numpy generator, such as the one that `flaxvision.data.train_batches` passes to its transform. For
+crops on the device, of images of one size, see `flaxvision.data.augment`; for evaluation, see
+`flaxvision.data.Preprocessing`.
 """
 
 import math
@@ -21,16 +21,16 @@ def random_resized_crop(
 ) -> np.ndarray:
     """Resizes a random part (Szegedy 2014, section 6) to `size`.
 
-    The part's share of the area is uniform in `area`, its width by height log-uniform in `ratio`. The first of `tries`
-    draws that fits is taken; if none does, the largest centred part within `ratio`, as torchvision does.
+    The share of the area is uniform in `area` and the width by height is log-uniform in `ratio`. The first of `tries`
+    draws that fits into the image is used; if none does, the largest centred part within `ratio`, as in torchvision.
 
     Args:
         image: uint8 [H, W, C], C 1 or 3.
-        rng: Where to draw from.
+        rng: Random generator.
         size: Height and width of the result.
-        area: Lowest and highest share.
+        area: Lowest and highest share of the area.
         ratio: Lowest and highest width by height.
-        tries: Draws.
+        tries: Number of draws.
 
     Returns:
         uint8 [size, size, C].
@@ -53,14 +53,14 @@ def random_resized_crop(
 def random_scaled_crop(
     image: np.ndarray, rng: np.random.Generator, *, size: int, shorter: tuple[int, int] = (256, 256)
 ) -> np.ndarray:
-    """Resizes the shorter side to a whole number uniform in `shorter` and cuts out `size` anywhere.
+    """Resizes the shorter side to a whole number uniform in `shorter` and crops `size` at a random place.
 
-    With equal bounds it is AlexNet's crop (Krizhevsky 2012, section 4.1), with others VGG's scale jittering (Simonyan
+    With equal bounds this is AlexNet's crop (Krizhevsky 2012, section 4.1), otherwise VGG's scale jittering (Simonyan
     2014, section 3.1).
 
     Args:
         image: uint8 [H, W, C], C 1 or 3.
-        rng: Where to draw from.
+        rng: Random generator.
         size: Height and width of the result; at most the shorter side.
         shorter: Lowest and highest length of the shorter side.
 
@@ -68,14 +68,16 @@ def random_scaled_crop(
         uint8 [size, size, C].
 
     Raises:
-        ValueError: The bounds are in disorder, or `size` is larger than they are.
+        ValueError: Not `1 <= size <= shorter[0] <= shorter[1]`.
     """
     if not 1 <= size <= shorter[0] <= shorter[1]:
-        raise ValueError(f"want 1 <= size <= shorter[0] <= shorter[1]; got size={size}, shorter={shorter}")
+        raise ValueError(
+            f"size and shorter must satisfy 1 <= size <= shorter[0] <= shorter[1]; got {size} and {shorter}"
+        )
     goal, least = int(rng.integers(shorter[0], shorter[1] + 1)), min(image.shape[:2])
     height, width = (side * goal // least for side in image.shape[:2])
     top, left = rng.integers(0, height - size + 1), rng.integers(0, width - size + 1)
-    # What resizing the whole and cutting gives, without computing what is cut off.
+    # The same as resizing the whole image and cropping, without computing what is cut off.
     y, x = image.shape[0] / height, image.shape[1] / width
     box = (left * x, top * y, min((left + size) * x, image.shape[1]), min((top + size) * y, image.shape[0]))
     return _resize(image, box, size)

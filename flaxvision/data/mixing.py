@@ -1,12 +1,13 @@
 """Mixup and CutMix: batch transforms ``(rng, batch) -> batch`` with soft targets.
 
 Both mix row i with row ``partner[i]`` of one random permutation of the real rows (``mask`` 1), with one mixing weight
-for the whole batch as in the authors' implementations. Padded rows neither give nor take anything. The weight is
-drawn from the batch's key alone and the permutation runs over the global batch, so results do not depend on the
-number of devices under ``jit`` over a mesh, where the exchange of rows is one gather between devices.
+for the whole batch, as in the authors' implementations. Padded rows are neither mixed nor used as partners. The weight
+depends on the key of the batch only and the permutation runs over the global batch, so under ``jit`` over a mesh the
+results do not depend on the number of devices; the rows are exchanged by one gather between devices.
 
-``label`` comes out as float32 [N, K]: integer classes [N] become one-hot rows first (`num_classes` says how many),
-soft targets [N, K] are mixed as they are. Use them through `flaxvision.data.augment.make_transform`.
+``label`` becomes float32 [N, K]: integer classes [N] are first converted to one-hot rows of `num_classes` numbers, soft
+targets [N, K] are mixed as they are. Batches with boxes, masks or key points are refused. Pass these transforms to
+`flaxvision.data.augment.make_transform`.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,17 +31,18 @@ def mixup(
     Args:
         rng: Key of this batch.
         batch: ``image`` float [N, H, W, C], ``label`` [N] or [N, K], optionally ``mask`` [N].
-        alpha: Parameter of the symmetric Beta distribution of the weight; 0 leaves the images alone.
-        num_classes: K; needed for integer labels.
-        probability: Share of batches that are mixed.
+        alpha: Parameter of the symmetric Beta distribution of the weight; 0 mixes nothing.
+        num_classes: K; required for integer labels.
+        probability: Share of the batches that are mixed.
 
     Returns:
         The batch with mixed ``image`` and soft ``label`` [N, K].
 
     Raises:
-        ValueError: for a negative `alpha`, images or labels of another kind, a missing or wrong `num_classes`.
+        ValueError: `alpha` is negative, images or labels are of another kind, `num_classes` is missing or wrong, or the
+            batch has boxes, masks or key points.
     """
-    weight, partner, targets, _ = _prepare(rng, batch, alpha, num_classes, probability)
+    weight, partner, targets, _ = _prepare("mixup", rng, batch, alpha, num_classes, probability)
     image = jnp.asarray(batch["image"])
     image = weight * image + (1 - weight) * image[partner]
     return {**batch, "image": image, "label": weight * targets + (1 - weight) * targets[partner]}
@@ -54,25 +56,25 @@ def cutmix(
     num_classes: int | None = None,
     probability: float = 1.0,
 ) -> dict[str, Any]:
-    """Replaces one box, the same in every image, by the partner's (Yun 2019, algorithm 1).
+    """Replaces one rectangle, the same in every image, by that of the partner (Yun 2019, algorithm 1).
 
-    The box has the image's aspect ratio and the share ``1 - weight`` of its area before the border clips it; the
-    targets are weighted by the share of pixels really kept.
+    Before it is clipped at the border, the rectangle has the aspect ratio of the image and the share ``1 - weight`` of
+    its area. The targets are weighted by the share of the pixels that are kept.
 
     Args:
         rng: Key of this batch.
         batch: ``image`` float [N, H, W, C], ``label`` [N] or [N, K], optionally ``mask`` [N].
-        alpha: Parameter of the symmetric Beta distribution of the weight; 0 leaves the images alone.
-        num_classes: K; needed for integer labels.
-        probability: Share of batches that are mixed (the paper takes 0.5 for CIFAR and 1 for ImageNet).
+        alpha: Parameter of the symmetric Beta distribution of the weight; 0 mixes nothing.
+        num_classes: K; required for integer labels.
+        probability: Share of the batches that are mixed (in the paper 0.5 for CIFAR and 1 for ImageNet).
 
     Returns:
         The batch with mixed ``image`` and soft ``label`` [N, K].
 
     Raises:
-        ValueError: as `mixup`.
+        ValueError: See `mixup`.
     """
-    weight, partner, targets, key = _prepare(rng, batch, alpha, num_classes, probability)
+    weight, partner, targets, key = _prepare("cutmix", rng, batch, alpha, num_classes, probability)
     image = jnp.asarray(batch["image"])
     _, height, width, _ = image.shape
     inside = []
@@ -90,15 +92,15 @@ def cutmix(
 def mixing(
     num_classes: int, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0
 ) -> Callable[[jax.Array, Mapping[str, Any]], dict[str, Any]] | None:
-    """Mixup, cutmix, or for each batch one of the two with equal chances.
+    """Makes a transform of mixup, of cutmix, or of both, which then take turns at random.
 
     Args:
         num_classes: K.
-        mixup_alpha: Of `mixup`; 0 leaves it out.
-        cutmix_alpha: Of `cutmix`; 0 leaves it out.
+        mixup_alpha: The `alpha` of `mixup`; 0 leaves mixup out.
+        cutmix_alpha: The `alpha` of `cutmix`; 0 leaves cutmix out.
 
     Returns:
-        The transform, None when both are left out.
+        The transform, or None if both are left out.
     """
     chosen = []
     if mixup_alpha:
@@ -115,21 +117,26 @@ def mixing(
     return either
 
 
-def _prepare(rng, batch, alpha, num_classes, probability):
-    """Checks the arguments; draws the weight and the partners; gives them with the soft targets and a fresh key."""
+def _prepare(name, rng, batch, alpha, num_classes, probability):
+    """Checks the arguments and returns the weight, the partners, the soft targets and a fresh key."""
     if alpha < 0:
-        raise ValueError(f"alpha is {alpha}; expected a number of at least 0.")
+        raise ValueError(f"alpha must be at least 0; got {alpha}")
+    for key in ("boxes", "masks", "keypoints"):
+        if key in batch:
+            raise ValueError(f"{name} cannot mix {key!r} of shape {batch[key].shape}; remove the key or {name}")
     image = batch["image"]
     if image.ndim != 4 or not jnp.issubdtype(image.dtype, jnp.floating):
-        raise ValueError(f"batch['image'] is {image.dtype}{list(image.shape)}; expected floats [N, H, W, C].")
+        raise ValueError(f"batch['image'] must be floats [N, H, W, C]; got {image.dtype}{list(image.shape)}")
     label = jnp.asarray(batch["label"])
     integers = label.ndim == 1 and jnp.issubdtype(label.dtype, jnp.integer)
     if not integers and not (label.ndim == 2 and jnp.issubdtype(label.dtype, jnp.floating)):
-        raise ValueError(f"batch['label'] is {label.dtype}{list(label.shape)}; expected integers [N] or floats [N, K].")
+        raise ValueError(
+            f"batch['label'] must be integers [N] or floats [N, K] for {name}; got {label.dtype}{list(label.shape)}"
+        )
     if integers and num_classes is None:
-        raise ValueError("num_classes is None; integer labels [N] need it to become soft targets [N, num_classes].")
+        raise ValueError("num_classes must be given for integer labels [N]; got None")
     if not integers and num_classes not in (None, label.shape[1]):
-        raise ValueError(f"num_classes is {num_classes}, but the labels have shape {label.shape}.")
+        raise ValueError(f"num_classes must be the {label.shape[1]} columns of the labels; got {num_classes}")
     targets = jax.nn.one_hot(label, num_classes) if num_classes and integers else label.astype(jnp.float32)
 
     key_weight, key_partner, key_rest = jax.random.split(rng, 3)
@@ -141,7 +148,7 @@ def _prepare(rng, batch, alpha, num_classes, probability):
     mask = batch.get("mask")
     rows = jnp.arange(image.shape[0])
     real = jnp.ones(rows.shape, bool) if mask is None else jnp.asarray(mask) > 0
-    # Real rows in random order come first in `shuffled`; the r-th real row takes the r-th of them.
+    # The real rows come first in `shuffled`, in random order; the partner of the r-th real row is the r-th of them.
     shuffled = jnp.argsort(jnp.where(real, jax.random.uniform(key_partner, rows.shape), 2.0))
     partner = jnp.where(real, shuffled[jnp.cumsum(real) - 1], rows)
     return weight, partner, targets, key_rest

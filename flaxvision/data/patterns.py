@@ -1,4 +1,4 @@
-"""Drawn patterns: a data set that needs no file, to try a program on."""
+"""Procedurally drawn patterns: a data set without files, to try a program on."""
 
 import hashlib
 from typing import Any
@@ -8,22 +8,22 @@ import numpy as np
 from flaxvision.data.arrays import ArraySource, check_split
 
 _KINDS = ("stripes across", "stripes down", "checks", "dots", "rings")
-# Two colours each, in 0..1; mirroring changes neither the kind nor the colour.
+# Two colours each, in [0, 1]. A mirrored image keeps its class.
 _COLOURS = {"warm": ((0.95, 0.75, 0.3), (0.6, 0.15, 0.1)), "cool": ((0.45, 0.8, 0.95), (0.1, 0.2, 0.55))}
 _SIZES = {"train": 1000, "test": 250}
 
 
 class PatternSource:
-    """Five patterns in warm and in cool colours, each image of another size, period, phase and contrast, with noise.
+    """Five patterns in warm and cool colours. Images differ in size, period, phase and contrast, and have noise.
 
-    Image `i` has the class `i mod 10` and is drawn when it is asked for, from its index alone.
+    Image `i` has class `i mod 10`. It is drawn when it is read and depends on its index only.
 
     Args:
         split: "train" (1,000 images) or "test" (250).
-        image_size: Height and width in pixels; None draws 72 to 128, each its own.
+        image_size: Height and width in pixels; None draws them from 72 to 128 for each image.
 
     Raises:
-        ValueError: For another split.
+        ValueError: `split` is neither of the two.
     """
 
     classes = tuple(f"{colour} {kind}" for kind in _KINDS for colour in _COLOURS)
@@ -62,12 +62,12 @@ class PatternSource:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the name, the size and a few images."""
+        """Digest of the name, the size and the first ten images."""
         digest = hashlib.blake2b(f"{self.name}/{self.image_size}".encode(), digest_size=16)
         for index in range(len(self.classes)):
             digest.update(self[index]["image"].tobytes())
         return digest.hexdigest()
 
     def in_memory(self) -> ArraySource:
-        """Draws all images, which must have one size, into an `ArraySource`."""
+        """Draws all images into an `ArraySource`; requires `image_size`."""
         return ArraySource(np.stack([self[i]["image"] for i in range(len(self))]), self.label, self.classes, self.name)

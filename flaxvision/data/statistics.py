@@ -1,4 +1,4 @@
-"""The mean and spread of a set's pixels."""
+"""Mean and standard deviation of the pixels of a data set."""
 
 import numpy as np
 
@@ -6,14 +6,16 @@ from flaxvision.data.arrays import Source
 
 
 def channel_statistics(source: Source, *, samples: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Measures the mean and standard deviation of each channel, in [0, 1], for `flaxvision.data.augment.normalize`.
+    """Measures the mean and standard deviation of each channel, in [0, 1].
+
+    The result is what `flaxvision.data.augment.make_transform` takes as `mean` and `std`.
 
     Args:
-        source: Images of uint8 or of floats.
-        samples: About how many images to look at, spread evenly.
+        source: uint8 or float images.
+        samples: Approximate number of images to measure, evenly spaced over the source.
 
     Returns:
-        The means and the deviations, one number a channel; a deviation is at least 1e-3.
+        The means and the deviations, one number per channel; a deviation is at least 1e-3.
     """
     total, squares, count = 0.0, 0.0, 0
     for i in range(0, len(source), -(-len(source) // samples)):

@@ -1,6 +1,32 @@
-"""Metrics as sums and weights: they add up over batches, devices and processes; the host divides, last."""
+"""Metrics: accumulators that are updated on the device, merged over batches and devices, and computed on the host.
 
-from flaxvision.metrics.classification import confusion_matrix, correct, top_k_correct
-from flaxvision.metrics.sums import add, divide
+An objective returns a dict of accumulators for its batch::
 
-__all__ = ["add", "confusion_matrix", "correct", "divide", "top_k_correct"]
+    logits = apply_fn({"params": params}, batch["image"])
+    metrics = {
+        "accuracy": fv.metrics.Mean.of(fv.metrics.correct(logits, batch["label"]), batch["mask"]),
+        "confusion": fv.metrics.ConfusionMatrix.init(10).update(logits.argmax(-1), batch["label"], batch["mask"]),
+    }
+
+Steps, the loop and the checkpoints treat every accumulator alike: `merge` over batches, `all_reduce` over devices,
+`compute` once, on the host. Each metric has its own weights, and padded rows weigh nothing, so the result does not
+depend on the batch size or on the number of devices.
+"""
+
+from flaxvision.metrics.accumulator import Accumulator, compute, from_json, merge, to_host, to_json
+from flaxvision.metrics.classification import correct, top_k_correct
+from flaxvision.metrics.confusion import ConfusionMatrix
+from flaxvision.metrics.mean import Mean
+
+__all__ = [
+    "Accumulator",
+    "ConfusionMatrix",
+    "Mean",
+    "compute",
+    "correct",
+    "from_json",
+    "merge",
+    "to_host",
+    "to_json",
+    "top_k_correct",
+]

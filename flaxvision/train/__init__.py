@@ -1,9 +1,9 @@
-"""Training: state, objectives, steps, their compilation, optimizers and the loop."""
+"""Training: the state, objectives, steps and their compilation, optimizers and the loop."""
 
 from flaxvision.train.loop import EarlyStopping, FitResult, evaluate, fit
 from flaxvision.train.objectives import Objective, binary, capsule, classification, multilabel, regression
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
-from flaxvision.train.parallel import compile_steps, jit_step, make_mesh, pmap_step
+from flaxvision.train.parallel import compile_steps, jit_step, make_mesh, pmap_step, prefetch
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
 from flaxvision.train.recipe import Recipe
 from flaxvision.train.state import TrainState, create_state
@@ -39,6 +39,7 @@ __all__ = [
     "open_workdir",
     "optimizer",
     "pmap_step",
+    "prefetch",
     "read_records",
     "regression",
     "schedule",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -16,28 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxvision import metrics as fm
+from flaxvision.train.parallel import prefetch
 from flaxvision.train.state import TrainState
 
 
 class TrainData(Protocol):
-    """Training batches that can start anywhere."""
+    """Training batches that can start at any step."""
 
     def from_step(self, step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Iterates over the batches of steps `step`, `step + 1`, ... without end."""
+        """Returns an endless iterator over the batches of steps `step`, `step + 1` and so on."""
         ...
 
 
 @dataclasses.dataclass
 class EarlyStopping:
-    """Stops when a metric has not improved for some evaluations.
+    """Stops a run when a metric has not improved for several evaluations.
 
     Attributes:
-        patience: Evaluations without improvement.
-        metric: Its name in the evaluation's record.
-        mode: `"max"` or `"min"`.
-        min_delta: What counts as improvement.
-        best: The best value so far.
-        waited: Evaluations since then.
+        patience: Number of evaluations without improvement after which the run stops.
+        metric: Name of the metric in the record of the evaluation.
+        mode: `"max"` or `"min"`: whether a larger or a smaller value is better.
+        min_delta: Smallest change that counts as an improvement.
+        best: Best value so far.
+        waited: Number of evaluations since the best value.
+
+    Raises:
+        ValueError: `mode` or `patience` is out of range.
     """
 
     patience: int
@@ -54,13 +61,16 @@ class EarlyStopping:
             raise ValueError(f"patience must be at least 1; got {self.patience}")
 
     def update(self, metrics: dict[str, float]) -> None:
-        """Takes in one evaluation.
+        """Takes one evaluation into account.
+
+        Args:
+            metrics: The values of the evaluation.
 
         Raises:
-            KeyError: The metric is not in it.
+            KeyError: `metric` is not among them.
         """
         if self.metric not in metrics:
-            raise KeyError(f"early stopping watches {self.metric!r}; the evaluation gave {', '.join(metrics)}")
+            raise KeyError(f"metric must be one of {', '.join(metrics)}; got {self.metric!r}")
         value = metrics[self.metric]
         sign = 1 if self.mode == "max" else -1
         if not math.isnan(value) and (self.best is None or sign * (value - self.best) > self.min_delta):
@@ -70,7 +80,7 @@ class EarlyStopping:
 
     @property
     def stop(self) -> bool:
-        """Whether patience has run out."""
+        """Whether the run should stop."""
         return self.waited >= self.patience
 
 
@@ -80,7 +90,7 @@ class FitResult:
 
     Attributes:
         state: The last state.
-        metrics: The last evaluation's means, empty without one.
+        metrics: The values of the last evaluation; empty without one.
         stopped: None for a run that did all its steps, `"early_stopping"`, or the name of a signal.
     """
 
@@ -89,31 +99,38 @@ class FitResult:
     stopped: str | None
 
 
-def evaluate(state: TrainState, eval_step: Callable[..., dict[str, Any]], batches: Iterable[Any]) -> dict[str, float]:
-    """Measures a whole data set.
+def evaluate(
+    state: TrainState, eval_step: Callable[..., dict[str, fm.Accumulator]], batches: Iterable[Any]
+) -> dict[str, float]:
+    """Evaluates a state on a whole data set.
 
     Args:
-        state: The run.
-        eval_step: Compiled; gives metric sums.
-        batches: Padded rows have mask 0, so that every example counts exactly once.
+        state: The state.
+        eval_step: A compiled eval step.
+        batches: Batches; rows with mask 0 are padding, so that every example counts exactly once.
 
     Returns:
-        The means.
+        The values of the metrics by name.
+
+    Raises:
+        ValueError: There are no batches.
     """
     total = None
-    pending = []
-    for batch in batches:
+    pending: deque[dict[str, fm.Accumulator]] = deque()
+    for batch in prefetch(batches, getattr(eval_step, "batch_sharding", None)):
         pending.append(eval_step(state, batch))
-        if len(pending) == 8:  # let the device run ahead, but not without bound
-            total = fm.add(total, jax.device_get(pending.pop(0)))
-    for sums in pending:
-        total = fm.add(total, jax.device_get(sums))
-    return fm.divide(total or {})
+        if len(pending) == 8:  # let the device run ahead, within bounds
+            total = fm.merge(total, fm.to_host(pending.popleft()))
+    for metrics in pending:
+        total = fm.merge(total, fm.to_host(metrics))
+    if total is None:
+        raise ValueError("batches must hold at least one batch; got none")
+    return fm.compute(total)
 
 
 def fit(
     state: TrainState,
-    step: Callable[..., tuple[TrainState, dict[str, Any]]],
+    step: Callable[..., tuple[TrainState, dict[str, fm.Accumulator]]],
     data: TrainData,
     *,
     num_steps: int,
@@ -127,34 +144,35 @@ def fit(
     learning_rate: Callable[[int], Any] | None = None,
     writers: Sequence[Any] = (),
 ) -> FitResult:
-    """Trains until `num_steps`, going on from the newest checkpoint if there is one.
+    """Trains until `num_steps`, resuming from the newest checkpoint if there is one.
 
-    At SIGTERM or SIGINT it finishes the step, saves and returns. A run that was killed and started again ends in the
-    bits of the uninterrupted one: data and randomness are functions of the step, and the open sums of the training
-    metrics are in the checkpoint.
+    On SIGTERM or SIGINT it finishes the current step, saves and returns. A run that is killed and resumed gives
+    bit-identical results: data and randomness are functions of the step, and the metrics of the current window are in
+    the checkpoint.
 
     Args:
-        state: Where to start; its buffers are the loop's from here on.
-        step: A compiled train step.
-        data: See `flaxvision.data.train_batches`.
-        num_steps: The run's steps in all.
-        rng: The run's key.
-        evaluate: `state -> means`, such as `partial(evaluate, eval_step=..., batches=...)`.
+        state: The state to start from. The loop donates its buffers, so do not use it afterwards.
+        step: A compiled train step. Batches are copied to its `batch_sharding`, if it has one, two steps ahead.
+        data: The batches, such as `flaxvision.data.train_batches`.
+        num_steps: Total number of steps of the run.
+        rng: The key of the run.
+        evaluate: `state -> values`, such as `partial(evaluate, eval_step=..., batches=...)`.
         eval_every: Steps between evaluations; None for one at the end.
-        log_every: Steps between training records, each the mean since the last; each evaluation has one too.
+        log_every: Steps between training records. A record holds the metrics since the last record, and there is one
+            at every evaluation too.
         checkpoints: A `flaxvision.checkpoint.Checkpoints`.
-        checkpoint_every: Steps between checkpoints; None for one after each evaluation. The last step always has one.
-            Only a checkpoint at an evaluation can be the best one.
-        early_stopping: Looked at after each evaluation.
+        checkpoint_every: Steps between checkpoints; None for one after each evaluation. There is always one after the
+            last step. Only a checkpoint at an evaluation can be the best one.
+        early_stopping: When to stop early; updated after each evaluation.
         learning_rate: A schedule to record.
-        writers: Of records; see `flaxvision.train.writers`.
+        writers: Writers of records; see `flaxvision.train.writers`.
 
     Returns:
         The `FitResult`.
 
     Raises:
-        FloatingPointError: A loss or parameter was not finite; the message names the step and the last checkpoint, and
-            no such state was saved.
+        FloatingPointError: A loss or a parameter was not finite. The message names the step and the last checkpoint;
+            no state that is not finite was saved.
         ValueError: An interval is not positive.
     """
     for name, every in {"eval_every": eval_every, "log_every": log_every, "checkpoint_every": checkpoint_every}.items():
@@ -163,30 +181,32 @@ def fit(
     eval_every = eval_every or num_steps
     checkpoint_every = checkpoint_every or eval_every
     window, metrics = _Window(), {}
-    early_stopping = dataclasses.replace(early_stopping) if early_stopping else None  # the caller's keeps its start
+    early_stopping = dataclasses.replace(early_stopping) if early_stopping else None  # leave the caller's unchanged
     saved = None
     restored = checkpoints.restore(state) if checkpoints else None
     if restored is not None:
         state, saved, metrics = restored.state, restored.step, dict(restored.metrics or {})
-        window.sums = restored.progress.get("window") or None
+        window.stored = restored.progress.get("window") or None
         if early_stopping:
             early_stopping = dataclasses.replace(early_stopping, **restored.progress.get("early_stopping", {}))
     start = int(state.step)
-
-    def save(at: int, at_metrics: dict[str, float] | None) -> None:
-        nonlocal saved
-        if checkpoints and at != saved:
-            window.check(saved)
-            if not bool(_all_finite(state)):
-                raise FloatingPointError(f"a parameter is not finite after step {at}; {_last_good(saved)}")
-            stopping = {"best": early_stopping.best, "waited": early_stopping.waited} if early_stopping else {}
-            progress = {"window": window.fetch(), "early_stopping": stopping}
-            checkpoints.save(at, state, progress=progress, metrics=at_metrics)
-            saved = at
+    bars = [w for w in writers if hasattr(w, "advance")]
 
     def write(record: dict[str, Any]) -> None:
         for writer in writers:
             writer.write(record)
+
+    def save(at: int, at_metrics: dict[str, float] | None) -> None:
+        nonlocal saved
+        if checkpoints and at != saved:
+            log.settle(saved)
+            window.check(saved)
+            if not bool(_all_finite(state)):
+                raise FloatingPointError(f"a parameter is not finite after step {at}; {_last_good(saved)}")
+            stopping = {"best": early_stopping.best, "waited": early_stopping.waited} if early_stopping else {}
+            progress = {"window": window.to_json(), "early_stopping": stopping}
+            checkpoints.save(at, state, progress=progress, metrics=at_metrics)
+            saved = at
 
     stopped = "early_stopping" if early_stopping and early_stopping.stop else None
     with contextlib.ExitStack() as stack:
@@ -194,37 +214,31 @@ def fit(
             stack.callback(writer.close)
             writer.start(start)
         signals = stack.enter_context(_Signals())
-        bars = [w for w in writers if hasattr(w, "advance")]
-        batches = data.from_step(start)
-        if hasattr(batches, "close"):
-            stack.callback(batches.close)
-        clock = time.perf_counter()
-        at, seen = start, 0
+        log = _Log(write, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flaxvision-metrics")))
+        source = data.from_step(start)
+        if hasattr(source, "close"):
+            stack.callback(source.close)
+        needed = itertools.islice(source, max(num_steps - start, 0))
+        batches = prefetch(needed, getattr(step, "batch_sharding", None))
+        at = start
         while at < num_steps and not stopped:
             batch = next(batches)
-            state, sums = step(state, batch, rng)
+            state, step_metrics = step(state, batch, rng)
             at += 1
-            window.add(sums, at)
-            seen += len(batch["image"])
+            window.add(step_metrics, at, len(batch["image"]))
             for bar in bars:
                 bar.advance(len(batch["image"]))
             last = at == num_steps
             if at % log_every == 0 or at % eval_every == 0 or last:
-                window.check(saved)
-                record = {"step": at, "split": "train", **fm.divide(window.fetch())}
-                if learning_rate is not None:
-                    record["learning_rate"] = float(learning_rate(at - 1))
-                now = time.perf_counter()
-                record["images_per_second"] = seen / (now - clock)
-                clock, seen = now, 0
-                write(record)
+                log.settle(saved)
+                log.begin(at, window, learning_rate(at - 1) if learning_rate is not None else None)
                 window = _Window()
             evaluated = None
             if evaluate is not None and (at % eval_every == 0 or last):
-                window.check(saved)
+                log.settle(saved)
                 pause = time.perf_counter()
                 evaluated = metrics = evaluate(state)
-                clock += time.perf_counter() - pause
+                log.clock += time.perf_counter() - pause
                 write({"step": at, "split": "validation", **evaluated})
                 if early_stopping:
                     early_stopping.update(evaluated)
@@ -234,38 +248,80 @@ def fit(
             if signals.caught and not last:
                 stopped = signals.caught
                 save(at, evaluated)
+        log.settle(saved)
         if checkpoints:
             checkpoints.wait()
     return FitResult(state, metrics, stopped)
 
 
 class _Window:
-    """The training metrics since the last record, summed on the device, and the first step that was not finite."""
+    """The training metrics since the last record, merged on the device, and the first step that was not finite."""
 
     def __init__(self):
-        self.sums: dict[str, Any] | None = None
-        self.bad: Any = None
+        self.metrics: dict[str, fm.Accumulator] | None = None
+        self.stored: dict[str, Any] | None = None  # from a checkpoint; its types are known at the first step
+        self.bad: Any = np.int32(np.iinfo(np.int32).max)
+        self.images = 0
 
-    def add(self, sums: dict[str, Any], step: int) -> None:
-        if self.sums is None:
-            self.sums = {k: np.float32(0) for k in sums}
-        else:  # restored from JSON: the same bits as float32
-            self.sums = {k: v if isinstance(v, jax.Array) else np.float32(v) for k, v in self.sums.items()}
-        self.bad = np.int32(np.iinfo(np.int32).max) if self.bad is None else self.bad
-        self.sums, self.bad = _add(self.sums, self.bad, sums, np.int32(step))
+    def add(self, metrics: dict[str, fm.Accumulator], step: int, images: int) -> None:
+        """Merges the metrics of one step without waiting for them."""
+        if self.stored:
+            self.metrics, self.stored = fm.from_json(self.stored, metrics), None
+        self.metrics, self.bad = _merge(self.metrics, self.bad, metrics, np.int32(step))
+        self.images += images
 
-    def fetch(self) -> dict[str, float]:
-        return {k: float(v) for k, v in jax.device_get(self.sums or {}).items()}
+    def to_json(self) -> dict[str, Any]:
+        return self.stored or fm.to_json(self.metrics)
 
     def check(self, saved: int | None) -> None:
-        if self.bad is not None and int(self.bad) != np.iinfo(np.int32).max:
+        """Raises if a loss was not finite; waits for the last step."""
+        if int(self.bad) != np.iinfo(np.int32).max:
             raise FloatingPointError(f"the loss is not finite at step {int(self.bad)}; {_last_good(saved)}")
 
 
+class _Log:
+    """Writes training records without making the loop wait for the device.
+
+    The loop would stand still at every record if it fetched the values at once, and the device would run out of work.
+    So a thread fetches them, and the record is written when the loop needs it: before the next record, an evaluation, a
+    checkpoint or the end. The records and their order are the same, and a checkpoint never precedes its records. The
+    thread also takes the time at which the device was done, so `images_per_second` stays exact.
+    """
+
+    def __init__(self, write: Callable[[dict[str, Any]], None], thread: ThreadPoolExecutor):
+        self.write, self.thread = write, thread
+        self.clock = time.perf_counter()
+        self._pending: tuple[int, _Window, Future[Any]] | None = None
+
+    def begin(self, step: int, window: _Window, learning_rate: Any) -> None:
+        """Starts to fetch the values of a window. The learning rate is fetched too: it is computed on the device."""
+        self._pending = step, window, self.thread.submit(_fetch, window, learning_rate)
+
+    def settle(self, saved: int | None) -> None:
+        """Waits for the values of the open record, if there is one, and writes it."""
+        if self._pending is None:
+            return
+        (step, window, future), self._pending = self._pending, None
+        metrics, learning_rate, now = future.result()
+        window.check(saved)
+        record = {"step": step, "split": "train", **fm.compute(metrics)}
+        if learning_rate is not None:
+            record["learning_rate"] = float(learning_rate)
+        record["images_per_second"] = window.images / (now - self.clock)
+        self.clock = now
+        self.write(record)
+
+
+def _fetch(window: _Window, learning_rate: Any) -> tuple[dict[str, Any], Any, float]:
+    learning_rate, _ = jax.device_get((learning_rate, window.bad))
+    return fm.to_host(window.metrics or {}), learning_rate, time.perf_counter()
+
+
 @jax.jit
-def _add(total, bad, sums, step):
-    bad = jnp.minimum(bad, jnp.where(jnp.isfinite(sums["loss"]), bad, step))
-    return {k: total[k] + v for k, v in sums.items()}, bad
+def _merge(total, bad, metrics, step):
+    losses = [x for x in jax.tree.leaves(metrics["loss"]) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in losses]))
+    return fm.merge(total, metrics), jnp.minimum(bad, jnp.where(finite, bad, step))
 
 
 @jax.jit
@@ -279,7 +335,7 @@ def _last_good(saved: int | None) -> str:
 
 
 class _Signals:
-    """Notes SIGTERM and SIGINT instead of dying; a second SIGINT interrupts at once."""
+    """Records SIGTERM and SIGINT instead of ending the process; a second SIGINT interrupts at once."""
 
     def __init__(self):
         self.caught: str | None = None

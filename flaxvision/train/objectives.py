@@ -1,14 +1,19 @@
-"""What a model is trained for: one pure function per task.
+"""Objectives: one pure function for each task, which gives the loss and the metrics.
 
-An objective maps `(apply_fn, params, collections, batch, rng, train)` to `loss, (metrics, collections)`: the mean loss
-over the batch's real rows (`mask` 1; 0 is padding), metric sums with their `"weight"`, and the collections after the
-pass. BatchNorm sees padded rows, as zeros, in training: train on full batches. A new task is a new objective; the step,
-the loop and the checkpoints stay.
+An objective maps `(apply_fn, params, collections, batch, rng, train)` to `loss, (metrics, collections)`:
+
+* `loss` is the mean loss over the real rows of the batch (`mask` 1; 0 is padding).
+* `metrics` is a dict of accumulators, see `flaxvision.metrics`. `metrics["loss"]` is a `Mean`; its weight is the weight
+  of the batch, by which gradients of several parts or devices are averaged. Every other metric has weights of its own.
+* `collections` are the other Linen collections after the pass.
+
+In training, BatchNorm also sees the padded rows, as zeros, so train on full batches. A new task needs a new objective
+and no change in the step, the loop or the checkpoints. Metrics of training are merged on the device, so they must keep
+their shape; an accumulator of lists belongs to evaluation (`train=False`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -23,7 +28,7 @@ PerExample = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Objective(Protocol):
-    """A pure function of a model's `apply`, its variables and a batch; see the module's text."""
+    """A pure function of a model's `apply`, its variables and a batch; see the module docstring."""
 
     def __call__(
         self,
@@ -34,8 +39,8 @@ class Objective(Protocol):
         rng: jax.Array | None,
         train: bool,
         /,
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, Any]]]:
-        """Gives `loss, (metric sums, collections)`."""
+    ) -> tuple[jax.Array, tuple[dict[str, fm.Accumulator], dict[str, Any]]]:
+        """Returns `loss, (metrics, collections)`."""
         ...
 
 
@@ -46,22 +51,22 @@ def classification(
     aux_weight: float = 0.3,
     loss: PerExample | None = None,
 ) -> Objective:
-    """One of K classes.
+    """Makes the objective of single-label classification.
 
-    `batch["label"]` is integers `[N]`, or soft targets `[N, K]` as mixup and cutmix make them. Metrics: `loss`,
-    `accuracy`, and `top5_accuracy` where K > 5; soft targets count as their largest class.
+    `batch["label"]` holds integers `[N]`, or soft targets `[N, K]` such as those of mixup and cutmix. The metrics are
+    `loss`, `accuracy` and, if K > 5, `top5_accuracy`. For them the class of a soft target is its largest one.
 
     Args:
-        label_smoothing: The share of each target spread over all classes (Szegedy et al. 2015, section 7).
-        class_weights: K factors of the examples' losses by their class; the mean still divides by the examples.
-        aux_weight: Weight of each of the logits in `aux_logits` (Szegedy et al. 2014, section 5: 0.3).
-        loss: `(logits [N, K], targets [N, K]) -> [N]` in place of the cross-entropy, such as `losses.lenet_map`.
+        label_smoothing: Share of each target that is spread over all classes (Szegedy et al. 2015, section 7).
+        class_weights: K factors, one for the losses of each class. The mean still divides by the number of examples.
+        aux_weight: Weight of the loss of each auxiliary classifier (Szegedy et al. 2014, section 5: 0.3).
+        loss: `(logits [N, K], targets [N, K]) -> [N]`, used instead of the cross-entropy, such as `losses.lenet_map`.
 
     Returns:
-        The objective.
+        The objective. When traced it raises ValueError for labels or weights of the wrong shape.
 
     Raises:
-        ValueError: `label_smoothing` is not in [0, 1); when traced, the labels' or weights' shapes do not fit.
+        ValueError: `label_smoothing` is not in [0, 1).
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
@@ -74,11 +79,11 @@ def classification(
         elif label.shape == logits.shape:
             targets = label.astype(jnp.float32)
         else:
-            raise ValueError(f"labels must be integers [N] or targets {logits.shape}; got {label.shape}")
+            raise ValueError(f"label must be integers [N] or targets {logits.shape}; got {label.shape}")
         weights = jnp.ones(label.shape[:1])
         if class_weights is not None:
             if len(class_weights) != classes:
-                raise ValueError(f"class_weights must have {classes} values, one a class; got {len(class_weights)}")
+                raise ValueError(f"class_weights must have {classes} values, one per class; got {len(class_weights)}")
             weights = targets @ jnp.asarray(class_weights, jnp.float32)
         return weights * per_example(logits, optax.smooth_labels(targets, label_smoothing))
 
@@ -93,22 +98,20 @@ def classification(
 
 
 def binary(*, positive_weight: float = 1.0) -> Objective:
-    """One class against the rest, from one logit.
+    """Makes the objective of binary classification from a single logit.
 
-    The model gives `[N, 1]` (`num_classes=1`); `batch["label"]` is 0 or 1, `[N]`. Metrics: `loss`, `accuracy`.
+    The model returns `[N, 1]` (`num_classes=1`); `batch["label"]` is 0 or 1, `[N]`. The metrics are `loss` and
+    `accuracy`.
 
     Args:
-        positive_weight: Factor of the loss of the examples labelled 1.
+        positive_weight: Factor of the loss of examples with label 1.
 
     Returns:
-        The objective.
-
-    Raises:
-        ValueError: When traced: the model has another number of logits.
+        The objective. When traced it raises ValueError if the model has another number of logits.
     """
 
     def losses(logits, batch):
-        _expect(logits.shape == (*batch["label"].shape, 1), "one logit per label", logits, batch["label"])
+        _expect(logits.shape == (*batch["label"].shape, 1), "one row per logit", logits, batch["label"])
         label = batch["label"].astype(jnp.float32)
         weights = 1 + (positive_weight - 1) * label
         return weights * optax.sigmoid_binary_cross_entropy(logits[:, 0], label)
@@ -120,20 +123,17 @@ def binary(*, positive_weight: float = 1.0) -> Objective:
 
 
 def multilabel() -> Objective:
-    """Any number of K classes at once.
+    """Makes the objective of multi-label classification, in which an example has any number of K classes.
 
-    `batch["label"]` is 0 or 1, `[N, K]`. The loss is the mean over the classes of the binary cross-entropies. Metrics:
-    `loss`, `accuracy` (the share of right decisions) and `exact_match` (all K right).
+    `batch["label"]` is 0 or 1, `[N, K]`. The loss of an example is the mean binary cross-entropy over the classes. The
+    metrics are `loss`, `accuracy` (the share of correct decisions) and `exact_match` (all K correct).
 
     Returns:
-        The objective.
-
-    Raises:
-        ValueError: When traced: the labels are not shaped as the logits.
+        The objective. When traced it raises ValueError if the labels and the logits differ in shape.
     """
 
     def losses(logits, batch):
-        _expect(logits.shape == batch["label"].shape, "labels shaped as the logits", logits, batch["label"])
+        _expect(logits.shape == batch["label"].shape, "the shape of the logits", logits, batch["label"])
         return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch["label"].astype(jnp.float32)), axis=-1)
 
     def measure(logits, batch):
@@ -144,20 +144,20 @@ def multilabel() -> Objective:
 
 
 def regression(loss: str = "mse", *, huber_delta: float = 1.0) -> Objective:
-    """Real numbers.
+    """Makes the objective of regression.
 
-    The model gives `[N, K]`; `batch["label"]` is `[N, K]`, or `[N]` where K is 1. Losses are means over K. Metrics:
-    `loss`, `mse`, `mae`.
+    The model returns `[N, K]`; `batch["label"]` is `[N, K]`, or `[N]` if K is 1. Losses are means over K. The metrics
+    are `loss`, `mse` and `mae`.
 
     Args:
         loss: `"mse"`, `"mae"` or `"huber"` (Huber 1964).
-        huber_delta: Where Huber's loss goes from square to straight.
+        huber_delta: Error at which the Huber loss changes from quadratic to linear.
 
     Returns:
-        The objective.
+        The objective. When traced it raises ValueError if the labels and the outputs differ in shape.
 
     Raises:
-        ValueError: Another `loss`; when traced, the labels are not shaped as the outputs.
+        ValueError: `loss` is not one of the three.
     """
     functions = {
         "mse": jnp.square,
@@ -170,7 +170,7 @@ def regression(loss: str = "mse", *, huber_delta: float = 1.0) -> Objective:
     def error(outputs, batch):
         label = batch["label"].astype(jnp.float32)
         label = label[:, None] if label.ndim == 1 else label
-        _expect(outputs.shape == label.shape, "labels shaped as the outputs", outputs, label)
+        _expect(outputs.shape == label.shape, "the shape of the outputs", outputs, label)
         return outputs - label
 
     def losses(outputs, batch):
@@ -190,24 +190,24 @@ def capsule(
     absent: float = 0.1,
     absent_weight: float = 0.5,
 ) -> Objective:
-    """CapsNet's: the margin loss of the capsules' lengths, plus the error of the image drawn from one capsule.
+    """Makes the objective of CapsNet: the margin loss plus the reconstruction error.
 
-    Sabour, Frosst and Hinton 2017, sections 3 and 4.1. `batch["label"]` is integers `[N]`, or targets `[N, K]`; the
-    drawing is of the capsule of the (largest) true class in training, of the longest one otherwise. Images are in
-    [0, 1]. Metrics: `loss` (all of it), `accuracy`, `margin`, and `reconstruction`, the sum of squares over an image's
-    pixels, where the model has a decoder.
+    See Sabour, Frosst and Hinton 2017, sections 3 and 4.1. `batch["label"]` holds integers `[N]` or targets `[N, K]`.
+    The image is reconstructed from the capsule of the true class (the largest target) in training, and from the longest
+    capsule in evaluation. Images are in [0, 1]. The metrics are `loss` (the sum), `accuracy`, `margin` and, if the
+    model has a decoder, `reconstruction`: the squared error summed over the pixels of an image.
 
     Args:
-        reconstruction_weight: Factor of the sum of squares; 0 leaves the decoder out.
+        reconstruction_weight: Factor of the squared error; 0 leaves the decoder out.
         present: See `flaxvision.losses.margin`.
-        absent: Likewise.
-        absent_weight: Likewise.
+        absent: See `flaxvision.losses.margin`.
+        absent_weight: See `flaxvision.losses.margin`.
 
     Returns:
-        The objective.
+        The objective. When traced it raises ValueError for labels of the wrong shape.
 
     Raises:
-        ValueError: `reconstruction_weight` is negative; when traced, the labels' shape does not fit.
+        ValueError: `reconstruction_weight` is negative.
     """
     if reconstruction_weight < 0:
         raise ValueError(f"reconstruction_weight must not be negative; got {reconstruction_weight}")
@@ -227,39 +227,38 @@ def capsule(
         updated = dict(updated)
         drawings = jax.tree.leaves(updated.pop("reconstruction", {}))
         targets = jax.nn.one_hot(label, lengths.shape[-1]) if label.ndim == 1 else label.astype(lengths.dtype)
-        _expect(targets.shape == lengths.shape, "labels [N] or targets shaped as the outputs", lengths, label)
+        _expect(targets.shape == lengths.shape, "shape [N] or the shape of the outputs", lengths, label)
         margin = fl.margin(lengths, targets, present=present, absent=absent, absent_weight=absent_weight)
         found = {"loss": margin, "accuracy": fm.correct(lengths, classes), "margin": margin}
         if drawings:
             error = jnp.sum(jnp.square(drawings[0] - image), axis=(1, 2, 3))
             found |= {"loss": margin + reconstruction_weight * error, "reconstruction": error}
         mask = jnp.ones(lengths.shape[:1], jnp.float32) if mask is None else mask.astype(jnp.float32)
-        sums = {name: _total(values, mask) for name, values in found.items()} | {"weight": jnp.sum(mask)}
-        return sums["loss"] / jnp.maximum(sums["weight"], 1.0), (sums, {**collections, **updated})
+        metrics = {name: fm.Mean.of(values, mask) for name, values in found.items()}
+        loss = metrics["loss"].total / jnp.maximum(metrics["loss"].weight, 1.0)
+        return loss, (metrics, {**collections, **updated})
 
     return objective
 
 
 def _expect(fits: bool, what: str, outputs: jax.Array, label: jax.Array) -> None:
     if not fits:
-        raise ValueError(f"the objective wants {what}; got outputs {outputs.shape} and labels {label.shape}")
+        raise ValueError(f"label must have {what}; got outputs {outputs.shape} and labels {label.shape}")
 
 
 def _real_rows(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    """The images and the mask; a padded row may hold anything, and 0 times its NaN would be a NaN gradient."""
+    """Returns the images with padded rows set to 0, and the mask.
+
+    A padded row may hold NaN, and 0 times NaN would be a NaN gradient.
+    """
     image, mask = batch["image"], batch.get("mask")
     if mask is not None:
         image = jnp.where(mask.reshape((-1,) + (1,) * (image.ndim - 1)) > 0, image, jnp.zeros((), image.dtype))
     return image, mask
 
 
-def _total(values: jax.Array, mask: jax.Array) -> jax.Array:
-    # where, not a product: the label of a padded row may be anything too
-    return jnp.sum(jnp.where(mask > 0, mask * values, 0.0))
-
-
 def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
-    """Builds an objective from the losses `[N]` and the other metrics `[N]` of `(outputs, batch)`."""
+    """Builds an objective from two functions of `(outputs, batch)`: the losses `[N]` and the other metrics `[N]`."""
 
     def objective(apply_fn, params, collections, batch, rng, train):
         variables = {"params": params, **collections}
@@ -279,11 +278,9 @@ def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
         else:
             outputs = apply_fn(variables, image, train=False)
         mask = jnp.ones(outputs.shape[:1], jnp.float32) if mask is None else mask.astype(jnp.float32)
-        weight = jnp.sum(mask)
-        total = functools.partial(_total, mask=mask)
-        sums = {"loss": total(losses(outputs, batch))}
-        objective_sum = sums["loss"] + aux_weight * sum(total(losses(a, batch)) for a in aux)
-        sums.update({name: total(values) for name, values in measure(outputs, batch).items()}, weight=weight)
-        return objective_sum / jnp.maximum(weight, 1.0), (sums, collections)
+        metrics = {"loss": fm.Mean.of(losses(outputs, batch), mask)}
+        total = metrics["loss"].total + aux_weight * sum(fm.Mean.of(losses(a, batch), mask).total for a in aux)
+        metrics |= {name: fm.Mean.of(values, mask) for name, values in measure(outputs, batch).items()}
+        return total / jnp.maximum(metrics["loss"].weight, 1.0), (metrics, collections)
 
     return objective

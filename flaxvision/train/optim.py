@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "step", "cosine", "polynomial", "one_cycle")
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay shrinks: kernels, but no bias, norm scale or other vector or scalar."""
+    """Marks the parameters that have weight decay: kernels, but no vectors and scalars such as biases."""
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
@@ -31,28 +31,28 @@ def optimizer(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Makes an optimizer.
+    """Makes an optimizer by name.
 
-    Weight decay spares biases and norms. In `sgd`, `momentum`, `nesterov`, `rmsprop` and `lars` it is added to the
-    gradient, as torch does; in `adamw` and `lamb` it is decoupled (Loshchilov & Hutter 2019).
+    Weight decay applies to kernels only, not to biases and normalization parameters. In `sgd`, `momentum`, `nesterov`,
+    `rmsprop` and `lars` it is added to the gradient, as in PyTorch; in `adamw` and `lamb` it is decoupled (Loshchilov
+    and Hutter 2019).
 
     Args:
         name: One of `OPTIMIZERS`.
-        learning_rate: A number, or a schedule of the step.
-        momentum: Of `momentum`, `nesterov`, `rmsprop` and `lars`.
-        b1: Adam's, AdamW's and LAMB's decay of the gradient's mean.
-        b2: Likewise of its square.
-        eps: Added to the denominator; None for 1e-8, or LAMB's published 1e-6.
-        rms_decay: RMSprop's decay of the squared gradient.
-        weight_decay: See above.
-        clip_norm: Scale the gradients down to this global norm before all else.
+        learning_rate: A number, or a schedule: a function of the step.
+        momentum: Momentum of `momentum`, `nesterov`, `rmsprop` and `lars`.
+        b1: Decay of the first moment in `adam`, `adamw` and `lamb`.
+        b2: Decay of the second moment in `adam`, `adamw` and `lamb`.
+        eps: Added to the denominator; None for 1e-8, or 1e-6 in `lamb` as published.
+        rms_decay: Decay of the average of squared gradients in `rmsprop`.
+        weight_decay: Weight decay; `adam` has none.
+        clip_norm: Largest global norm of the gradients; larger ones are scaled down first. None for no limit.
 
     Returns:
-        An optax transformation.
+        An Optax transformation.
 
     Raises:
-        ValueError: An unknown name, the nearest ones given; weight decay with `adam`, which has none; negative
-            `weight_decay`; `clip_norm` not positive.
+        ValueError: `name` is unknown, `adam` is given weight decay, or a number is out of range.
     """
     if name not in OPTIMIZERS:
         raise ValueError(_unknown("optimizer", name, OPTIMIZERS))
@@ -61,7 +61,7 @@ def optimizer(
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive or None; got {clip_norm}")
     if name == "adam" and weight_decay:
-        raise ValueError("adam has no weight decay; adamw has")
+        raise ValueError(f"weight_decay must be 0 for adam (adamw has weight decay); got {weight_decay}")
     eps = (1e-6 if name == "lamb" else 1e-8) if eps is None else eps
     adam: dict[str, Any] = {"b1": b1, "b2": b2, "eps": eps}
     base = {
@@ -95,25 +95,26 @@ def schedule(
     power: float = 0.9,
     end_factor: float = 0.0,
 ) -> optax.Schedule:
-    """Makes a learning-rate schedule.
+    """Makes a learning-rate schedule by name.
 
     Args:
-        name: One of `SCHEDULES`: `constant`; `step`, which multiplies by `factor` at each of `boundaries`; `cosine` to
-            `end_factor` (Loshchilov & Hutter 2017, without restarts); `polynomial` of `power` to `end_factor`;
-            `one_cycle`, which brings its own warm-up over the first 30 % (Smith & Topin 2018).
-        learning_rate: The peak.
-        total_steps: The run's steps, the warm-up's included.
-        warmup_steps: Steps of linear rise from `learning_rate / (warmup_steps + 1)`.
-        boundaries: Fractions of `total_steps`.
-        factor: See `step`.
-        power: See `polynomial`.
-        end_factor: The last rate as a fraction of the peak.
+        name: One of `SCHEDULES`. `constant` keeps the learning rate. `step` multiplies it by `factor` at each of
+            `boundaries`. `cosine` lowers it to `end_factor` (Loshchilov and Hutter 2017, without restarts).
+            `polynomial` lowers it to `end_factor` with exponent `power`. `one_cycle` raises it over the first 30 % of
+            the steps and then lowers it (Smith and Topin 2018).
+        learning_rate: Peak learning rate.
+        total_steps: Number of steps, including the warm-up.
+        warmup_steps: Number of steps of linear warm-up, which starts at `learning_rate / (warmup_steps + 1)`.
+        boundaries: Fractions of `total_steps` for `step`.
+        factor: Factor of `step`.
+        power: Exponent of `polynomial`.
+        end_factor: Last learning rate as a fraction of the peak, for `cosine` and `polynomial`.
 
     Returns:
         A function of the step.
 
     Raises:
-        ValueError: An unknown name, the nearest ones given; steps that do not fit; `warmup_steps` with `one_cycle`.
+        ValueError: `name` is unknown, the numbers of steps do not fit, or `one_cycle` is given `warmup_steps`.
     """
     if name not in SCHEDULES:
         raise ValueError(_unknown("schedule", name, SCHEDULES))
@@ -121,18 +122,18 @@ def schedule(
         raise ValueError(f"warmup_steps must be in [0, total_steps={total_steps}); got {warmup_steps}")
     if name == "one_cycle":
         if warmup_steps:
-            raise ValueError("one_cycle brings its own warm-up; leave warmup_steps at 0")
+            raise ValueError(f"warmup_steps must be 0 for one_cycle, which has its own warm-up; got {warmup_steps}")
         return optax.cosine_onecycle_schedule(total_steps, learning_rate)
     steps = total_steps - warmup_steps
     scales: dict[int, float] = {}
-    for boundary in boundaries:  # in a short run several may fall on one step
+    for boundary in boundaries:  # in a short run, several may fall on one step
         at = round(boundary * total_steps) - warmup_steps
         scales[at] = scales.get(at, 1.0) * factor
     if name == "step" and any(s <= 0 for s in scales):
         first = round(min(boundaries) * total_steps)
         raise ValueError(
-            f"boundaries must come after the {warmup_steps} warm-up steps; got {tuple(boundaries)} of {total_steps} "
-            f"steps, the first at step {first}"
+            f"boundaries must come after the {warmup_steps} warm-up steps; got {tuple(boundaries)}, of which the first "
+            f"is step {first} of {total_steps}"
         )
     after: Callable[..., Any] = {
         "constant": lambda: optax.constant_schedule(learning_rate),
@@ -148,4 +149,4 @@ def schedule(
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
-    return f"there is no {what} named {name!r}; the nearest are {', '.join(near)}"
+    return f"name must be a known {what}, such as {', '.join(near)}; got {name!r}"

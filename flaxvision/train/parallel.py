@@ -1,12 +1,14 @@
-"""Compiling a step for the devices at hand."""
+"""Compiling a step for several devices, and moving batches to them ahead of the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,68 +19,72 @@ AXIS = "data"
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A one-dimensional mesh with the axis `"data"`.
+    """Makes a one-dimensional mesh with the axis `"data"`.
 
     Args:
-        devices: Defaults to all.
+        devices: The devices; None for all.
 
     Returns:
-        The mesh, with axes of type Auto: Linen's Dropout fails under Explicit ones.
+        The mesh. Its axis has the type Auto, because Linen's Dropout fails under Explicit axes.
     """
     devices = jax.devices() if devices is None else list(devices)
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
-    """Compiles a step with a global view: the batch is sharded over the mesh, everything else is on every device.
+    """Compiles a step with a global view: the batch is sharded over the mesh, everything else is replicated.
 
-    BatchNorm is synchronised by construction, and the model's `axis_name` stays None.
+    BatchNorm is synchronised by construction, and the `axis_name` of the model stays None.
 
     Args:
-        step: `train_step` or `eval_step`, or any `(state, batch[, rng])`, its options bound by `partial`. The state is
-            donated where a key is passed, as a train step takes one: use the state that comes back.
-        mesh: Defaults to `make_mesh()`.
+        step: `train_step`, `eval_step` or any `(state, batch[, rng])`, with its options bound by `partial`. A call with
+            a key is a train step: it donates the state, so use the state that it returns.
+        mesh: The mesh; None for `make_mesh()`.
 
     Returns:
-        The step. It raises ValueError for a batch that the devices do not divide. `.lower(state, batch, ...)` lowers it
-        without running.
+        The compiled step. It raises ValueError for a batch that the devices do not divide. `.batch_sharding` is the
+        sharding of its batches, for `prefetch`; `.lower(state, batch, ...)` lowers it without running it.
     """
     mesh = make_mesh() if mesh is None else mesh
-    everywhere, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-    train = jax.jit(step, in_shardings=(everywhere, sharded, everywhere), out_shardings=everywhere, donate_argnums=0)
-    evaluate = jax.jit(step, in_shardings=(everywhere, sharded), out_shardings=everywhere)
+    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    train = jax.jit(step, in_shardings=(replicated, sharded, replicated), out_shardings=replicated, donate_argnums=0)
+    evaluate = jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated)
 
     def call(state, batch, *rng):
-        check_divides(batch, mesh.local_mesh.size)
+        check_divides(batch, sharded)
         first = next(iter(jax.tree.leaves(state)), None)
-        if getattr(first, "sharding", None) != everywhere:  # fresh, from pmap_step, another mesh or a checkpoint
-            state = jax.device_put(state, everywhere)
-        return (train if rng else evaluate)(state, _place(batch, sharded), *rng)
+        if getattr(first, "sharding", None) != replicated:  # fresh, from pmap_step, another mesh or a checkpoint
+            state = jax.device_put(state, replicated)
+        if jax.process_count() > 1:
+            batch = _place(batch, sharded)
+        return (train if rng else evaluate)(state, batch, *rng)
 
     def lower(state, batch, *rng, **options):
         return (train if rng else evaluate).trace(state, batch, *rng).lower(**options)
 
-    call.lower = lower
+    call.lower, call.batch_sharding = lower, sharded
     return call
 
 
 def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
-    """Compiles a step with a view per device, over the mapped axis `"data"`.
+    """Compiles a step with a per-device view, over the mapped axis `"data"`.
 
-    Gradients and metrics are summed over the devices. BatchNorm normalises by each device's own rows, and the running
-    statistics kept are the devices' mean, unless the model has `axis_name="data"`; then it is synchronised and agrees
-    with `jit_step`. Dropout and augmentation draw other numbers on each device.
+    Gradients and metrics are merged over the devices. With `axis_name="data"` in the model, BatchNorm is synchronised
+    and the step agrees with `jit_step`. Without it, each device normalizes by its own rows, and the mean of the
+    devices' running statistics is kept. Dropout and augmentation draw different numbers on each device.
 
     Args:
-        step: `train_step` or `eval_step` with options bound; called with `axis_name="data"`.
-        devices: Defaults to this process's.
+        step: `train_step` or `eval_step` with its options bound; it is called with `axis_name="data"`.
+        devices: The devices; None for those of this process.
 
     Returns:
-        The step. It takes the same global batch and the same state without a device axis as `jit_step`'s, so that a
-        state passes freely between the two. It raises ValueError for a batch that the devices do not divide.
+        The compiled step. It takes the same global batch and the same state without a device axis as that of
+        `jit_step`, so a state passes freely between the two. It raises ValueError for a batch that the devices do not
+        divide. `.batch_sharding` is the sharding of its batches, for `prefetch`.
     """
     devices = jax.local_devices() if devices is None else list(devices)
     count = len(devices)
+    sharded = NamedSharding(make_mesh(devices), P(AXIS))
 
     def per_device(state, batch, *rng):
         return step(state, batch, *rng, axis_name=AXIS)
@@ -87,56 +93,116 @@ def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) ->
     evaluate = jax.pmap(per_device, AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
     def call(state, batch, *rng):
-        check_divides(batch, count)
+        check_divides(batch, sharded)
         batch = jax.tree.map(lambda x: x.reshape((count, x.shape[0] // count, *x.shape[1:])), batch)
         return (train if rng else evaluate)(state, batch, *rng)
 
+    call.batch_sharding = sharded
     return call
 
 
 def compile_steps(
     objective: Objective,
     *,
-    augment: Transform | None = None,
-    plain: Transform | None = None,
+    train_transform: Transform | None = None,
+    eval_transform: Transform | None = None,
     accumulate: int = 1,
     use_ema: bool = False,
     parallel: Literal["jit", "pmap"] = "jit",
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Compiles the pair of steps that a run needs.
+    """Compiles the train step and the eval step of a run, over all devices.
 
     Args:
-        objective: Of both.
-        augment: The training's transform; see `train_step`.
-        plain: The evaluation's.
-        accumulate: As in `train_step`.
-        use_ema: As in `eval_step`.
-        parallel: `"jit"` for `jit_step`, `"pmap"` for `pmap_step`, over all devices.
+        objective: The objective of both steps.
+        train_transform: The transform of training batches; see `train_step`.
+        eval_transform: The transform of evaluation batches; see `eval_step`.
+        accumulate: See `train_step`.
+        use_ema: See `eval_step`.
+        parallel: `"jit"` for `jit_step`, `"pmap"` for `pmap_step`.
 
     Returns:
         The train step and the eval step.
+
+    Raises:
+        ValueError: `parallel` is neither of the two.
     """
-    compile_step = {"jit": jit_step, "pmap": pmap_step}[parallel]
+    compilers = {"jit": jit_step, "pmap": pmap_step}
+    if parallel not in compilers:
+        raise ValueError(f"parallel must be 'jit' or 'pmap'; got {parallel!r}")
+    compile_step = compilers[parallel]
     return (
-        compile_step(partial(train_step, objective=objective, transform=augment, accumulate=accumulate)),
-        compile_step(partial(eval_step, objective=objective, transform=plain, use_ema=use_ema)),
+        compile_step(partial(train_step, objective=objective, transform=train_transform, accumulate=accumulate)),
+        compile_step(partial(eval_step, objective=objective, transform=eval_transform, use_ema=use_ema)),
     )
 
 
-def check_divides(batch: dict[str, Any], devices: int) -> None:
-    """Raises ValueError if the batch's rows can't be shared out evenly over the devices."""
+def prefetch(
+    batches: Iterable[dict[str, Any]], sharding: NamedSharding | None, size: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """Copies batches to the devices ahead of the step that uses them.
+
+    While a step runs, the next `size` batches are on the devices or on their way. The copies are asynchronous. An error
+    in `batches` is raised when its batch is due, after the batches before it.
+
+    Args:
+        batches: Batches of host arrays. Do not write to an array after yielding it: it may not have been copied yet.
+        sharding: Where the batches go, such as the `batch_sharding` of a compiled step. None leaves them where they
+            are and only reads ahead.
+        size: Number of batches ahead of the step, at least 1.
+
+    Yields:
+        The batches.
+
+    Raises:
+        ValueError: `size` is below 1, or the devices do not divide a batch.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}")
+    iterator, ahead, error = iter(batches), collections.deque(), None
+
+    def fill(count: int) -> Exception | None:
+        try:
+            for _, batch in zip(range(count), iterator, strict=False):
+                ahead.append(batch if sharding is None else _place(batch, sharding))
+        except Exception as raised:
+            return raised
+        return None
+
+    error = fill(size)
+    while ahead:
+        yield ahead.popleft()  # the caller starts its step, and then asks for the next batch
+        error = error or fill(1)
+    if error is not None:
+        raise error
+
+
+def check_divides(batch: dict[str, Any], sharding: NamedSharding) -> None:
+    """Checks that the rows of a batch can be shared out evenly over the devices of this process.
+
+    Args:
+        batch: A batch of this process, or a global one that is already on the devices.
+        sharding: The sharding that the batch is to have.
+
+    Raises:
+        ValueError: The devices do not divide the rows, or the arrays differ in their number of rows.
+    """
     rows = {len(x) for x in jax.tree.leaves(batch)}
     if len(rows) != 1:
         raise ValueError(f"the arrays of a batch must have the same number of rows; got {sorted(rows)}")
     (n,) = rows
+    devices = sharding.mesh.local_mesh.size
     if n % devices:
         raise ValueError(
-            f"a batch of {n} rows can't be shared out over {devices} devices; "
-            f"a multiple such as {max(n // devices, 1) * devices} can"
+            f"the batch size must be a multiple of the {devices} devices, such as "
+            f"{max(n // devices, 1) * devices}; got {n}"
         )
 
 
 def _place(batch: dict[str, Any], sharding: NamedSharding) -> dict[str, Any]:
-    if jax.process_count() == 1:
+    """Starts the copy of a batch to the devices; arrays that are there already stay."""
+    if all(isinstance(x, jax.Array) and x.sharding == sharding for x in jax.tree.leaves(batch)):
         return batch
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    check_divides(batch, sharding)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

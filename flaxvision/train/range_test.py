@@ -1,4 +1,4 @@
-"""The learning-rate range test (Smith 2017, section 3.3, to the point of divergence)."""
+"""The learning-rate range test (Smith 2017, section 3.3), continued until the loss diverges."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flaxvision.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateRange:
-    """What a range test found.
+    """The result of a range test.
 
     Attributes:
-        rates: The learning rate of each step.
-        losses: The loss of each step.
-        turned: The rate at which the loss, averaged over its neighbours, was lowest: from there on it rose.
-        diverged: Whether it rose to divergence; if not, the highest rate was still too low to tell.
+        rates: Learning rate of each step.
+        losses: Loss of each step.
+        turned: Learning rate at which the loss, averaged over neighbouring steps, was lowest.
+        diverged: Whether the loss diverged. If not, the highest learning rate was too low for a conclusion.
         suggestion: A third of `turned`.
     """
 
@@ -36,7 +36,7 @@ class LearningRateRange:
 
 def learning_rate_range(
     create_state: Callable[[optax.Schedule], TrainState],
-    step: Callable[..., tuple[TrainState, dict[str, Any]]],
+    step: Callable[..., tuple[TrainState, dict[str, fm.Accumulator]]],
     batches: Iterator[dict[str, Any]],
     rng: jax.Array,
     *,
@@ -46,36 +46,36 @@ def learning_rate_range(
     smoothing: float = 0.9,
     divergence: float = 2.0,
 ) -> LearningRateRange:
-    """Raises the learning rate from step to step until the loss diverges; the rate where it turned, divided by 3.
+    """Raises the learning rate from step to step until the loss diverges, and suggests a learning rate.
 
     Args:
-        create_state: `schedule -> state`, with the optimizer to test under that schedule.
+        create_state: `schedule -> state`, where the optimizer of the state follows that schedule.
         step: A compiled train step.
         batches: Training batches.
-        rng: The run's key.
-        low: The first rate.
-        high: The last, unless the loss diverges before.
-        num_steps: Steps from one to the other, in equal ratios.
-        smoothing: Of the loss's exponential average.
-        divergence: The loss has diverged when its average is this many times its lowest, or not finite.
+        rng: The key of the run.
+        low: First learning rate.
+        high: Last learning rate, unless the loss diverges before.
+        num_steps: Number of steps; the ratio of consecutive learning rates is constant.
+        smoothing: Decay of the exponential average of the loss.
+        divergence: The loss has diverged when its average is this many times its lowest average, or is not finite.
 
     Returns:
         The `LearningRateRange`; `flaxvision.plot.lr_range` draws it.
 
     Raises:
-        ValueError: The rates are not `0 < low < high`, or there are fewer than 10 steps.
+        ValueError: Not `0 < low < high`, or `num_steps` is below 10.
     """
-    if not 0 < low < high or num_steps < 10:
-        raise ValueError(
-            f"want 0 < low < high and at least 10 steps; got low={low}, high={high}, num_steps={num_steps}"
-        )
+    if not 0 < low < high:
+        raise ValueError(f"low and high must satisfy 0 < low < high; got low={low} and high={high}")
+    if num_steps < 10:
+        raise ValueError(f"num_steps must be at least 10; got {num_steps}")
     ratio = (high / low) ** (1 / (num_steps - 1))
     state = create_state(lambda count: low * ratio**count)
     rates, losses = [], []
     average, best, diverged = 0.0, math.inf, False
     for i in range(num_steps):
-        state, sums = step(state, next(batches), rng)
-        loss = fm.divide(jax.device_get(sums))["loss"]
+        state, metrics = step(state, next(batches), rng)
+        loss = fm.compute(metrics)["loss"]
         rates.append(low * ratio**i)
         losses.append(loss)
         average = smoothing * average + (1 - smoothing) * loss

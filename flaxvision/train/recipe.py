@@ -1,4 +1,4 @@
-"""A training recipe as data: what a paper's section on training says, in numbers."""
+"""A training recipe as data: the numbers of a paper's section on training."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from flaxvision.train import optim
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a classifier is trained; the defaults are those of ResNet on ImageNet (He 2015; Goyal 2017, section 5.1).
+    """How a classifier is trained; the defaults train ResNet on ImageNet (He 2015; Goyal 2017, section 5.1).
 
-    Times are fractions of the run, so that a shortened run keeps its shape. An experiment subclasses it with its
-    augmentations and lists its recipes in a table; a field's text is the help of its flag.
+    Points in time are fractions of the run, so that a shorter run has the same schedule. Experiments subclass it with
+    their augmentations and keep their recipes in a table. The text below a field is the help text of its flag.
 
     Raises:
-        ValueError: A number is out of range, naming the field.
+        ValueError: A field is out of range.
     """
 
     epochs: float = 90.0
     """Passes over the training set."""
     batch_size: int = 256
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     optimizer: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lamb", "lars"] = "momentum"
-    """Update rule."""
+    """Optimizer."""
     learning_rate: float = 0.1
-    """The schedule's peak."""
+    """Peak learning rate."""
     schedule: Literal["constant", "step", "cosine", "polynomial", "one_cycle"] = "step"
-    """Course of the learning rate over the run."""
+    """Learning-rate schedule."""
     boundaries: tuple[float, ...] = (1 / 3, 2 / 3, 8 / 9)
-    """Where step multiplies the rate by the factor, as fractions of the run."""
+    """Points at which the step schedule multiplies the learning rate by --factor, as fractions of the run."""
     factor: float = 0.1
-    """What step multiplies by."""
+    """Factor of the step schedule."""
     power: float = 1.0
-    """Of polynomial."""
+    """Power of the polynomial schedule."""
     warmup_epochs: float = 0.0
-    """Linear rise before the schedule; one_cycle brings its own."""
+    """Epochs of linear warm-up before the schedule; one_cycle has its own warm-up."""
     momentum: float = 0.9
-    """Of momentum, nesterov, rmsprop and lars."""
+    """Momentum of momentum, nesterov, rmsprop and lars."""
     rms_decay: float = 0.9
-    """Decay of rmsprop's squared gradient."""
+    """Decay of rmsprop's average of squared gradients."""
     epsilon: float | None = None
-    """Added to the denominator of rmsprop, adam, adamw and lamb. Default: the optimizer's own."""
+    """Epsilon of rmsprop, adam, adamw and lamb. Default: that of the optimizer."""
     weight_decay: float = 1e-4
-    """On kernels; biases and norms are spared."""
+    """Weight decay of kernels; biases and normalization parameters have none."""
     clip_norm: float | None = None
-    """Largest global norm of the gradient."""
+    """Largest global norm of the gradient; larger gradients are scaled down."""
     label_smoothing: float = 0.0
-    """Share of each target spread over all classes."""
+    """Share of each target that is spread over all classes."""
     aux_weight: float = 0.3
-    """Weight of each auxiliary classifier, in models that have them; 0 builds none."""
+    """Weight of the loss of each auxiliary classifier, in models that have them; 0 builds none."""
     ema_decay: float | None = None
-    """Evaluate a moving average of the weights with this decay a step."""
+    """Decay per step of a moving average of the weights, which is then evaluated. Default: no average."""
     accumulate: int = 1
-    """Parts into which a batch is cut to save memory."""
+    """Number of parts into which a batch is split to save memory."""
 
     def __post_init__(self):
         for field in ("epochs", "batch_size", "learning_rate", "factor", "power", "accumulate", "epsilon"):
@@ -67,19 +67,27 @@ class Recipe:
         for field in ("momentum", "rms_decay", "ema_decay"):
             value = getattr(self, field)
             if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{field} must be at least 0 and below 1; got {value}")
+                raise ValueError(f"{field} must be in [0, 1); got {value}")
         for field in ("warmup_epochs", "weight_decay", "aux_weight"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
         if not all(0 < b < 1 for b in self.boundaries):
-            raise ValueError(f"boundaries must be fractions of the run, between 0 and 1; got {self.boundaries}")
+            raise ValueError(f"boundaries must be fractions of the run in (0, 1); got {self.boundaries}")
 
     def num_steps(self, steps_per_epoch: int) -> int:
-        """The run's steps."""
+        """Returns the number of steps of the run.
+
+        Args:
+            steps_per_epoch: Number of batches in the training set.
+        """
         return max(1, round(self.epochs * steps_per_epoch))
 
-    def rates(self, steps_per_epoch: int) -> optax.Schedule:
-        """The learning rate by step; see `flaxvision.train.schedule`."""
+    def learning_rate_schedule(self, steps_per_epoch: int) -> optax.Schedule:
+        """Makes the learning-rate schedule, a function of the step; see `flaxvision.train.schedule`.
+
+        Args:
+            steps_per_epoch: Number of batches in the training set.
+        """
         return optim.schedule(
             self.schedule,
             self.learning_rate,
@@ -90,11 +98,15 @@ class Recipe:
             power=self.power,
         )
 
-    def update_rule(self, rates: float | optax.Schedule) -> optax.GradientTransformation:
-        """The optimizer; see `flaxvision.train.optimizer`."""
+    def make_optimizer(self, learning_rate: float | optax.Schedule) -> optax.GradientTransformation:
+        """Makes the optimizer; see `flaxvision.train.optimizer`.
+
+        Args:
+            learning_rate: A number or a schedule, such as that of `learning_rate_schedule`.
+        """
         return optim.optimizer(
             self.optimizer,
-            rates,
+            learning_rate,
             momentum=self.momentum,
             eps=self.epsilon,
             rms_decay=self.rms_decay,

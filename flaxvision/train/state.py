@@ -1,4 +1,4 @@
-"""What a training run is at one moment."""
+"""The state of a training run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from flax import struct
 
 @struct.dataclass
 class TrainState:
-    """What a training run is at one moment; a pytree.
+    """The state of a training run, a pytree.
 
     Attributes:
-        step: Updates done, int32 scalar.
-        params: The trainable parameters.
-        collections: Every other Linen collection by name, `batch_stats` among them.
-        opt_state: The optimizer's state.
-        ema: The moving average of all variables, `{"params": ..., **collections}`, or None.
-        apply_fn: The model's `apply`.
+        step: Number of optimizer steps taken, int32 scalar.
+        params: Trainable parameters.
+        collections: All other Linen collections by name, such as `batch_stats`.
+        opt_state: State of the optimizer.
+        ema: Moving average of all variables, `{"params": ..., **collections}`, or None.
+        apply_fn: The `apply` of the model.
         tx: The optimizer.
-        ema_decay: The average's decay; None keeps none.
+        ema_decay: Decay of the moving average; None for no average.
     """
 
     step: jax.Array
@@ -39,14 +39,14 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables as `apply_fn` takes them."""
+        """The variables in the form that `apply_fn` takes."""
         return {"params": self.params, **self.collections}
 
     def apply_gradients(self, grads: Any, collections: dict[str, Any]) -> TrainState:
         """Takes one optimizer step.
 
         Args:
-            grads: Gradients, shaped as `params`.
+            grads: Gradients with the tree and the shapes of `params`.
             collections: The other collections after the forward pass.
 
         Returns:
@@ -62,8 +62,8 @@ class TrainState:
     def _average(self, limit: float, old: jax.Array, new: jax.Array) -> jax.Array:
         if not jnp.issubdtype(old.dtype, jnp.floating):
             return new
-        # The average of the first steps would remember the random start: Adam's kind of warm-up, as TensorFlow's
-        # ExponentialMovingAverage(num_updates) has it.
+        # A lower decay in the first steps forgets the random start sooner, as in TensorFlow's
+        # ExponentialMovingAverage(num_updates).
         step = self.step.astype(jnp.float32)
         decay = jnp.minimum(limit, (1 + step) / (10 + step)).astype(old.dtype)
         return decay * old + (1 - decay) * new
@@ -78,15 +78,16 @@ def create_state(
     variables: dict[str, Any] | None = None,
     ema_decay: float | None = None,
 ) -> TrainState:
-    """Starts a run: initialises the model and the optimizer.
+    """Initializes the model and the optimizer of a run.
 
     Args:
-        model: A module whose call takes `train`.
-        tx: An optax optimizer.
+        model: A module with a `train` argument in its call.
+        tx: An Optax optimizer.
         rng: A key made by `jax.random.key`.
-        sample_input: An input, or a `jax.ShapeDtypeStruct`, of the shape that the model will see.
-        variables: Start from copies of these instead of fresh ones.
-        ema_decay: Keep a moving average of the variables with this decay; it starts soft, `(1 + t) / (10 + t)`.
+        sample_input: An input, or a `jax.ShapeDtypeStruct`, with the shape of the model's input.
+        variables: Variables to start from, which are copied; None initializes them.
+        ema_decay: Decay of a moving average of the variables; None for no average. At step t the decay is at most
+            `(1 + t) / (10 + t)`.
 
     Returns:
         The state before the first step.
@@ -101,12 +102,12 @@ def create_state(
         sample = jnp.zeros(sample_input.shape, sample_input.dtype)
         init = jax.jit(lambda p, d, x: model.init({"params": p, "dropout": d}, x))
         collections = dict(init(params_rng, dropout_rng, sample))
-    else:  # the step donates the state's buffers, and these are the caller's
+    else:  # copied, because a train step donates the buffers of its state
         collections = dict(jax.tree.map(jnp.array, variables))
     params = collections.pop("params", {})
     collections = {k: v for k, v in collections.items() if k not in ("aux_logits", "intermediates")}
     ema = None
-    if ema_decay is not None:  # its own buffers: the step donates both
+    if ema_decay is not None:  # copied, because a buffer cannot be donated twice
         ema = jax.tree.map(jnp.array, {"params": params, **collections})
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -1,13 +1,15 @@
-"""One step of training and of evaluation: pure functions without I/O, globals or devices."""
+"""One step of training and one of evaluation: pure functions without I/O, globals or devices."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flaxvision import metrics as fm
 from flaxvision.train.objectives import Objective
 from flaxvision.train.state import TrainState
 
@@ -24,24 +26,25 @@ def train_step(
     transform: Transform | None = None,
     accumulate: int = 1,
     axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, fm.Accumulator]]:
     """Takes one optimizer step on one batch.
 
-    All randomness comes from `fold_in(rng, state.step)`, and the device's index where `axis_name` is set, so that
-    nothing about it needs saving.
+    All randomness comes from `fold_in(rng, state.step)`, and from the index of the device if `axis_name` is set, so no
+    random state needs to be saved.
 
     Args:
-        state: The run so far.
-        batch: `image`, `label` and optionally `mask`, N rows.
-        rng: The run's key, the same at every step.
-        objective: What to minimise.
-        transform: `(rng, batch) -> batch` before the model: normalisation, augmentation.
-        accumulate: The batch is cut into this many parts, one after another, and their gradients are averaged: the
-            memory of a part, the update of the whole. BatchNorm sees the parts.
+        state: The state before the step.
+        batch: A dict of arrays with N rows each: `image`, the targets of the objective and optionally `mask`.
+        rng: The key of the run, the same at every step.
+        objective: The objective to minimise.
+        transform: `(rng, batch) -> batch`, applied before the model: augmentation and normalization.
+        accumulate: Number of parts into which the batch is split. The parts run one after another and their gradients
+            are averaged, which takes the memory of one part and gives the update of the whole batch. BatchNorm
+            normalizes each part on its own.
         axis_name: The mapped axis to average over, under `pmap` only.
 
     Returns:
-        The next state, and the batch's metric sums over all devices.
+        The state after the step, and the accumulators of the batch over all devices, by name.
 
     Raises:
         ValueError: `accumulate` does not divide N.
@@ -58,36 +61,39 @@ def train_step(
             return objective(state.apply_fn, params, collections, part, key, True)
 
         grads, (metrics, collections) = jax.grad(loss, has_aux=True)(state.params)
-        # Means of parts differ in weight: sums add up.
-        return collections, (jax.tree.map(lambda g: g * metrics["weight"].astype(g.dtype), grads), metrics)
+        weight = metrics["loss"].weight
+        # Parts and devices have mean losses of different weights; what can be added up are the weighted sums.
+        return collections, jax.tree.map(lambda g: g * weight.astype(g.dtype), grads), metrics
 
     if accumulate == 1:
-        collections, (grads, metrics) = gradient(state.collections, batch, model_rng)
+        collections, grads, metrics = gradient(state.collections, batch, model_rng)
     else:
         rows = len(batch["image"])
         if rows % accumulate:
             each = "" if axis_name is None else " on each device"
-            raise ValueError(f"accumulate must divide the batch's {rows} rows{each}; got {accumulate}")
-        # Part i takes rows i, i + accumulate, ...: a batch sharded over devices stays where it is.
+            raise ValueError(f"accumulate must divide the {rows} rows of the batch{each}; got {accumulate}")
+        # Part i takes rows i, i + accumulate, ..., so that the rows of a sharded batch stay on their devices.
         parts = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape((rows // accumulate, accumulate, *x.shape[1:])), 0, 1), batch
         )
         keys = jax.random.split(model_rng, accumulate)
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.collections, *first)[1])
 
         def accumulate_part(carry, part):
             collections, total = carry
-            collections, sums = gradient(collections, *part)
-            return (collections, jax.tree.map(jnp.add, total, sums)), None
+            collections, grads, metrics = gradient(collections, *part)
+            return (collections, jax.tree.map(jnp.add, total, grads)), metrics
 
-        (collections, (grads, metrics)), _ = jax.lax.scan(accumulate_part, (state.collections, zeros), (parts, keys))
+        start = (state.collections, jax.tree.map(jnp.zeros_like, state.params))
+        (collections, grads), stacked = jax.lax.scan(accumulate_part, start, (parts, keys))
+        # Merged outside of the scan, since an accumulator may change its shape when it is merged.
+        metrics = functools.reduce(fm.merge, [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(accumulate)])
 
     if axis_name is not None:
-        grads, metrics = jax.lax.psum((grads, metrics), axis_name)
-        # Unsynchronised BatchNorm leaves each device its own statistics: their mean is what is kept.
+        grads = jax.lax.psum(grads, axis_name)
+        metrics = {name: metric.all_reduce(axis_name) for name, metric in metrics.items()}
+        # Without synchronised BatchNorm each device has its own running statistics; keep their mean.
         collections = jax.tree.map(lambda x: _mean(x, axis_name), collections)
-    weight = jnp.maximum(metrics["weight"], 1.0)
+    weight = jnp.maximum(metrics["loss"].weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     return state.apply_gradients(grads, collections), metrics
 
@@ -106,30 +112,34 @@ def eval_step(
     transform: Transform | None = None,
     use_ema: bool = False,
     axis_name: str | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, fm.Accumulator]:
     """Measures one batch.
 
     Args:
-        state: The run.
-        batch: `image`, `label` and optionally `mask`; rows of mask 0 count nothing.
-        objective: Whose metrics.
-        transform: `(rng, batch) -> batch` before the model; its key is constant.
-        use_ema: Measure the moving average instead of the parameters.
-        axis_name: The mapped axis to sum over, under `pmap` only.
+        state: The state to evaluate.
+        batch: A dict of arrays: `image`, the targets of the objective and optionally `mask`; rows with mask 0 are
+            padding and count nothing.
+        objective: The objective that gives the metrics.
+        transform: `(rng, batch) -> batch`, applied before the model with a constant key.
+        use_ema: Whether to evaluate the moving average instead of the parameters.
+        axis_name: The mapped axis to merge over, under `pmap` only.
 
     Returns:
-        The batch's metric sums over all devices.
+        The accumulators of the batch over all devices, by name.
 
     Raises:
-        ValueError: `use_ema` without a moving average in the state.
+        ValueError: `use_ema` is set and the state has no moving average.
     """
     variables = state.variables
     if use_ema:
         if state.ema is None:
-            raise ValueError("use_ema=True needs a state with a moving average; create_state(ema_decay=...) makes one")
+            raise ValueError(
+                "use_ema must be False for a state without a moving average; got True (create_state(ema_decay=...) "
+                "keeps one)"
+            )
         variables = state.ema
     if transform is not None:
         batch = transform(jax.random.key(0), batch)
     collections = {k: v for k, v in variables.items() if k != "params"}
     _, (metrics, _) = objective(state.apply_fn, variables["params"], collections, batch, None, False)
-    return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
+    return metrics if axis_name is None else {name: m.all_reduce(axis_name) for name, m in metrics.items()}

@@ -1,4 +1,4 @@
-"""A run's folder: `config.json` says what the run is, another run is refused there, and its records lie beside it."""
+"""The work directory of a run: its settings in `config.json`, its records and its checkpoints."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a result depends on."""
-    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+    """Returns the versions of Python and of the packages that results depend on."""
+    import flaxvision  # works without an installation too
+
+    found = {p: importlib.metadata.version(p) for p in PACKAGES if p != "flaxvision"}
+    return {"python": platform.python_version(), "flaxvision": flaxvision.__version__} | found
 
 
 def commit() -> str | None:
-    """The commit of the working tree that flaxvision is imported from, with `+` if files differ; None without git."""
+    """Returns the commit of the checkout that flaxvision is imported from, or None without git.
+
+    A `+` at the end means that tracked files differ from the commit.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -45,23 +51,23 @@ def _defaults(config: Any) -> dict[str, Any]:
 
 
 def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[str] = ()) -> Path:
-    """Makes a run's folder, or opens it again for the same run.
+    """Creates the work directory of a run, or opens it again for the same run.
 
     Args:
-        path: The folder.
-        config: A dataclass of JSON values: every setting of the run.
-        free: Fields that may change when the run goes on, such as where the data lies.
+        path: The directory.
+        config: A dataclass of JSON values with all settings of the run.
+        free: Fields that may change when the run is resumed, such as the location of the data.
 
     Returns:
-        The folder. `config.json` in it holds the settings, the versions, the commit and the command.
+        The directory. Its `config.json` holds the settings, the versions, the commit and the command.
 
     Raises:
-        ValueError: The folder is a file, its `config.json` can't be read, or it holds a run with other settings that
-            has records or checkpoints; the message names each setting with both values.
+        ValueError: The directory is a file, its `config.json` cannot be read, or it holds records or checkpoints of a
+            run with other settings; the message names each setting with both values.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"the work directory {path} is a file")
+        raise ValueError(f"the work directory must be a directory; got the file {path}")
     path.mkdir(parents=True, exist_ok=True)
     file = path / "config.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -69,8 +75,10 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
         try:
             old = json.loads(file.read_text())["config"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}); move the folder away or give another --workdir") from error
-        # A setting that is newer than the run had its default then.
+            raise ValueError(
+                f"{file} is damaged ({error}); move the directory away or choose another --workdir"
+            ) from error
+        # A setting that was added after the run began had its default value then.
         old = json.loads(json.dumps(_defaults(config))) | old
         differ = [
             f"{k} was {old.get(k)!r}, now {settings.get(k)!r}"
@@ -79,7 +87,7 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
         ]
         begun = any((path / "checkpoints").glob("*")) or any(p.stat().st_size for p in path.glob("metrics.jsonl"))
         if differ and begun:
-            raise ValueError(f"{path} holds another run: {'; '.join(differ)}. Give another --workdir.")
+            raise ValueError(f"{path} holds another run: {'; '.join(differ)}; choose another --workdir")
         if not differ:
             return path
     written = {"config": settings, "versions": versions(), "commit": commit(), "command": sys.argv}
@@ -102,28 +110,30 @@ def fit_in_workdir(
     progress: str | None = None,
     **options: Any,
 ) -> loop.FitResult:
-    """Runs `flaxvision.train.fit` with the checkpoints and records in a folder, and says how it ended.
+    """Runs `flaxvision.train.fit` with its checkpoints and records in a directory.
+
+    Prints a line if the run ended early.
 
     Args:
-        path: The folder, opened by `open_workdir`: `metrics.jsonl`, `tensorboard` and `checkpoints` come into it.
-        state: As `fit` takes it.
-        step: Likewise.
-        data: Batches with a `fingerprint`, as of `flaxvision.data.train_batches`.
-        model: The registered model, for the checkpoints' manifest.
-        overrides: Its fields; JSON values, or a dtype.
-        num_steps: As `fit` takes it.
-        best_metric: What the best checkpoint is best in.
-        best_mode: Whether more of it is better.
-        progress: Shows a progress bar of this name.
-        **options: More of `fit`'s.
+        path: The directory, opened by `open_workdir`. It gets `metrics.jsonl`, `tensorboard` and `checkpoints`.
+        state: See `fit`.
+        step: See `fit`.
+        data: Batches with a `fingerprint`, such as those of `flaxvision.data.train_batches`.
+        model: Name of the registered model, for the manifest of the checkpoints.
+        overrides: Its fields: JSON values, or a dtype.
+        num_steps: See `fit`.
+        best_metric: Metric of the evaluation by which the best checkpoint is chosen.
+        best_mode: Whether a larger (`"max"`) or a smaller (`"min"`) value is better.
+        progress: Title of a progress bar; None shows none.
+        **options: Further options of `fit`.
 
     Returns:
-        The `FitResult`; after early stopping its state is the best checkpoint's.
+        The `FitResult`. After early stopping its state is that of the best checkpoint.
 
     Raises:
-        OSError: Nothing can be written in the folder; before the first step.
-        ValueError: As `fit` and `flaxvision.checkpoint.Checkpoints`.
-        FloatingPointError: As `fit`.
+        OSError: The directory cannot be written. It is raised before the first step.
+        ValueError: See `fit` and `flaxvision.checkpoint.Checkpoints`.
+        FloatingPointError: See `fit`.
     """
     path = Path(path)
     records: list[Any] = [
@@ -141,11 +151,11 @@ def fit_in_workdir(
     with checkpoint.Checkpoints(
         path / "checkpoints", manifest=manifest, best_metric=best_metric, best_mode=best_mode
     ) as checkpoints:
-        checkpoints.prepare()  # a folder that can't be written fails now, not after the first epoch
+        checkpoints.prepare()  # fails now, and not after the first epoch, if the directory cannot be written
         result = loop.fit(state, step, data, num_steps=num_steps, checkpoints=checkpoints, writers=records, **options)
         if options.get("early_stopping") and (restored := checkpoints.restore_best(result.state)) is not None:
             result = dataclasses.replace(result, state=restored.state)
-            print(f"the best of the evaluations was at step {restored.step}")
+            print(f"the best evaluation was at step {restored.step}")
     if result.stopped in ("SIGTERM", "SIGINT"):
-        print(f"stopped by {result.stopped} after step {int(result.state.step)}; the same command goes on from there")
+        print(f"stopped by {result.stopped} after step {int(result.state.step)}; run the same command to resume")
     return result

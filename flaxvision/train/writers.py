@@ -1,8 +1,8 @@
-"""Where a run's records go: a file of JSON lines, TensorBoard, a progress bar.
+"""Writers of the records of a run: a file of JSON lines, TensorBoard, a progress bar.
 
-A writer has `start(step)`, called once before the first step with the step that the run goes on from, `write(record)`
-and `close()`. A record is a dict with `step`, `split` and metrics by name. A writer that wants to see every step, such
-as a progress bar, also has `advance(examples)`.
+A writer has the methods `start(step)`, called once before the first step with the step at which the run resumes,
+`write(record)` and `close()`. A record is a dict with `step`, `split` and the values of the metrics by name. A writer
+with a method `advance(examples)`, such as a progress bar, is called at every step too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,25 @@ from flaxvision import atomic
 
 Record = dict[str, Any]
 
+# The keys of a record that are no metrics.
+NOT_METRICS = ("step", "split", "learning_rate", "images_per_second")
+
+
+def metric_names(record: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the metrics in a record: `loss` first, then the others in their order."""
+    names = [name for name, value in record.items() if name not in NOT_METRICS and isinstance(value, (int, float))]
+    return sorted(names, key=lambda name: name != "loss")
+
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Reads a file of JSON lines; a last line that a kill cut short is left out."""
+    """Reads a file of JSON lines, up to the first line that is not complete.
+
+    Args:
+        path: The file; if there is none, the result is empty.
+
+    Returns:
+        The records.
+    """
     records = []
     path = Path(path)
     if path.exists():
@@ -32,7 +49,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 
 class JsonlWriter:
-    """Writes one JSON object a line, and forgets on a restart what came after the step that it goes on from.
+    """Writes one JSON object per line. When a run resumes, it drops the records after that step.
 
     Args:
         path: The file.
@@ -43,7 +60,7 @@ class JsonlWriter:
         self._file: Any = None
 
     def start(self, step: int) -> None:
-        """Keeps the records up to `step`, replacing the file in one move."""
+        """Drops the records after `step` and opens the file."""
         kept = [r for r in read_records(self.path) if r["step"] <= step]
         with atomic.replacing(self.path) as partial:
             partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
@@ -60,10 +77,10 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """Writes TensorBoard event files, one folder per split.
+    """Writes TensorBoard event files, one directory per split.
 
     Args:
-        directory: The folder above the splits'.
+        directory: The parent of these directories.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -72,11 +89,11 @@ class TensorBoardWriter:
         self._purge: int | None = None
 
     def start(self, step: int) -> None:
-        """Tells TensorBoard to drop what came after `step`."""
+        """Makes TensorBoard drop the records after `step`."""
         self._purge = step + 1 if step else None
 
     def write(self, record: Record) -> None:
-        """Writes the record's numbers as scalars."""
+        """Writes the numbers of the record as scalars."""
         from tensorboardX import SummaryWriter
 
         split = record["split"]
@@ -93,16 +110,17 @@ class TensorBoardWriter:
 
 
 class ProgressBar:
-    """Shows images/s, loss, accuracy and the time left.
+    """Shows the images per second, the metrics of the records and the time left.
 
     Args:
-        num_steps: The run's steps.
-        batch_size: Images a step.
-        **options: More of `tqdm`'s options.
+        num_steps: Number of steps of the run.
+        batch_size: Images per step.
+        metrics: Names of the metrics to show, in this order; None shows the first three of each record.
+        **options: Further options of `tqdm`.
     """
 
-    def __init__(self, num_steps: int, batch_size: int, **options: Any):
-        self.num_steps, self.batch_size, self.options = num_steps, batch_size, options
+    def __init__(self, num_steps: int, batch_size: int, metrics: Sequence[str] | None = None, **options: Any):
+        self.num_steps, self.batch_size, self.metrics, self.options = num_steps, batch_size, metrics, options
         self._bar: Any = None
         self._shown: dict[str, str] = {}
 
@@ -120,15 +138,15 @@ class ProgressBar:
         self._bar.update(examples)
 
     def write(self, record: Record) -> None:
-        """Shows the loss and the accuracy of the record, the training's and the evaluation's side by side."""
+        """Shows the metrics of the record; those of the last training and evaluation records stand side by side."""
         prefix = "" if record["split"] == "train" else "val "
-        for name, short in (("loss", "loss"), ("accuracy", "acc")):
+        for name in metric_names(record)[:3] if self.metrics is None else self.metrics:
             value = record.get(name)
-            if isinstance(value, float) and not math.isnan(value):
-                self._shown[prefix + short] = f"{value:.4f}"
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self._shown[prefix + name] = f"{value:.4f}"
         self._bar.set_postfix(self._shown, refresh=False)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar and leaves it on the screen."""
         if self._bar is not None:
             self._bar.close()

@@ -1,24 +1,28 @@
-"""The world's weights: other libraries' tensors, published tags, files, and our own bundles.
+"""Weights: conversion from and to other libraries, published weights by tag, files, and flaxvision's own bundles.
 
-Importing this package loads no file format and no library: the functions import what they need.
+Importing this package loads no file format and no other library. The functions import what they need.
 """
 
 from flaxvision.weights.bundle import read_bundle, read_card, save
+from flaxvision.weights.class_names import class_names_for
 from flaxvision.weights.convert import convert, export, fields, sources
 from flaxvision.weights.download import cache_dir, fetch
 from flaxvision.weights.files import read
 from flaxvision.weights.load import load, load_model
+from flaxvision.weights.preprocessing import preprocessing_for
 from flaxvision.weights.tags import WeightsInfo, tag_of, tags
 
 __all__ = [
     "WeightsInfo",
     "cache_dir",
+    "class_names_for",
     "convert",
     "export",
     "fetch",
     "fields",
     "load",
     "load_model",
+    "preprocessing_for",
     "read",
     "read_bundle",
     "read_card",

@@ -1,11 +1,11 @@
-"""flaxvision's own files: one `.safetensors` of variables and a JSON card beside it."""
+"""Bundles: variables in a `.safetensors` file, described by a JSON card beside it."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +29,49 @@ def save(
     *,
     name: str,
     channels: int | None = None,
-    input_size: tuple[int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
+    class_names: Sequence[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
-    """Writes a bundle: `PATH.safetensors` with the variables under their slash paths, and its card, `PATH.json`.
+    """Writes a bundle: `PATH.safetensors` with the variables by slash path, and its card `PATH.json`.
 
-    Each file appears whole or not at all. `load(name, path)` reads a bundle back, and so does any safetensors reader.
+    Both files are written atomically. `load_model(name, path)` reads a bundle, and so does any safetensors reader.
 
     Args:
-        path: Of the `.safetensors` file.
-        variables: Of `create_model(name, **overrides)`.
+        path: The `.safetensors` file.
+        variables: Variables of `create_model(name, **overrides)`.
         name: A registry name.
-        channels: Of the images; None for the model's own.
+        channels: Number of image channels; None for the model's own.
         input_size: Height and width of the images, for models that flatten; None for the model's own.
-        metadata: What else to write into the card: preprocessing, accuracy, licence, ...
+        class_names: One name per class in the order of the outputs; None if the classes have no names.
+        metadata: Further entries of the card: preprocessing, accuracy, licence, ...
         **overrides: Fields of the module.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: `path` ends otherwise, or the variables do not fit the model; all that do not are named.
-        TypeError: The model has no such field, or JSON cannot hold its value or the metadata.
+        ValueError: `path` has another ending, the variables do not fit the model (all that do not are listed), or the
+            number of class names is not the number of classes.
+        TypeError: The model has no such field, a class name is not a string, or JSON cannot hold a value of the
+            overrides or the metadata.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"a bundle's path must end in .safetensors, got {path}")
+        raise ValueError(f"path must end in .safetensors; got {path}")
     from safetensors.numpy import save_file
 
-    shapes = shapes_of(name, create_model(name, **overrides), channels=channels, input_size=input_size)
+    model = create_model(name, **overrides)
+    shapes = shapes_of(name, model, channels=channels, input_size=input_size)
     leaves = {key: np.ascontiguousarray(leaf) for key, leaf in flat(variables).items()}
-    check(f"the variables do not fit {name}", leaves, {key: leaf.shape for key, leaf in shapes.items()})
+    check(f"variables do not fit {name}", leaves, {key: leaf.shape for key, leaf in shapes.items()})
+    if class_names is not None:
+        class_names = list(class_names)
+        if odd := [one for one in class_names if not isinstance(one, str)]:
+            raise TypeError(f"class_names must be strings; got {odd[0]!r}")
+        if len(class_names) != (classes := getattr(model, "num_classes", 0)):
+            raise ValueError(f"class_names must have one name for each of {classes} classes; got {len(class_names)}")
     from flaxvision import __version__
 
     card = {
@@ -69,6 +80,7 @@ def save(
         "overrides": {key: _dtype_name(value) if "dtype" in key else value for key, value in overrides.items()},
         "channels": channels,
         "input_size": input_size,
+        "class_names": class_names,
         "parameters": sum(leaf.size for key, leaf in leaves.items() if key.startswith("params/")),
         "versions": {
             "flaxvision": __version__,
@@ -80,11 +92,11 @@ def save(
         "metadata": dict(metadata or {}),
     }
     card = json_value(card, "card")
-    # Both are whole on the disk before the first takes its place. Stopped between the two, the card is the old one,
-    # whose sha256 is not that of the tensors: an error to read, and never another's weights.
+    # Both files are complete on the disk before the first one is moved to its place. A crash between the two moves
+    # leaves a card whose hash does not match, so reading fails safely.
     with atomic.replacing(card_of(path)) as card_partial, atomic.replacing(path) as partial:
         partial.touch()
-        mode = partial.stat().st_mode  # safetensors makes a file that only its owner may read
+        mode = partial.stat().st_mode  # safetensors restricts the file to its owner
         save_file(leaves, partial, metadata={"format": "flaxvision", "model": name})
         partial.chmod(mode)
         card["sha256"] = sha256_of(partial)
@@ -97,12 +109,12 @@ def _dtype_name(value: Any) -> str | None:
 
 
 def card_of(path: str | os.PathLike[str]) -> Path:
-    """Where the card of a bundle lies."""
+    """Returns the path of a bundle's card."""
     return Path(path).with_suffix(".json")
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
-    """Whether `save` wrote this safetensors file, as the file says or, where it is damaged, the card beside it."""
+    """Tells whether `save` wrote this file. A damaged safetensors file counts as a bundle if it has a card."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -115,16 +127,17 @@ def is_bundle(path: str | os.PathLike[str]) -> bool:
 
 
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a bundle's card; `overrides` are as `create_model` takes them.
+    """Reads the card of a bundle.
 
     Args:
-        path: Of the `.safetensors` file.
+        path: The `.safetensors` file.
 
     Returns:
-        `model`, `overrides`, `channels`, `input_size`, `parameters`, `sha256`, `versions` and `metadata`.
+        `model`, `overrides` (as `create_model` accepts them), `channels`, `input_size`, `class_names` (None if the
+        classes have no names), `parameters`, `sha256`, `versions` and `metadata`.
 
     Raises:
-        ValueError: The card is damaged, of another format, or missing.
+        ValueError: The card is missing, damaged or of another format.
     """
     card_path = card_of(path)
     try:
@@ -134,13 +147,17 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
             key: jnp.dtype(value) if "dtype" in key and value is not None else _hashable(value)
             for key, value in stored["overrides"].items()
         }
+        names = card.get("class_names")  # older bundles have none
+        if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+            raise TypeError("class_names is not a list of strings")
     except FileNotFoundError as error:
-        raise ValueError(f"{path} has no card: {card_path} is missing") from error
+        raise ValueError(f"{path} has no card: {card_path} is missing; copy both files") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{card_path} is damaged: {type(error).__name__} {error}") from error
     if stored["format"] != FORMAT:
-        raise ValueError(f"{card_path} has format {stored['format']}, this flaxvision reads {FORMAT}")
-    return card | {"overrides": overrides, "input_size": _hashable(stored["input_size"])}
+        raise ValueError(f"format of {card_path} must be {FORMAT}; got {stored['format']!r}")
+    own = {"overrides": overrides, "input_size": _hashable(stored["input_size"]), "class_names": _hashable(names)}
+    return {"metadata": {}} | card | own
 
 
 def _hashable(value: Any) -> Any:
@@ -151,26 +168,26 @@ def read_bundle(path: str | os.PathLike[str]) -> tuple[Variables, dict[str, Any]
     """Reads a bundle.
 
     Args:
-        path: Of the `.safetensors` file.
+        path: The `.safetensors` file.
 
     Returns:
-        The variables, a nested dict of NumPy arrays, and the card, as `read_card` gives it.
+        The variables, a nested dict of NumPy arrays, and the card as `read_card` returns it.
 
     Raises:
-        ValueError: The tensors or the card are damaged, do not belong together, or do not fit the card's model.
+        ValueError: The tensors or the card are damaged, they do not belong together, or they do not fit the model.
         FileNotFoundError: There is no such file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"path must be an existing file; got {path}")
     card = read_card(path)
     if (found := sha256_of(path)) != card["sha256"]:
-        raise ValueError(f"{path} has the sha256 {found}, its card says {card['sha256']}: one of them is damaged")
+        raise ValueError(f"{path} or its card is damaged: the sha256 must be {card['sha256']}; got {found}")
     leaves = read(path)
     try:
         model = create_model(card["model"], **card["overrides"])
         shapes = shapes_of(card["model"], model, channels=card["channels"], input_size=card["input_size"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{card_of(path)} does not describe a model of this flaxvision: {error}") from error
+        raise ValueError(f"{card_of(path)} describes a model that this version does not have: {error}") from error
     check(f"{path} does not fit {card['model']}", leaves, {key: leaf.shape for key, leaf in shapes.items()})
     return nested(leaves), card

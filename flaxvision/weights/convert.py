@@ -1,4 +1,4 @@
-"""Other libraries' tensors to flaxvision's variables and back: strict, by name, without their libraries."""
+"""Converts the tensors of other libraries to flaxvision variables and back, without importing those libraries."""
 
 from __future__ import annotations
 
@@ -22,23 +22,31 @@ Variables = dict[str, Any]
 
 
 def fields(name: str, source: str) -> dict[str, Any]:
-    """The fields that make a model the network of another library, but for dropout, which is the training's choice.
+    """Returns the fields that make a model the network of another library.
+
+    Dropout rates are not among them, since they are a choice of the training.
 
     Args:
         name: A registry name.
         source: The library: "torchvision", "timm", "keras", ...
 
     Returns:
-        Fields of our module, as `create_model` takes them.
+        Fields of the flaxvision module, as `create_model` accepts them.
 
     Raises:
-        ValueError: There is no such model, or the library's names for it are not known.
+        ValueError: There is no such model, or no known layout of it in the library.
     """
     return dict(layout_of(name, source).fields)
 
 
 def sources(name: str) -> list[str]:
-    """The libraries whose tensors of a model `convert` and `export` know.
+    """Lists the libraries that `convert` and `export` know for a model.
+
+    Args:
+        name: A registry name.
+
+    Returns:
+        Sorted names of sources; empty if there are none.
 
     Raises:
         ValueError: There is no such model.
@@ -55,29 +63,30 @@ def convert(
     input_size: Shape | None = None,
     **overrides: Any,
 ) -> Variables:
-    """Turns a library's tensors into the variables of one of our models.
+    """Converts the tensors of a library to the variables of a model.
 
     Args:
         name: A registry name.
         tensors: Arrays by the library's names: a torch `state_dict`, or the weights of a Keras model by their paths.
-        source: The library; its `fields(name, source)` are set, so that the variables belong to
-            `create_model(name, **fields(name, source), **overrides)`.
-        channels: Of the images; None for the model's own.
+        source: The library.
+        channels: Number of image channels; None for the model's own.
         input_size: Height and width of the images, for models that flatten; None for the model's own.
-        **overrides: Fields of our module, such as `num_classes`. With `num_classes=0` the tensors of the head are left.
+        **overrides: Fields of the flaxvision module. They must include `fields(name, source)` where these differ from
+            the model's own. With `num_classes=0` the tensors of the head are ignored.
 
     Returns:
-        A nested dict of NumPy arrays; half precision comes as float32.
+        A nested dict of NumPy arrays for `create_model(name, **overrides)`. Half precision becomes float32.
 
     Raises:
-        ValueError: Tensors are missing, superfluous, of another shape or not of floating point; all of them are named.
-            Or there is no such model or source, or `channels` is not positive.
-        TypeError: The model has no such field, or `channels` is no integer.
+        ValueError: Tensors are missing, unexpected, of the wrong shape or not floating point (all are listed); the
+            overrides lack fields of the source; there is no such model or source; or `channels` is not positive.
+        TypeError: The model has no such field, or `channels` is not an integer.
     """
     layout = layout_of(name, source)
-    model = create_model(name, **{**layout.fields, **overrides})
+    require_fields(name, layout.fields, overrides, f"{source}'s {name}")
+    model = create_model(name, **overrides)
     if channels is not None and operator.index(channels) < 1:
-        raise ValueError(f"channels must be 1 or more, got {channels}")
+        raise ValueError(f"channels must be at least 1; got {channels}")
     shapes = shapes_of(name, model, channels=channels, input_size=input_size)
     return nested(filled(name, adapted(name, tensors, layout, shapes), layout, shapes))
 
@@ -91,60 +100,100 @@ def export(
     input_size: Shape | None = None,
     **overrides: Any,
 ) -> dict[str, np.ndarray]:
-    """Turns the variables of one of our models into a library's tensors: the inverse of `convert`.
+    """Converts the variables of a model to the tensors of a library; the inverse of `convert`.
 
     Args:
         name: A registry name.
-        variables: As `convert`, `load` or `init` return them.
+        variables: Variables as `convert`, `load` or `init` return them.
         source: The library.
-        channels: Of the images; None for the model's own.
+        channels: Number of image channels; None for the model's own.
         input_size: Height and width of the images, for models that flatten; None for the model's own.
-        **overrides: Fields that the variables were made with.
+        **overrides: Fields of the module that the variables belong to. They must include `fields(name, source)` where
+            these differ from the model's own.
 
     Returns:
         Arrays by the library's names, without torch's `num_batches_tracked`.
 
     Raises:
-        ValueError: Variables are missing, superfluous or of another shape; or the library lacks one of them, as Keras'
-            Inceptions lack the scale of BatchNorm, and its value is not the library's. All are named.
+        ValueError: Variables are missing, unexpected or of the wrong shape; the overrides lack fields of the source; or
+            the library has no place for a variable and its value is not the library's constant. (Example: the
+            Inceptions of Keras have no BatchNorm scale.) All are listed.
         TypeError: The model has no such field.
     """
     layout = layout_of(name, source)
-    model = create_model(name, **{**layout.fields, **overrides})
+    require_fields(name, layout.fields, overrides, f"{source}'s {name}")
+    model = create_model(name, **overrides)
     shapes = shapes_of(name, model, channels=channels, input_size=input_size)
-    check(f"the variables do not fit {name}", flat(variables), {path: leaf.shape for path, leaf in shapes.items()})
     given, tensors, lost = flat(variables), {}, []
+    check(f"variables do not fit {name}", given, {path: leaf.shape for path, leaf in shapes.items()})
     for slot in slots_of(layout, shapes):
         array = np.asarray(given[slot.path])
         if slot.constant is None:
             tensors[slot.name] = np.ascontiguousarray(slot.backward(array))
         elif not np.all(array == slot.constant):
-            lost.append(f"{slot.path} is not {slot.constant}")
+            lost.append(f"{slot.path} must be {slot.constant}")
     if lost:
-        raise ValueError(f"{source} has no place for some variables of {name}: {'; '.join(lost)}")
+        raise ValueError(f"{source} cannot store some variables of {name}: {'; '.join(lost)}")
     return layout.restore(tensors) if layout.restore else tensors
 
 
+def require_fields(name: str, wanted: Mapping[str, Any], overrides: Mapping[str, Any], network: str) -> None:
+    """Checks that the caller's model has the definition that weights were made for.
+
+    Weights of one definition run in a model of another one without an error and give other logits. A field is
+    satisfied by the model's own value or by any override: an override is the caller's decision.
+
+    Args:
+        name: A registry name.
+        wanted: The fields of the weights' network.
+        overrides: The caller's fields.
+        network: What the weights belong to, for the error message.
+
+    Raises:
+        ValueError: Fields are neither the model's own nor overridden; all are listed with their values.
+        TypeError: The model has no such field.
+    """
+    own = create_model(name)
+    left = {key: value for key, value in wanted.items() if key not in overrides and field_of(own, key) != value}
+    if left:
+        values = ", ".join(f"{key}={value!r}" for key, value in left.items())
+        given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
+        raise ValueError(
+            f"overrides must include {values} for {network}; got {given or 'none'}; flaxvision.weights.fields returns"
+            " the fields of a source, and flaxvision.weights.load_model sets them"
+        )
+
+
+def field_of(model: nn.Module, field: str) -> Any:
+    """Returns the value of a field of a model or of its backbone."""
+    if hasattr(model, field):
+        return getattr(model, field)
+    return getattr(model.backbone, field)
+
+
 def layout_of(name: str, source: str) -> Layout:
-    """The layout of a model in a library; ValueError where it is not known."""
+    """Returns the layout of a model in a library; raises ValueError if there is none."""
     for layout in layouts():
         if layout.source == source and name in layout.models:
             return layout
-    raise ValueError(f"source={source!r} has no {name}; its tensors are known of {', '.join(sources(name)) or 'none'}")
+    known = ", ".join(sources(name))
+    if not known:
+        raise ValueError(f"name must be a model with a known source; got {name!r}, which has none")
+    raise ValueError(f"source must be a library that has {name} ({known}); got {source!r}")
 
 
 def flat(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested variables by their slash paths, the collection included."""
+    """Flattens variables to a dict by slash path, with the collection first."""
     return flatten_dict(dict(variables), sep="/")
 
 
 def nested(leaves: Mapping[str, Any]) -> Variables:
-    """Undoes `flat`."""
+    """Inverts `flat`."""
     return unflatten_dict(dict(leaves), sep="/")
 
 
 def images_of(name: str, channels: int | None = None, input_size: Shape | None = None) -> jax.ShapeDtypeStruct:
-    """The shape of a batch of one image, or of one feature vector."""
+    """Returns the shape of a batch of one image or of one feature vector."""
     info = model_info(name)
     size = tuple(input_size or info.input_size)
     if len(size) == 2:
@@ -155,7 +204,7 @@ def images_of(name: str, channels: int | None = None, input_size: Shape | None =
 def shapes_of(
     name: str, model: nn.Module, *, channels: int | None = None, input_size: Shape | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every variable by its slash path, computing none."""
+    """Returns the shape and dtype of every variable by slash path without computing any."""
     return _traced(model, images_of(name, channels, input_size).shape)
 
 
@@ -168,25 +217,26 @@ def _traced(model: nn.Module, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
 def adapted(
     name: str, tensors: Mapping[str, Any], layout: Layout, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, np.ndarray]:
-    """The tensors as NumPy arrays under the names that the layout looks up; the shapes are for the error alone."""
+    """Returns the tensors as NumPy arrays by the names that the layout looks up; `shapes` only serve error messages."""
     arrays = _named(layout, {key: np.asarray(tensor) for key, tensor in tensors.items()})
     if layout.adapt is None:
         return arrays
     try:
         return _named(layout, layout.adapt(dict(arrays)))
     except (LookupError, ValueError, TypeError, AttributeError) as error:
-        if layout.restore:  # which knows all tensors of the library, where `adapt` names the first that it stumbles on
+        # `restore` names all tensors of the library; `adapt` stops at the first one that it misses.
+        if layout.restore:
             slots = [slot for slot in slots_of(layout, shapes) if slot.constant is None]
             wanted = layout.restore({slot.name: np.zeros(slot.shape, np.float32) for slot in slots})
             known = {key: a for key, a in arrays.items() if key in wanted or not matches(key, layout.ignore)}
             check(_misfit(name, layout), known, {key: array.shape for key, array in wanted.items()})
         raise ValueError(
-            f"{_misfit(name, layout)}: {type(error).__name__} {error}; they are {', '.join(sorted(arrays))}"
+            f"{_misfit(name, layout)}: {type(error).__name__} {error}; got {', '.join(sorted(arrays))}"
         ) from error
 
 
 def _misfit(name: str, layout: Layout) -> str:
-    return f"the tensors do not fit {layout.source}'s {name}"
+    return f"tensors do not fit {layout.source}'s {name}"
 
 
 def _named(layout: Layout, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -194,19 +244,19 @@ def _named(layout: Layout, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarra
         return arrays
     names = canonical(arrays)
     if len(set(names.values())) < len(names):
-        raise ValueError(f"two tensors have the same name among {', '.join(sorted(arrays))}")
+        raise ValueError(f"names of tensors must differ; got {', '.join(sorted(arrays))}")
     return {names[name]: array for name, array in arrays.items()}
 
 
 def filled(
     name: str, tensors: Mapping[str, np.ndarray], layout: Layout, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, np.ndarray]:
-    """The variables of these shapes by path, from tensors that `adapted` has seen; raises as `convert`."""
+    """Builds the variables of these shapes by path from the result of `adapted`; raises like `convert`."""
     slots = slots_of(layout, shapes)
     wanted = {slot.name: slot.shape for slot in slots if slot.constant is None}
     absent = [head for head in layout.head if not any(_within(path, head) for path in shapes)]
     places = tuple(f"{layout.module(head)}{'.' if layout.style == 'torch' else '/'}" for head in absent)
-    # Where the model has one of the tensors that a pattern stands for, as it has with auxiliary heads, all count.
+    # If the model has one of the tensors that a pattern matches (auxiliary heads), all of them must be there.
     ignored = [pattern for pattern in layout.ignore if not any(matches(key, (pattern,)) for key in wanted)]
     given = {
         key: tensor.shape
@@ -222,7 +272,7 @@ def filled(
             leaves[slot.path] = np.full(shapes[slot.path].shape, slot.constant, dtype)
             continue
         array = slot.forward(tensors[slot.name])
-        # A copy, so that the variables neither keep the library's memory nor change with it; halves are widened.
+        # Copied, so that the variables do not share memory with the library. Half precision is widened.
         leaves[slot.path] = np.array(array, array.dtype if array.dtype.itemsize >= 4 else np.float32, order="C")
     return leaves
 
@@ -235,22 +285,27 @@ def check(what: str, given: Mapping[str, Any], wanted: Mapping[str, Shape], unre
     """Compares names and shapes.
 
     Args:
-        what: The beginning of the error.
+        what: The beginning of the error message.
         given: Shapes, or arrays, by name.
         wanted: Shapes by name.
-        unreal: Names of what is not of floating point.
+        unreal: Names of the tensors that are not floating point.
 
     Raises:
-        ValueError: They differ; every name that is missing, superfluous or of another shape is in it.
+        ValueError: They differ; every name that is missing, unexpected or of the wrong shape is listed.
     """
     found = {name: tuple(getattr(value, "shape", value)) for name, value in given.items()}
     missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in found]
-    superfluous = [f"{name} {list(shape)}" for name, shape in found.items() if name not in wanted]
+    unexpected = [f"{name} {list(shape)}" for name, shape in found.items() if name not in wanted]
     misshapen = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} must be {list(shape)}; got {list(found[name])}"
         for name, shape in wanted.items()
         if name in found and found[name] != tuple(shape)
     ]
-    faults = {"missing": missing, "superfluous": superfluous, "of another shape": misshapen, "not of floats": [*unreal]}
+    faults = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of the wrong shape": misshapen,
+        "not floating point": [*unreal],
+    }
     if said := [f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults.items() if names]:
-        raise ValueError(f"{what}; {'; '.join(said)}")
+        raise ValueError(f"{what}: {'; '.join(said)}")

@@ -1,4 +1,4 @@
-"""Files from the network, in a cache that a broken download cannot poison."""
+"""Downloads files into a cache. An interrupted download never leaves a damaged file in the cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DAY = 86_400
 
 
 def cache_dir() -> Path:
-    """Where fetched files lie: `$FLAXVISION_CACHE`, or `flaxvision` in the platform's folder for caches."""
+    """Returns the folder of downloaded files: `$FLAXVISION_CACHE`, or `flaxvision` in the platform's cache folder."""
     if chosen := os.environ.get("FLAXVISION_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":
@@ -51,53 +51,53 @@ def fetch(
     pause: float = 1.0,
     progress: bool = True,
 ) -> Path:
-    """Fetches a file, or finds it in the cache.
+    """Downloads a file, unless it is in the cache.
 
-    The bytes go to a temporary file, which moves into the cache when it is complete, on the disk, and has its digest.
-    A connection that drops is taken up again where it broke off if the server can, else the file is fetched anew.
+    The bytes go to a temporary file, which is moved into the cache when it is complete and has the right digest. A
+    dropped connection is resumed if the server supports it; otherwise the download starts again.
 
     Args:
-        url: `http://`, `https://`, or `hf://OWNER/REPOSITORY/FILE` for the Hugging Face hub, which its library fetches.
+        url: `http://`, `https://`, or `hf://OWNER/REPOSITORY/FILE` for the Hugging Face hub.
         digest: `sha256:HEX` or `md5:HEX`; the beginning of the digest is enough. Without one, the file is compared
-            with the MD5 that Google's storage sends, or with the SHA-256 that the hub names it by, if there is one.
+            with the MD5 that Google Cloud Storage sends, or with the SHA-256 that the hub states, if there is one.
         revision: Commit, tag or branch on the hub.
         directory: The cache; None for `cache_dir()`.
-        retries: How often to take up a dropped connection.
+        retries: Number of attempts after the first one.
         timeout: Seconds without an answer after which a connection counts as dropped.
-        pause: Seconds before the first retry; each further one waits twice as long.
-        progress: Whether to show a bar, on a terminal.
+        pause: Seconds before the first retry; doubled for each further one.
+        progress: Whether to show a progress bar on a terminal.
 
     Returns:
-        The file's path.
+        The path of the file.
 
     Raises:
-        ValueError: The file has another digest, or `url` or `digest` is of another form.
-        ConnectionError: The server refuses, or the connection dropped more often than `retries`.
+        ValueError: The file has another digest, or `url` or `digest` has another form.
+        ConnectionError: The server refused, or the connection dropped more than `retries` times.
     """
     directory = Path(directory) if directory is not None else cache_dir()
     if digest is not None and not re.fullmatch(r"sha256:[0-9a-f]{8,64}|md5:[0-9a-f]{8,32}", digest):
-        raise ValueError(f"digest must be sha256:HEX or md5:HEX with 8 digits or more, got {digest!r}")
+        raise ValueError(f"digest must be sha256:HEX or md5:HEX with at least 8 digits; got {digest!r}")
     if url.startswith("hf://"):
         return _fetch_from_hub(url, digest, revision, directory / "hub")
     if not url.startswith(("https://", "http://")):
-        raise ValueError(f"url must begin with https://, http:// or hf://, got {url!r}")
+        raise ValueError(f"url must begin with https://, http:// or hf://; got {url!r}")
     name = url.partition("?")[0].rpartition("/")[2]
-    # Files of the same name from elsewhere lie beside each other.
+    # The folder keeps files of the same name from different addresses apart.
     path = directory / hashlib.sha256(url.encode()).hexdigest()[:12] / name
     seen = path.with_name(path.name + ".sha256")
     if path.is_file():
         known = digest or (f"sha256:{seen.read_text().strip()}" if seen.is_file() else "")
         if known and _differs(path, known) is None:
             return path
-        # It is replaced, not removed: another process may have just put it there and be about to read it.
-        _log.warning("%s in the cache is damaged; fetching it anew", path)
+        # Replaced rather than removed: another process may be about to read it.
+        _log.warning("%s in the cache is damaged; downloading it again", path)
     _sweep(path.parent)
     with atomic.replacing(path) as partial:
         stated = _download(url, partial, retries, timeout, pause, progress)
         for expected in filter(None, (digest, stated)):
             if wrong := _differs(partial, expected):
-                raise ValueError(f"{url} has the {wrong}, not {expected.partition(':')[2]}...; the file was not kept")
-        seen.unlink(missing_ok=True)  # of an older file: a crash between the two must not let it vouch for the new one
+                raise ValueError(f"digest of {url} must begin with {expected}; got {wrong}, and the file was not kept")
+        seen.unlink(missing_ok=True)  # after a crash, the digest of an older file must not vouch for the new one
         found = sha256_of(partial)
     with atomic.replacing(seen) as partial:
         partial.write_text(found + "\n")
@@ -107,7 +107,7 @@ def fetch(
 def _differs(path: Path, digest: str) -> str | None:
     algorithm, _, beginning = digest.partition(":")
     found = sha256_of(path, algorithm)
-    return None if found.startswith(beginning) else f"{algorithm} {found}"
+    return None if found.startswith(beginning) else f"{algorithm}:{found}"
 
 
 def _sweep(directory: Path) -> None:
@@ -118,28 +118,32 @@ def _sweep(directory: Path) -> None:
 
 
 def _download(url: str, partial: Path, retries: int, timeout: float, pause: float, progress: bool) -> str | None:
-    """Writes what `url` serves to `partial`; returns the digest that the server states, if any."""
+    """Downloads `url` to `partial`; returns the digest that the server states, if any."""
     state: dict[str, Any] = {"stated": None, "etag": None}
-    reason: Exception = ConnectionError("it was not tried")
+    reason: Exception = ConnectionError("no attempt was made")
     for attempt in range(retries + 1):
         try:
             _append(url, partial, state, timeout, progress)
             return state["stated"]
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 416:  # what is there does not fit what is served now
+            if error.code == 416:  # the partial file does not fit what is served now
                 partial.unlink(missing_ok=True)
             elif error.code not in (408, 425, 429) and error.code < 500:
-                raise ConnectionError(f"{url} was refused: HTTP {error.code} {error.reason}") from error
+                raise ConnectionError(
+                    f"{url} was refused: HTTP {error.code} {error.reason}; check the address"
+                ) from error
             reason = error
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
                 raise
             reason = error
         if attempt < retries:
-            _log.warning("%s: %s; trying again", url, reason)
+            _log.warning("%s: %s; retrying", url, reason)
             time.sleep(pause * 2**attempt)
-    raise ConnectionError(f"{url} could not be fetched in {retries + 1} attempts: {reason}") from reason
+    raise ConnectionError(
+        f"{url} could not be downloaded in {retries + 1} attempts: {reason}; check the connection"
+    ) from reason
 
 
 def _append(url: str, partial: Path, state: dict[str, Any], timeout: float, progress: bool) -> None:
@@ -170,11 +174,11 @@ def _append(url: str, partial: Path, state: dict[str, Any], timeout: float, prog
                 file.write(block)
                 bar.update(len(block))
     if total is not None and (size := partial.stat().st_size) != total:
-        raise ConnectionError(f"the connection dropped after {size} of {total} bytes")
+        raise ConnectionError(f"connection dropped after {size} of {total} bytes")
 
 
 def _stated(hashes: list[str]) -> str | None:
-    """The MD5 in the headers of Google's storage, in hexadecimal digits."""
+    """Returns the MD5 in the headers of Google Cloud Storage in hexadecimal digits."""
     for part in ",".join(hashes).split(","):
         if part.strip().startswith("md5="):
             with contextlib.suppress(binascii.Error):
@@ -186,7 +190,7 @@ def _fetch_from_hub(url: str, digest: str | None, revision: str | None, director
     owner, _, rest = url.removeprefix("hf://").partition("/")
     repository, _, name = rest.partition("/")
     if not (owner and repository and name):
-        raise ValueError(f"url must be hf://OWNER/REPOSITORY/FILE, got {url!r}")
+        raise ValueError(f"url must be hf://OWNER/REPOSITORY/FILE; got {url!r}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -197,23 +201,25 @@ def _fetch_from_hub(url: str, digest: str | None, revision: str | None, director
         path = get(local_files_only=True)
         if _wrong_on_hub(path, digest) is None:
             return path
-        _log.warning("%s in the cache is damaged; fetching it anew", path)
+        _log.warning("%s in the cache is damaged; downloading it again", path)
         path.resolve().unlink()
     try:
         path = get(endpoint=os.environ.get("HF_ENDPOINT"))
-    except Exception as error:  # of several HTTP libraries, by version
-        raise ConnectionError(f"{url} could not be fetched: {type(error).__name__} {error}") from error
+    except Exception as error:  # the HTTP library, and so the type, depends on the version
+        raise ConnectionError(
+            f"{url} could not be downloaded: {type(error).__name__} {error}; check the connection"
+        ) from error
     if wrong := _wrong_on_hub(path, digest):
         path.resolve().unlink()
-        raise ValueError(f"{url} has the {wrong}; the file was not kept")
+        raise ValueError(f"digest of {url} must begin with {wrong}, and the file was not kept")
     return path
 
 
 def _wrong_on_hub(path: Path, digest: str | None) -> str | None:
-    # The hub's library names a large file's blob by the SHA-256 that the hub states.
+    # The hub's library names the blob of a large file by the SHA-256 that the hub states.
     blob = path.resolve().name
     stated = f"sha256:{blob}" if re.fullmatch(r"[0-9a-f]{64}", blob) else None
     for expected in filter(None, (digest, stated)):
         if wrong := _differs(path, expected):
-            return f"{wrong}, not {expected.partition(':')[2]}"
+            return f"{expected}; got {wrong}"
     return None

@@ -1,4 +1,4 @@
-"""How a library stores a family's tensors: names as data, both ways."""
+"""Describes how a library stores the tensors of a family of models."""
 
 from __future__ import annotations
 
@@ -8,35 +8,40 @@ from typing import Any
 
 import numpy as np
 
+from flaxvision.data.preprocessing import Preprocessing
+
 Tensors = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One library's storage of one family of models.
+    """How one library stores one family of models.
 
-    A flaxvision variable `backbone/stage3_block2/conv1/kernel` lies in the module `backbone/stage3_block2/conv1`;
-    `module` gives the library's name of that module, `style` what its leaves are called and how their axes lie.
+    The flaxvision variable `backbone/stage3_block2/conv1/kernel` belongs to the module `backbone/stage3_block2/conv1`.
+    `module` gives the library's name of that module. `style` determines the names and the axis order of its tensors.
 
     Attributes:
-        source: The library: "torchvision", "timm", "keras", ...
-        models: The registry names that it has.
-        module: Maps a flaxvision module path to the library's module name.
+        source: Name of the library: "torchvision", "timm", "keras", ...
+        models: Registry names of the models that this layout describes.
+        module: Maps the path of a flaxvision module to the library's name of the module.
         style: `"torch"`: `NAME.weight` (OIHW kernels, `[out, in]` matrices), `NAME.bias`, `NAME.running_mean`,
             `NAME.running_var`; `"keras"`: `NAME/kernel` (HWIO; depthwise `[kh, kw, C, multiplier]`), `NAME/bias`,
-            `NAME/gamma`, `NAME/beta`, `NAME/moving_mean`, `NAME/moving_variance`. A keras name may end in
-            `/depthwise_kernel` or `/pointwise_kernel` to name the kernel itself.
-        fields: Fields of our module that make it the library's network.
-        flatten: For dense layers behind a flattened feature map, by path: its `(H, W, C)`, where the library flattens
-            in the order C, H, W.
-        conv1x1: Paths (fnmatch patterns) of our dense layers that the library stores as 1x1 convolutions.
-        constant: Values, by fnmatch pattern of the variable's path (with the leaf), of variables that the library
-            lacks: Keras' Inceptions have no BatchNorm scale.
-        ignore: Patterns of the library's tensors that stand for nothing here; `*.num_batches_tracked` always does.
-        adapt: Rewrites the library's tensors before the names are looked up: folds, dequantisation, legacy layouts.
-        restore: Undoes `adapt` as far as the format can, after an export.
-        head: Modules whose leaves depend on `num_classes`.
-        first: The module that sees the image, whose kernel depends on the image's channels.
+            `NAME/gamma`, `NAME/beta`, `NAME/moving_mean`, `NAME/moving_variance`. With `"keras"`, `module` may return
+            a name that ends in `/depthwise_kernel` or `/pointwise_kernel` to name the kernel itself.
+        fields: Fields of the flaxvision module that make it the library's network.
+        flatten: `(H, W, C)` by module path, for dense layers that follow a feature map which the library flattens in
+            the order C, H, W.
+        conv1x1: Module paths (fnmatch patterns) of dense layers that the library stores as 1x1 convolutions.
+        constant: Values of variables that the library lacks, by fnmatch pattern of the variable's path. Example: the
+            Inceptions of Keras have no BatchNorm scale.
+        ignore: Patterns of the library's tensors that have no counterpart. `*.num_batches_tracked` is always ignored.
+        adapt: Rewrites the library's tensors before their names are looked up: folding, dequantization, old names.
+        restore: Inverts `adapt` after an export, as far as the format allows.
+        head: Modules with variables that depend on `num_classes`.
+        first: The module that sees the image; the shape of its kernel depends on the number of channels.
+        preprocessing: Evaluation transform of the published weights, for sources without tags.
+        class_list: Class names of the published weights, for sources without tags: a file of
+            `published/class_names/` without its ending.
     """
 
     source: str
@@ -52,3 +57,5 @@ class Layout:
     restore: Callable[[Tensors], Tensors] | None = None
     head: tuple[str, ...] = ("head",)
     first: str = ""
+    preprocessing: Preprocessing | None = None
+    class_list: str = ""

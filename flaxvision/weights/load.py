@@ -1,7 +1,8 @@
-"""Weights for a model: from a file or a published tag, with another head or another number of channels if asked."""
+"""Loads weights from a file or a published tag, with another head or another number of channels if asked."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import operator
 import os
@@ -16,6 +17,7 @@ import numpy as np
 
 from flaxvision.registry import create_model
 from flaxvision.weights.bundle import is_bundle, read_bundle
+from flaxvision.weights.class_names import class_names_for
 from flaxvision.weights.convert import (
     Shape,
     Variables,
@@ -26,6 +28,7 @@ from flaxvision.weights.convert import (
     images_of,
     layout_of,
     nested,
+    require_fields,
     shapes_of,
     sources,
 )
@@ -38,6 +41,34 @@ from flaxvision.weights.tags import tag_of, tags
 _log = logging.getLogger(__name__)
 
 _ENDINGS = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".th", ".bin")
+# Fields of a bundle that a caller may leave out: `load` has an argument for the first one, and the others do not change
+# the logits in evaluation.
+_OPTIONAL = ("num_classes", "aux_heads", "dropout_rate", "dtype", "param_dtype", "axis_name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Weights with what is known about their network.
+
+    Attributes:
+        name: The registry name.
+        fields: Fields of the network, for `create_model`.
+        variables: The variables, a nested dict of NumPy arrays.
+        class_names: One name per class in the order of the outputs; None if the classes have no known names.
+        channels: Number of image channels; None for the model's own.
+        input_size: Height and width that a bundle states; None for the model's own.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    variables: Variables
+    class_names: tuple[str, ...] | None
+    channels: int | None
+    input_size: Shape | None
+
+    def model(self) -> nn.Module:
+        """Builds the network that the variables belong to."""
+        return create_model(self.name, **self.fields)
 
 
 def load(
@@ -51,45 +82,48 @@ def load(
     rng: jax.Array | None = None,
     **overrides: Any,
 ) -> Variables:
-    """Loads weights for a registered model.
+    """Loads variables for `create_model(name, **overrides)`.
 
-    The variables are those of the source's network: `load_model` builds it, and so does `create_model(name,
-    **fields(name, source))`. Weights are never fitted quietly: a tensor that is missing, superfluous or of another
-    shape is an error. Two things may differ, if asked for, and what is done is logged (logger
-    `flaxvision.weights.load`; what starts fresh as a warning):
+    If the network of the weights has other fields than this model, the result is an error that lists them:
+    `load_model` sets them, and so do `**fields(name, source)`. A tensor that is missing, unexpected or of the wrong
+    shape is an error too. Two things may differ on request. Both are logged by the logger `flaxvision.weights.load`,
+    newly initialized layers as a warning:
 
-    * With another `num_classes` the layers that depend on it start fresh, from the model's own initializers, and all
-      else is kept; 0 leaves them out.
-    * With other `channels` the kernel that sees the image is folded: summed over its input channels for 1; for more
-      (or 2 of 3), repeated in turn and scaled by the old number over the new, which keeps the response to a grey image
-      where the new number is a multiple of the old.
+    * With another `num_classes`, the layers that depend on it are initialized anew and all others are kept. 0 leaves
+      them out.
+    * With other `channels`, the kernel that sees the image is folded. For 1 channel it is summed over its input
+      channels. For more (or 2 of 3) its channels are repeated in turn and scaled by the old number over the new one.
+      This keeps the response to a grey image if the new number is a multiple of the old one.
 
-    Values that are not finite are loaded and named in a warning: torchvision's `IMAGENET1K_FEATURES` has such.
+    Non-finite values are loaded, and their variables are named in a warning. torchvision's `IMAGENET1K_FEATURES` has
+    some.
 
     Args:
         name: A registry name.
-        weights: A tag of `weights.tags(name)`, such as `"torchvision/IMAGENET1K_V1"`, which is fetched into the cache
-            (`weights.cache_dir()`) unless it is there; or the path of a file that `weights.read` reads, or of a bundle
-            that `weights.save` wrote.
-        source: For a file that is no bundle: the library whose names its tensors have.
-        num_classes: Outputs; None for those of the weights.
-        channels: Of the images; None for those of the weights.
+        weights: A tag of `weights.tags(name)`, such as `"torchvision/IMAGENET1K_V1"`; or the path of a file that
+            `weights.read` reads, or of a bundle that `weights.save` wrote. The file of a tag is downloaded into the
+            cache (`weights.cache_dir()`) unless it is there.
+        source: The library that named the tensors; needed for files that are not bundles.
+        num_classes: Number of outputs; None for that of the weights.
+        channels: Number of image channels; None for that of the weights.
         input_size: Height and width of the images, for models that flatten; None for the model's own.
-        rng: Key of the fresh values; None for `jax.random.key(0)`.
-        **overrides: Fields of the module, over those of the source or the bundle.
+        rng: Key for newly initialized layers; None for `jax.random.key(0)`.
+        **overrides: Fields of the module.
 
     Returns:
         A nested dict of NumPy arrays, for `model.apply`.
 
     Raises:
-        ValueError: There is no such model, tag or source; the tensors do not fit (all are named); the file is damaged,
-            or the fetched one is not what was published; `num_classes` is negative or `channels` not positive.
+        ValueError: There is no such model, tag or source; the tensors do not fit (all that do not are listed); the
+            overrides lack fields of the weights' network; the file is damaged, or the downloaded one is not what was
+            published; `num_classes` is negative or `channels` not positive.
         FileNotFoundError: There is no such file.
-        ConnectionError: The tag could not be fetched.
-        ImportError: The file is torch's and torch, of the extra `reference`, is not installed.
-        TypeError: The model has no such field, or `num_classes` or `channels` is no integer.
+        ConnectionError: The tag could not be downloaded.
+        ImportError: The file needs torch (extra `reference`), which is not installed.
+        TypeError: The model has no such field, or `num_classes` or `channels` is not an integer.
     """
-    return _load(name, weights, source, num_classes, channels, input_size, rng, overrides)[1]
+    given = {"source": source, "num_classes": num_classes, "channels": channels, "input_size": input_size, "rng": rng}
+    return load_weights(name, weights, **given, strict=True, **overrides).variables
 
 
 def load_model(name: str, weights: str | os.PathLike[str], **options: Any) -> tuple[nn.Module, Variables]:
@@ -97,59 +131,69 @@ def load_model(name: str, weights: str | os.PathLike[str], **options: Any) -> tu
 
     Args:
         name: A registry name.
-        weights: A tag or a path.
-        **options: As of `load`.
+        weights: A tag or a path, as for `load`.
+        **options: The other arguments of `load`. Overrides take precedence over the fields of the source or the bundle.
 
     Returns:
         The model, with the fields of the source or the bundle, and its variables.
 
     Raises:
-        ValueError, FileNotFoundError, ConnectionError, ImportError, TypeError: As `load`.
+        ValueError, FileNotFoundError, ConnectionError, ImportError, TypeError: As `load`, but the overrides need not
+            include the fields of the weights' network.
     """
-    known = {key: options.pop(key, None) for key in ("source", "num_classes", "channels", "input_size", "rng")}
-    fields, variables = _load(name, weights, **known, overrides=options)
-    return create_model(name, **fields), variables
+    loaded = load_weights(name, weights, **options)
+    return loaded.model(), loaded.variables
 
 
-def _load(
+def load_weights(
     name: str,
     weights: str | os.PathLike[str],
-    source: str | None,
-    num_classes: int | None,
-    channels: int | None,
-    input_size: Shape | None,
-    rng: jax.Array | None,
-    overrides: dict[str, Any],
-) -> tuple[dict[str, Any], Variables]:
-    """The fields of the model and its variables."""
-    create_model(name, **overrides)  # wrong names are an error before anything is fetched
+    *,
+    source: str | None = None,
+    num_classes: int | None = None,
+    channels: int | None = None,
+    input_size: Shape | None = None,
+    rng: jax.Array | None = None,
+    strict: bool = False,
+    **overrides: Any,
+) -> Loaded:
+    """Loads weights together with the fields of their network and their class names.
+
+    The arguments and errors are those of `load`. With `strict`, fields of the network that neither the model nor the
+    overrides have are an error.
+    """
+    create_model(name, **overrides)  # reports wrong names before a download
     for option, value, least in (("num_classes", num_classes, 0), ("channels", channels, 1)):
         if value is not None and operator.index(value) < least:
-            raise ValueError(f"{option} must be {least} or more, got {value}")
+            raise ValueError(f"{option} must be at least {least}; got {value}")
     path, source = _find(name, weights, source)
     if source is None:
         stored, card = read_bundle(path)
         if card["model"] != name:
-            raise ValueError(f"{path} holds {card['model']}, not {name}")
+            raise ValueError(f"name must be {card['model']}, the model of {path}; got {name!r}")
         fields = {**card["overrides"], **overrides}
-        size = input_size or card["input_size"]
-        network = _Network(name, fields, size)
-        leaves, classes, depth = (
-            flat(stored),
-            network.classes,
-            card["channels"] or images_of(name, None, size).shape[-1],
-        )
+        input_size = input_size or card["input_size"]
+        network = _Network(name, fields, input_size)
+        leaves, classes = flat(stored), network.classes
+        depth = card["channels"] or network.channels
         shapes = {key: leaf.shape for key, leaf in network.shapes(classes, depth).items()}
-        check(f"{path} does not fit {name} with {overrides}", leaves, shapes)
+        check(f"{path} does not fit {name} with {overrides or 'no overrides'}", leaves, shapes)
+        if strict:
+            _require_fields_of_bundle(name, path, card["overrides"], overrides, network, classes, depth)
+        names = card["class_names"]
     else:
         layout = layout_of(name, source)
+        if strict:
+            numbered = overrides if num_classes is None else {"num_classes": num_classes, **overrides}
+            require_fields(name, layout.fields, numbered, f"{source}'s {name}")
         fields = {**layout.fields, **overrides}
         network = _Network(name, fields, input_size)
         tensors = adapted(name, read(path), layout, network.shapes(None, None))
         classes, depth = network.read_off(layout, tensors)
-        # Without a head, that of the file is left at once, of whatever size it is.
+        # Without a head, the head of the file is dropped at once, whatever its size.
         classes = 0 if num_classes == 0 else classes
         leaves = filled(name, tensors, layout, network.shapes(classes, depth))
+        names = class_names_for(name, str(weights) if weights in tags(name) else source)
     wanted = classes if num_classes is None else num_classes
     if channels is not None and channels != depth:
         leaves = network.folded(leaves, depth, channels, classes)
@@ -157,38 +201,62 @@ def _load(
     if wanted != classes:
         leaves = network.with_head(leaves, wanted, depth, rng)
     if broken := [key for key, leaf in leaves.items() if not np.isfinite(leaf).all()]:
-        _log.warning("%s: %s of %s hold what is not finite", name, ", ".join(broken), weights)
-    return network.fields_with(wanted), nested(leaves)
+        _log.warning("%s: non-finite values in %s (from %s)", name, ", ".join(broken), weights)
+    return Loaded(
+        name=name,
+        fields=network.fields_with(wanted),
+        variables=nested(leaves),
+        # A new head has new classes, and a file may have other classes than the published one.
+        class_names=names if names is not None and wanted == classes == len(names) else None,
+        channels=None if depth == network.channels else depth,
+        input_size=input_size,
+    )
+
+
+def _require_fields_of_bundle(
+    name: str,
+    path: Path,
+    stored: dict[str, Any],
+    overrides: dict[str, Any],
+    network: _Network,
+    classes: int,
+    depth: int,
+) -> None:
+    """Raises ValueError if the variables fit the caller's model although it has another definition."""
+    wanted = {key: value for key, value in stored.items() if key not in _OPTIONAL}
+    callers = _Network(name, overrides, network.input_size)
+    theirs = {key: leaf.shape for key, leaf in network.shapes(classes, depth).items()}
+    if all(theirs.get(key) == leaf.shape for key, leaf in callers.shapes(classes, depth).items()):
+        require_fields(name, wanted, overrides, f"the network of {path}")
 
 
 def _find(name: str, weights: str | os.PathLike[str], source: str | None) -> tuple[Path, str | None]:
-    """The file, and the library whose names it has; None for a bundle."""
+    """Returns the file and the library that named its tensors; None for a bundle."""
     path = Path(weights)
     if isinstance(weights, str) and weights in tags(name):
         if source is not None:
-            raise ValueError(f"source={source!r} is for files; {weights} is a tag and says its own")
+            raise ValueError(f"source must be None for the tag {weights}; got {source!r}")
         info = tag_of(name, weights)
         return fetch(info.url, info.digest, revision=info.revision), info.source
     if not path.is_file():
         if path.suffix.lower() in _ENDINGS:
-            raise FileNotFoundError(f"there is no file {path}")
-        tag_of(name, str(weights))
+            raise FileNotFoundError(f"weights must be an existing file; got {path}")
+        tag_of(name, str(weights))  # raises the error that lists the tags
     if source is not None:
         return path, source
     if path.suffix == ".safetensors" and is_bundle(path):
         return path, None
-    raise ValueError(
-        f"{path} is no bundle of flaxvision; give source=, the library whose names its tensors have,"
-        f" one of {', '.join(sources(name)) or 'none known'}"
-    )
+    known = ", ".join(sources(name)) or "none is known for this model"
+    raise ValueError(f"source must name the library of {path}, which is not a bundle ({known}); got None")
 
 
 class _Network:
-    """A model at several numbers of classes and channels."""
+    """The shapes and heads of a model for several numbers of classes and channels."""
 
     def __init__(self, name: str, fields: dict[str, Any], input_size: Shape | None):
         self.name, self.fields, self.input_size = name, fields, input_size
         self.classes: int = getattr(create_model(name, **fields), "num_classes", 0)
+        self.channels: int = images_of(name, None, input_size).shape[-1]
 
     def fields_with(self, classes: int) -> dict[str, Any]:
         return self.fields if classes == self.classes else {**self.fields, "num_classes": classes}
@@ -199,8 +267,8 @@ class _Network:
         return shapes_of(self.name, model, channels=channels, input_size=self.input_size)
 
     def read_off(self, layout: Layout, tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
-        """The numbers of classes and of channels that a library's tensors have; the model's own where they say none."""
-        depth = images_of(self.name, None, self.input_size).shape[-1]
+        """Infers the numbers of classes and channels from the tensors; the model's own where they do not tell."""
+        depth = self.channels
         usual = _shapes_there(layout, self.shapes(None, None))
         if all(key not in tensors or tensors[key].shape == shape for key, shape in usual.items()):
             return self.classes, depth
@@ -225,7 +293,9 @@ class _Network:
         for path in changed:
             kernel = leaves[path]
             if kernel.ndim < 3 or kernel.shape[-2] != old or wanted[path].shape[-2] != new:
-                raise ValueError(f"{path} {list(kernel.shape)} cannot be folded from {old} to {new} channels")
+                raise ValueError(
+                    f"channels must be {old}, since {path} {list(kernel.shape)} cannot be folded; got {new}"
+                )
             folded[path] = fold(kernel, new)
         _log.info("%s: folded %s from %d to %d channels", self.name, ", ".join(changed), old, new)
         return {**leaves, **folded}
@@ -237,16 +307,16 @@ class _Network:
         fresh = [path for path, leaf in wanted.items() if path not in leaves or leaf.shape != leaves[path].shape]
         dropped = [path for path in leaves if path not in wanted]
         if fresh:
-            _log.warning("%s: %s start fresh for %d classes", self.name, ", ".join(fresh), classes)
+            _log.warning("%s: newly initialized for %d classes: %s", self.name, classes, ", ".join(fresh))
         if dropped:
-            _log.info("%s: %s are left out", self.name, ", ".join(dropped))
+            _log.info("%s: left out: %s", self.name, ", ".join(dropped))
         model = create_model(self.name, **self.fields_with(classes))
         image = images_of(self.name, channels, self.input_size)
 
         @jax.jit
         def init(key: jax.Array) -> dict[str, jax.Array]:
             variables = flat(model.init(key, jnp.zeros(image.shape, image.dtype)))
-            return {path: variables[path] for path in fresh}  # the compiler drops what the others would cost
+            return {path: variables[path] for path in fresh}  # the compiler removes the computation of the others
 
         new = init(jax.random.key(0) if rng is None else rng) if fresh else {}
         return {path: np.asarray(new[path]) if path in new else leaves[path] for path in wanted}
@@ -257,12 +327,12 @@ def _shapes_there(layout: Layout, shapes: Mapping[str, Any]) -> dict[str, Shape]
 
 
 def fold(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """Makes a kernel see another number of channels.
+    """Folds a kernel to another number of input channels.
 
     Args:
         kernel: `[*window, C, F]`.
-        channels: The new number; 1 takes the sum over the old ones, others repeat them in turn, scaled by the old
-            number over the new.
+        channels: The new number. 1 sums over the old channels; other numbers repeat them in turn, scaled by the old
+            number over the new one.
 
     Returns:
         `[*window, channels, F]`.

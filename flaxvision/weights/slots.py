@@ -1,4 +1,4 @@
-"""Where our variables lie in another library: names, shapes and the order of axes."""
+"""Maps flaxvision variables to the names, shapes and axis orders of another library."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from flaxvision.weights.layout import Layout
 Shape = tuple[int, ...]
 Axes = Callable[[np.ndarray], np.ndarray]
 
-# What the styles call our leaves; a BatchNorm's bias is Keras' beta.
+# Names of our leaves in each style. Keras calls the bias of a BatchNorm beta.
 _LEAVES = {
     "torch": {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"},
     "keras": {"kernel": "kernel", "scale": "gamma", "bias": "bias", "mean": "moving_mean", "var": "moving_variance"},
 }
 _KERNELS = ("/depthwise_kernel", "/pointwise_kernel")
-# Keras numbers the layers that got no name, starting anywhere.
+# Keras numbers layers without a name of their own. The first number varies.
 _NUMBERED = re.compile(r"(conv2d|batch_normalization|dense|depthwise_conv2d|separable_conv2d)(?:_(\d+))?/(.*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one variable lies in a library.
+    """The place of one variable in a library.
 
     Attributes:
-        path: Our slash path.
-        name: The library's name; empty for a constant.
-        shape: The library's shape.
-        forward: From the library's array to ours.
-        backward: From our array to the library's.
-        constant: The value of a variable that the library lacks.
+        path: The slash path of the flaxvision variable.
+        name: The library's name of the tensor; empty for a constant.
+        shape: The library's shape of the tensor.
+        forward: Converts the library's array to ours.
+        backward: Converts our array to the library's.
+        constant: The value of a variable that the library lacks; None otherwise.
     """
 
     path: str
@@ -48,10 +48,17 @@ class Slot:
 
 
 def slots_of(layout: Layout, shapes: Mapping[str, Any]) -> list[Slot]:
-    """The places of all variables.
+    """Returns the places of all variables.
+
+    Args:
+        layout: The library's layout.
+        shapes: Arrays or shapes by slash path.
+
+    Returns:
+        One slot per variable, in the order of `shapes`.
 
     Raises:
-        ValueError: The layout gives two variables one place, or one of them none.
+        ValueError: The layout gives two variables the same name, or a variable none.
     """
     norms = {path.partition("/")[2].rpartition("/")[0] for path in shapes if path.startswith("batch_stats/")}
     slots = [_slot(layout, path, tuple(leaf.shape), norms) for path, leaf in shapes.items()]
@@ -60,7 +67,10 @@ def slots_of(layout: Layout, shapes: Mapping[str, Any]) -> list[Slot]:
         slots = [dataclasses.replace(slot, name=names_of.get(slot.name, "")) for slot in slots]
     names = collections.Counter(slot.name for slot in slots if slot.constant is None)
     if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"the {layout.source} layout of {', '.join(layout.models)} uses {', '.join(twice)} twice")
+        raise ValueError(
+            f"names in the {layout.source} layout of {', '.join(layout.models)} must differ;"
+            f" got {', '.join(twice)} twice"
+        )
     return slots
 
 
@@ -70,7 +80,9 @@ def _slot(layout: Layout, path: str, shape: Shape, norms: set[str]) -> Slot:
         if fnmatch.fnmatchcase(f"{module}/{leaf}", pattern):
             return Slot(path, "", (), _same, _same, value)
     if leaf not in _LEAVES[layout.style]:
-        raise ValueError(f"a {layout.style} layout has no name for the leaf {leaf!r} of {path}")
+        raise ValueError(
+            f"leaf of {path} must be one of {', '.join(_LEAVES[layout.style])} in a {layout.style} layout; got {leaf!r}"
+        )
     place, there = layout.module(module), _LEAVES[layout.style][leaf]
     axes = (shape, _same, _same)
     if layout.style == "torch":
@@ -117,29 +129,36 @@ def _keras_axes(layout: Layout, module: str, shape: Shape) -> tuple[Shape, Axes,
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the fnmatch patterns is the name's."""
+    """Tells whether the name matches one of the fnmatch patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def canonical(names: Iterable[str]) -> dict[str, str]:
-    """Keras' names without what differs between its versions and sessions.
+    """Maps Keras' names to names that do not depend on the version or the session.
 
-    Without the `:0` of TensorFlow; a depthwise kernel alone is a `kernel`, as Keras 3 has it; the numbers of layers
-    without a name start at none, 1, 2, ...
+    * The `:0` of TensorFlow is removed.
+    * A depthwise kernel without a pointwise one is called `kernel`, as in Keras 3.
+    * The numbers of layers without a name of their own start at none, then 1, 2, ...
+
+    Args:
+        names: Names in the order of the file.
+
+    Returns:
+        The canonical name of each.
     """
-    plain = {name: name.removesuffix(":0") for name in names}
-    present = set(plain.values())
-    for name, short in plain.items():
-        layer, _, leaf = short.rpartition("/")
+    short = {name: name.removesuffix(":0") for name in names}
+    present = set(short.values())
+    for name, now in short.items():
+        layer, _, leaf = now.rpartition("/")
         if leaf == "depthwise_kernel" and f"{layer}/pointwise_kernel" not in present:
-            plain[name] = f"{layer}/kernel"
+            short[name] = f"{layer}/kernel"
     numbers: dict[str, int] = {}
-    for short in plain.values():
-        if found := _NUMBERED.fullmatch(short):
+    for now in short.values():
+        if found := _NUMBERED.fullmatch(now):
             kind, number = found[1], int(found[2] or 0)
             numbers[kind] = min(numbers.get(kind, number), number)
-    for name, short in plain.items():
-        if found := _NUMBERED.fullmatch(short):
+    for name, now in short.items():
+        if found := _NUMBERED.fullmatch(now):
             number = int(found[2] or 0) - numbers[found[1]]
-            plain[name] = f"{found[1]}_{number}/{found[3]}" if number else f"{found[1]}/{found[3]}"
-    return plain
+            short[name] = f"{found[1]}_{number}/{found[3]}" if number else f"{found[1]}/{found[3]}"
+    return short

@@ -1,8 +1,10 @@
-"""Every op against an independent computation (numpy, Pillow, colorsys), and the distributions that it draws from."""
+"""The pixels of every op against numpy, Pillow and colorsys, and the distributions that it draws from."""
 
 import colorsys
 from functools import partial
+from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from flaxvision.data import augment
+from flaxvision.data.colour import IMAGENET_EIGENVECTORS
 
 SMALL = np.random.default_rng(0).random((9, 12, 3), dtype=np.float32)
 SQUARE = np.random.default_rng(1).random((11, 11, 3), dtype=np.float32)
@@ -45,6 +48,8 @@ STRENGTH_ZERO = {
     "cutout": partial(augment.random_cutout, size=0),
 }
 
+RECORDED = Path(__file__).parent / "recorded" / "augmentations.npz"
+
 # Compiled once for all cases.
 TRANSLATE = jax.jit(lambda image, dy, dx: augment.translate(image, dy, dx, (0.1, 0.2, 0.3)))
 ROTATE = jax.jit(lambda image, degrees: augment.rotate(image, degrees, 0.5))
@@ -52,6 +57,11 @@ SCALE = jax.jit(lambda image, factor: augment.scale(image, factor, 0.25))
 RESIZED_CROP = jax.jit(augment.resized_crop, static_argnums=2)
 CUTOUT = jax.jit(lambda image, y, x, size: augment.cutout(image, y, x, size, (0.1, 0.2, 0.3)))
 ADJUST_HUE, ADJUST_SATURATION = jax.jit(augment.adjust_hue), jax.jit(augment.adjust_saturation)
+
+
+def of_image(op):
+    """The op as a function of the image alone."""
+    return lambda key, image: op(key, {"image": jnp.asarray(image)})["image"]
 
 
 def keys(n, seed=0):
@@ -66,7 +76,7 @@ def planes(image, function):
 
 @pytest.mark.parametrize("name", OPS)
 def test_op_is_float32_finite_in_range_keyed_and_vmaps(name):
-    batched = jax.jit(jax.vmap(OPS[name], in_axes=(0, None)))
+    batched = jax.jit(jax.vmap(of_image(OPS[name]), in_axes=(0, None)))
     out = batched(keys(16), SMALL)
     assert out.dtype == jnp.float32
     assert bool(jnp.isfinite(out).all())
@@ -78,12 +88,12 @@ def test_op_is_float32_finite_in_range_keyed_and_vmaps(name):
 
 @pytest.mark.parametrize("name", STRENGTH_ZERO)
 def test_op_of_strength_zero_changes_nothing(name):
-    out = jax.jit(STRENGTH_ZERO[name])(jax.random.key(0), SMALL)
+    out = jax.jit(of_image(STRENGTH_ZERO[name]))(jax.random.key(0), SMALL)
     np.testing.assert_allclose(out, SMALL, atol=2e-6)
 
 
 def test_flip_mirrors_about_half():
-    out = np.asarray(jax.jit(jax.vmap(augment.random_flip, in_axes=(0, None)))(keys(2000), SMALL))
+    out = np.asarray(jax.jit(jax.vmap(of_image(augment.random_flip), in_axes=(0, None)))(keys(2000), SMALL))
     flipped = (out == SMALL[:, ::-1]).all((1, 2, 3))
     assert (flipped | (out == SMALL).all((1, 2, 3))).all()
     assert abs(flipped.mean() - 0.5) < 0.05
@@ -92,7 +102,9 @@ def test_flip_mirrors_about_half():
 @pytest.mark.parametrize("mode", ["zero", "reflect"])
 def test_random_crop_takes_every_window_equally_often(mode):
     out = np.asarray(
-        jax.jit(jax.vmap(partial(augment.random_crop, padding=2, mode=mode), in_axes=(0, None)))(keys(1000), SMALL)
+        jax.jit(jax.vmap(of_image(partial(augment.random_crop, padding=2, mode=mode)), in_axes=(0, None)))(
+            keys(1000), SMALL
+        )
     )
     around = ((2, 2), (2, 2), (0, 0))
     padded = np.pad(SMALL, around) if mode == "zero" else np.pad(SMALL, around, mode="reflect")
@@ -105,11 +117,12 @@ def test_random_crop_takes_every_window_equally_often(mode):
 
 def test_crop_sizes():
     np.testing.assert_array_equal(augment.crop(jnp.asarray(SMALL), 2, 3, (4, 5)), SMALL[2:6, 3:8])
-    assert augment.random_crop(keys(1)[0], jnp.asarray(SMALL), padding=0, size=5).shape == (5, 5, 3)
-    with pytest.raises(ValueError, match=r"size is \(20, 20\)"):
-        augment.random_crop(keys(1)[0], jnp.asarray(SMALL), size=20)
-    with pytest.raises(ValueError, match="mode is 'edge'"):
-        augment.random_crop(keys(1)[0], jnp.asarray(SMALL), mode="edge")
+    example = {"image": jnp.asarray(SMALL)}
+    chex.assert_shape(augment.random_crop(keys(1)[0], example, padding=0, size=5)["image"], (5, 5, 3))
+    with pytest.raises(ValueError, match=r"size must be at most the 9x12 image with padding 4; got \(20, 20\)"):
+        augment.random_crop(keys(1)[0], example, size=20)
+    with pytest.raises(ValueError, match="mode must be 'zero' or 'reflect'; got 'edge'"):
+        augment.random_crop(keys(1)[0], example, mode="edge")
 
 
 @pytest.mark.parametrize(("dy", "dx"), [(0, 0), (2, -3), (-8, 11), (9, 0), (-40, 5)])
@@ -124,7 +137,7 @@ def test_translate_moves_content_and_fills(dy, dx):
 
 def test_random_shift_covers_its_range():
     ramp = np.broadcast_to(np.arange(1, 13, dtype=np.float32)[None, :, None], (9, 12, 1))
-    out = jax.jit(jax.vmap(partial(augment.random_shift, max_shift=3), in_axes=(0, None)))(keys(300), ramp)
+    out = jax.jit(jax.vmap(of_image(partial(augment.random_shift, max_shift=3)), in_axes=(0, None)))(keys(300), ramp)
     out = np.asarray(out)
     shifts = 6 - out[:, 4, 5, 0]
     assert set(shifts) == set(range(-3, 4))
@@ -147,7 +160,9 @@ def test_random_rotation_draws_uniform_angles():
     """The angle is read back from where a line through the centre comes to lie."""
     line = np.zeros((41, 41, 1), np.float32)
     line[20, 21:] = 1
-    out = jax.jit(jax.vmap(partial(augment.random_rotation, max_degrees=30.0), in_axes=(0, None)))(keys(300), line)
+    out = jax.jit(jax.vmap(of_image(partial(augment.random_rotation, max_degrees=30.0)), in_axes=(0, None)))(
+        keys(300), line
+    )
     out = np.asarray(out)[..., 0]
     y, x = np.mgrid[:41, :41] - 20
     angles = np.degrees(np.arctan2(-(out * y).sum((1, 2)), (out * x).sum((1, 2))))
@@ -227,7 +242,9 @@ def test_cutout_fills_the_clipped_square(y, x, size):
 
 
 def test_cutout_centres_are_everywhere():
-    out = jax.jit(jax.vmap(partial(augment.random_cutout, size=1, fill=-1.0), in_axes=(0, None)))(keys(3000), SMALL)
+    out = jax.jit(jax.vmap(of_image(partial(augment.random_cutout, size=1, fill=-1.0)), in_axes=(0, None)))(
+        keys(3000), SMALL
+    )
     holes = (np.asarray(out)[..., 0] == -1).sum(0)
     assert holes.sum() == 3000
     assert holes.min() > 8  # 27.8 expected
@@ -264,10 +281,10 @@ def test_hue_and_saturation_equal_colorsys(hue, saturation):
 def test_lighting_moves_along_the_eigenvectors():
     image = 0.25 + 0.5 * SMALL
     shift = np.asarray(augment.add_lighting(jnp.asarray(image), (1.0, -2.0, 3.0)))[0, 0] - image[0, 0]
-    eigenvectors = np.asarray(augment.IMAGENET_EIGENVECTORS)
+    eigenvectors = np.asarray(IMAGENET_EIGENVECTORS)
     np.testing.assert_allclose(eigenvectors.T @ eigenvectors, np.eye(3), atol=2e-3)  # published with four digits
     np.testing.assert_allclose(eigenvectors.T @ shift, [0.2175, -2 * 0.0188, 3 * 0.0045], atol=1e-3)
-    many = jax.jit(jax.vmap(partial(augment.random_lighting, std=0.1), in_axes=(0, None)))(keys(2000), image)
+    many = jax.jit(jax.vmap(of_image(partial(augment.random_lighting, std=0.1)), in_axes=(0, None)))(keys(2000), image)
     shifts = np.asarray(many)[:, 2, 2] - image[2, 2]
     np.testing.assert_allclose((shifts @ eigenvectors).std(0), [0.02175, 0.00188, 0.00045], rtol=0.08)
 
@@ -286,7 +303,7 @@ def test_colour_strengths_are_uniform(op, read):
     """Each strength is read back from one pixel; contrast from its distance to the mean of 0.5."""
     pixel = np.asarray([0.3, 0.45, 0.6], np.float32)  # hue 7/12, saturation 1/2
     image = np.stack([pixel, [0.7, 0.55, 0.4]]).reshape(1, 2, 3).astype(np.float32)
-    out = np.asarray(jax.jit(jax.vmap(op, in_axes=(0, None)))(keys(2000), image))
+    out = np.asarray(jax.jit(jax.vmap(of_image(op), in_axes=(0, None)))(keys(2000), image))
     drawn = read(out[:, 0, 0])
     assert -0.2001 < drawn.min() < -0.19
     assert 0.19 < drawn.max() < 0.2001
@@ -299,30 +316,32 @@ def hue_of(pixels):
 
 def test_colour_ops_refuse_grey_images_and_ops_refuse_batches():
     for op in (ADJUST_HUE, ADJUST_SATURATION):
-        with pytest.raises(ValueError, match="1 channels"):
+        with pytest.raises(ValueError, match=r"image must have 3 channels .*; got 1 channels"):
             op(jnp.ones((4, 4, 1)), 0.1)
     with pytest.raises(ValueError, match=r"float32\[2, 4, 4, 3\]"):
         augment.rotate(jnp.ones((2, 4, 4, 3)), 3.0)
     with pytest.raises(ValueError, match="uint8"):
         augment.translate(jnp.ones((4, 4, 3), jnp.uint8), 1, 1)
-    with pytest.raises(ValueError, match="max_degrees is -1"):
-        augment.random_rotation(keys(1)[0], jnp.asarray(SMALL), max_degrees=-1)
-    with pytest.raises(ValueError, match="fill has shape"):
+    with pytest.raises(ValueError, match="max_degrees must be at least 0; got -1"):
+        augment.random_rotation(keys(1)[0], {"image": jnp.asarray(SMALL)}, max_degrees=-1)
+    with pytest.raises(ValueError, match="fill must be a number or one for each of the 3 channels"):
         augment.rotate(jnp.asarray(SMALL), 3.0, fill=(0.1, 0.2))
 
 
-def test_normalize_scales_bytes_but_not_floats():
+def test_standardize_scales_bytes_but_not_floats():
     image = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3) * 10
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    out = augment.normalize(image, mean, std)
+    out = augment.standardize(image, mean, std)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, (image / 255 - np.asarray(mean)) / np.asarray(std), atol=1e-6)
-    np.testing.assert_allclose(augment.normalize((image / 255).astype(np.float32), mean, std), out, atol=1e-6)
-    np.testing.assert_allclose(augment.normalize(image[..., :1], 0.5, 2.0), (image[..., :1] / 255 - 0.5) / 2, atol=1e-6)
-    with pytest.raises(ValueError, match="std has shape"):
-        augment.normalize(image, 0.5, (1.0, 2.0))
+    np.testing.assert_allclose(augment.standardize((image / 255).astype(np.float32), mean, std), out, atol=1e-6)
+    np.testing.assert_allclose(
+        augment.standardize(image[..., :1], 0.5, 2.0), (image[..., :1] / 255 - 0.5) / 2, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="std must be a number"):
+        augment.standardize(image, 0.5, (1.0, 2.0))
     with pytest.raises(TypeError, match="int32"):
-        augment.normalize(jnp.ones((2, 2, 3), jnp.int32), 0.5, 0.5)
+        augment.standardize(jnp.ones((2, 2, 3), jnp.int32), 0.5, 0.5)
 
 
 def test_resize_or_pad():
@@ -356,16 +375,40 @@ def test_make_transform_keys_each_row_by_its_index():
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), 5)
     row = augment.to_float(images()[5])
     for i, op in enumerate(ops):
-        row = jax.jit(op)(jax.random.fold_in(key, i), row)
+        row = jax.jit(of_image(op))(jax.random.fold_in(key, i), row)
     row = np.pad(row, ((2, 2), (2, 2), (0, 0)))
     np.testing.assert_allclose(out["image"][5], (row - np.asarray([0.4, 0.5, 0.6])) / 0.25, atol=1e-5)
     evaluated = augment.make_transform(mean=0.5, std=0.5)(jax.random.key(0), batch)
     np.testing.assert_allclose(evaluated["image"], images() / 127.5 - 1, atol=1e-6)
 
 
+def test_pixels_are_those_of_the_ops_of_images():
+    """Recorded when ops were functions of the image alone: neither pixels nor random numbers may change."""
+    batch = {"image": np.random.default_rng(9).integers(0, 256, (3, 9, 12, 3), np.uint8), "label": np.arange(3)}
+    exact = {"flip", "crop", "crop_reflect", "shift", "cutout", "size_pad"}  # they only move pixels
+    mix = partial(augment.mixup, num_classes=3)
+    transforms = {name: augment.make_transform(op, mean=(0.4, 0.5, 0.6), std=0.25) for name, op in OPS.items()}
+    every = augment.make_transform(*OPS.values(), size=(10, 11), mix=mix, mean=0.5, std=0.5)
+
+    @jax.jit
+    def run(batch):
+        out = {name: transform(jax.random.key(11), batch)["image"] for name, transform in transforms.items()}
+        for name, size in (("size_resize", (20, 7)), ("size_pad", (12, 13))):
+            out[name] = augment.make_transform(size=size)(jax.random.key(1), batch)["image"]
+        mixed = every(jax.random.key(12), batch)
+        return out | {"all": mixed["image"], "all_label": mixed["label"]}
+
+    got = run(batch)
+    with np.load(RECORDED) as recorded:
+        assert set(got) == set(recorded)
+        for name in recorded:
+            atol = 0 if name in exact else 2e-5
+            np.testing.assert_allclose(got[name], recorded[name], atol=atol, rtol=1e-6 * (atol > 0), err_msg=name)
+
+
 def test_eight_devices_give_the_same_batch_as_one():
     mix = partial(augment.cutmix, num_classes=4)
-    ops = (augment.random_crop, augment.random_rotation, augment.random_hue, augment.random_flip)
+    ops = (augment.random_crop, augment.random_rotation, augment.random_brightness, augment.random_flip)
     transform = augment.make_transform(*ops, mix=mix, mean=0.5, std=0.5)
     batch = {"image": images(), "label": np.arange(16, dtype=np.int32) % 4, "mask": np.ones(16, np.float32)}
     single = jax.jit(transform)(jax.random.key(0), batch)
@@ -447,11 +490,11 @@ def test_mixing_off_and_bad_arguments():
             out = jax.jit(partial(mix, num_classes=4, **off))(jax.random.key(1), batch)
             np.testing.assert_array_equal(out["image"], batch["image"])
             np.testing.assert_array_equal(out["label"], np.eye(4))
-        with pytest.raises(ValueError, match="num_classes is None"):
+        with pytest.raises(ValueError, match="num_classes must be given for integer labels"):
             mix(jax.random.key(0), batch)
-        with pytest.raises(ValueError, match="num_classes is 3"):
+        with pytest.raises(ValueError, match="num_classes must be the 4 columns of the labels; got 3"):
             mix(jax.random.key(0), batch | {"label": np.eye(4, dtype=np.float32)}, num_classes=3)
-        with pytest.raises(ValueError, match="alpha is -1"):
+        with pytest.raises(ValueError, match="alpha must be at least 0; got -1"):
             mix(jax.random.key(0), batch, num_classes=4, alpha=-1)
         with pytest.raises(ValueError, match="uint8"):
             mix(jax.random.key(0), batch | {"image": images(4)}, num_classes=4)

@@ -1,4 +1,4 @@
-"""The crops of the worker threads, measured on pictures whose pixels say where they are from."""
+"""The crops of the worker threads, measured on images with coordinates as pixel values."""
 
 import numpy as np
 import pytest
@@ -75,5 +75,5 @@ def test_grey_pictures_and_one_generator_one_crop():
 
 @pytest.mark.parametrize("options", [{"size": 33}, {"size": 0}, {"size": 16, "shorter": (32, 20)}])
 def test_bounds_in_disorder_are_refused(options):
-    with pytest.raises(ValueError, match=r"want 1 <= size <= shorter\[0\] <= shorter\[1\]; got size="):
+    with pytest.raises(ValueError, match=r"must satisfy 1 <= size <= shorter\[0\] <= shorter\[1\]; got "):
         random_scaled_crop(ramp(40, 40), np.random.default_rng(0), **{"shorter": (32, 32)} | options)

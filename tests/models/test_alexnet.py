@@ -176,12 +176,13 @@ def test_initializers():
 def test_conversion_turns_the_flattened_maps(name, source):
     """Row c * 36 + h * 6 + w of the library's first matrix is our row (h * 6 + w) * 256 + c; and back."""
     convert = importlib.import_module("flaxvision.weights.convert")
+    fields = fv.weights.fields(name, source)
     shapes = {k: v.shape for k, v in convert.shapes_of(name, fv.create_model(name)).items()}
     variables = convert.nested({k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()})
-    tensors = convert.export(name, variables, source=source)
+    tensors = convert.export(name, variables, source=source, **fields)
     fc6 = {"caffe": "fc6.weight", "torchvision": "classifier.1.weight"}[source]
     tensors[fc6] = np.zeros((4096, 9216), np.float32)
     tensors[fc6][7] = np.arange(9216)
-    kernel = convert.convert(name, tensors, source=source)["params"]["fc6"]["kernel"]
+    kernel = convert.convert(name, tensors, source=source, **fields)["params"]["fc6"]["kernel"]
     c, h, w = 200, 4, 1
     assert kernel[(h * 6 + w) * 256 + c, 7] == c * 36 + h * 6 + w

@@ -104,14 +104,15 @@ def test_names(source, first, expand, projection, last):
 
 
 def test_eight_bits_and_back():
-    model = fv.create_model("mobilenet_v2", **fv.weights.fields("mobilenet_v2", "coral"))
+    fields = fv.weights.fields("mobilenet_v2", "coral")
+    model = fv.create_model("mobilenet_v2", **fields)
     assert (model.num_classes, model.padding, model.epsilon) == (1001, "SAME", 1e-3)
     variables = filled(shapes_of(model, (32, 32))[1])
-    tensors = fv.weights.export("mobilenet_v2", variables, source="coral")
+    tensors = fv.weights.export("mobilenet_v2", variables, source="coral", **fields)
     assert len(tensors) == 3 * 53
     assert tensors["block04/depthwise/kernel_q"].shape == (3, 3, 1, 144)
     assert tensors["block04/depthwise/kernel_q"].dtype == np.int8
-    back = fv.weights.convert("mobilenet_v2", tensors, source="coral")
+    back = fv.weights.convert("mobilenet_v2", tensors, source="coral", **fields)
 
     def folded(v, conv, bn):
         p, s = (v[c]["backbone"]["stage2_block1"] for c in ("params", "batch_stats"))
@@ -123,9 +124,9 @@ def test_eight_bits_and_back():
         step = np.abs(kernel).max((0, 1, 2)) / 127
         assert (np.abs(kernel - coarse) <= 0.501 * step).all()
         np.testing.assert_allclose(same, bias, rtol=1e-5, atol=1e-6)
-    again = fv.weights.export("mobilenet_v2", back, source="coral")
+    again = fv.weights.export("mobilenet_v2", back, source="coral", **fields)
     for name, tensor in tensors.items():
         np.testing.assert_allclose(again[name], tensor, rtol=1e-5, atol=1e-6)
     del tensors["stem/scale"]
     with pytest.raises(ValueError, match="stem/scale"):
-        fv.weights.convert("mobilenet_v2", tensors, source="coral")
+        fv.weights.convert("mobilenet_v2", tensors, source="coral", **fields)

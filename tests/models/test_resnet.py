@@ -200,7 +200,7 @@ def test_names_in_torchvision_and_keras():
     assert keras_name("backbone/stage1_block1/shortcut_bn") == "conv2_block1_0_bn"
     assert keras_name("head") == "predictions"
     assert akamaster_name("head") == "linear"
-    with pytest.raises(ValueError, match="'backbone/stage1' is no module of a ResNet"):
+    with pytest.raises(ValueError, match="must be a module of a ResNet; got 'backbone/stage1'"):
         torchvision_name("backbone/stage1")
 
 

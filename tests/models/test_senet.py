@@ -126,7 +126,7 @@ def test_names_in_timm():
     assert timm_name("backbone/stage2_block1/shortcut_bn") == "layer2.0.downsample.1"
     assert timm_name("backbone/stage1_block3/bn3") == "layer1.2.bn3"
     assert timm_name("head") == "last_linear"
-    with pytest.raises(ValueError, match="'backbone' is no module of an SE-ResNet"):
+    with pytest.raises(ValueError, match="must be a module of an SE-ResNet; got 'backbone'"):
         timm_name("backbone")
 
 

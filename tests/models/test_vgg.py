@@ -144,7 +144,7 @@ def test_names():
     assert convolutions("keras", "vgg19")[-1] == "block5_conv4"
     dense = [layout("keras", "vgg16").module(m) for m in ("fc6", "fc7", "head")]
     assert dense == ["fc1", "fc2", "predictions"]
-    with pytest.raises(ValueError, match="'backbone/conv1' is no module of a VGG"):
+    with pytest.raises(ValueError, match="must be a module of a VGG; got 'backbone/conv1'"):
         layout("torchvision", "vgg16").module("backbone/conv1")
 
 

@@ -1,10 +1,13 @@
-"""The loop: resume to the bit, early stopping, NaN, signals, records."""
+"""The loop: bit-exact resume, early stopping, NaN, signals, records."""
 
 import json
 import os
 import signal
+import threading
+import time
 from functools import partial
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from flaxvision.train import EarlyStopping, JsonlWriter, create_state, eval_step
 
 
 class Net(nn.Module):
-    """BatchNorm, dropout and an average: everything that a resume could lose."""
+    """BatchNorm and dropout: everything that a resume could lose."""
 
     @nn.compact
     def __call__(self, x, *, train=False):
@@ -36,7 +39,7 @@ RNG = jax.random.key(3)
 
 
 class Seen:
-    """A source that notes which rows were read, and can interrupt at a step."""
+    """A source that records which rows were read and runs `action` when the batch of step `at` is asked for."""
 
     def __init__(self, at=None, action=None):
         self.rows, self.at, self.action = [], at, action
@@ -56,7 +59,7 @@ def state_of():
     return create_state(Net(), tx, jax.random.key(0), jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32), ema_decay=0.9)
 
 
-def run(folder, data=None, num_steps=20, keep_latest=10, **options):
+def run(folder, data=None, num_steps=20, keep_latest=10, step=STEP, **options):
     data = data or Seen()
     evaluate = partial(fv.train.evaluate, eval_step=EVAL, batches=fv.data.eval_batches(SOURCE, 16))
     options = {"eval_every": 5, "log_every": 4, "writers": [JsonlWriter(folder / "metrics.jsonl")]} | options
@@ -64,7 +67,7 @@ def run(folder, data=None, num_steps=20, keep_latest=10, **options):
         folder / "checkpoints", manifest={"data": data.fingerprint}, keep_latest=keep_latest
     ) as checkpoints:
         return fit(
-            state_of(), STEP, data, num_steps=num_steps, rng=RNG, evaluate=evaluate, checkpoints=checkpoints, **options
+            state_of(), step, data, num_steps=num_steps, rng=RNG, evaluate=evaluate, checkpoints=checkpoints, **options
         )
 
 
@@ -96,8 +99,9 @@ def test_a_run_does_all_its_steps(uninterrupted):
     assert result.metrics["accuracy"] == records[-1]["accuracy"]
 
 
-@pytest.mark.parametrize("killed_at", [0, 1, 7, 10, 13, 19])
-@pytest.mark.parametrize("checkpoint_every", [None, 3])
+@pytest.mark.parametrize(
+    ("killed_at", "checkpoint_every"), [(0, None), (7, None), (10, None), (19, None), (1, 3), (13, 3)]
+)
 def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, checkpoint_every):
     class KilledError(Exception):
         pass
@@ -114,18 +118,23 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, 
     first = killed_at // every * every
     assert data.rows[: 20 - first] == rows[first:]
     assert bits(result.state) == want
-    if checkpoint_every is None:  # saving elsewhere moves nothing but, with it, nothing in the records either
-        assert records_of(tmp_path) == records
-    assert records_of(tmp_path) == records
+    assert records_of(tmp_path) == records  # wherever the checkpoints were
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
 def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, uninterrupted, number, name):
     before = signal.getsignal(number)
-    data = Seen(6, lambda: os.kill(os.getpid(), number))
-    result = run(tmp_path, data)
+    steps = []
+
+    def step(*args):
+        steps.append(args)
+        if len(steps) == 7:
+            os.kill(os.getpid(), number)
+        return STEP(*args)
+
+    result = run(tmp_path, step=step)
     assert result.stopped == name
-    assert int(result.state.step) == 7  # the step under way is finished
+    assert int(result.state.step) == 7  # the current step is finished
     assert signal.getsignal(number) == before
     again = Seen()
     result = run(tmp_path, again)
@@ -171,12 +180,12 @@ def test_another_data_order_is_refused(tmp_path):
 @pytest.mark.parametrize("poisoned", ["loss", "parameters"])
 def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poisoned):
     def step(state, batch, rng):
-        state, sums = STEP(state, batch, rng)
+        state, metrics = STEP(state, batch, rng)
         if int(state.step) == 8 and poisoned == "loss":
-            sums = sums | {"loss": sums["loss"] * np.nan}
+            metrics = metrics | {"loss": metrics["loss"].replace(total=metrics["loss"].total * np.nan)}
         if int(state.step) == 10 and poisoned == "parameters":  # the loss would tell one step later
             state = state.replace(params=jax.tree.map(lambda p: p * np.nan, state.params))
-        return state, sums
+        return state, metrics
 
     data = fv.data.train_batches(SOURCE, 16, seed=5)
     with fv.checkpoint.Checkpoints(tmp_path, manifest={}) as checkpoints:
@@ -232,7 +241,7 @@ def test_early_stopping_by_itself():
     for value in (np.nan, 1.0, np.nan):
         by_loss.update({"loss": value})
     assert (by_loss.best, by_loss.waited) == (1.0, 1)
-    with pytest.raises(KeyError, match=r"watches 'accuracy'; the evaluation gave loss"):
+    with pytest.raises(KeyError, match=r"metric must be one of loss; got 'accuracy'"):
         stopping.update({"loss": 1.0})
     with pytest.raises(ValueError, match="patience must be at least 1; got 0"):
         EarlyStopping(0)
@@ -271,16 +280,132 @@ def test_tensorboard_files(tmp_path):
         assert np.float32(value).tobytes() in content
 
 
-def test_progress_bar_shows_speed_loss_accuracy_and_time_left(capsys):
+def test_progress_bar_shows_speed_metrics_and_time_left(capsys):
     bar = fv.train.ProgressBar(10, 16, mininterval=0)
     bar.start(5)
     bar.write({"step": 6, "split": "train", "loss": 0.5, "accuracy": 0.75})
-    bar.write({"step": 6, "split": "validation", "loss": 0.25, "accuracy": 0.875})
+    bar.write({"step": 6, "split": "validation", "miou_mean": 0.875, "loss": 0.25, "learning_rate": 0.125})
     bar.advance(16)
     bar.close()
     shown = capsys.readouterr().err.split("\r")[-1]
-    for part in ("96.0/160", "img/s", "loss=0.5000", "acc=0.7500", "val loss=0.2500", "val acc=0.8750", "<"):
+    for part in ("96.0/160", "img/s", "loss=0.5000", "accuracy=0.7500", "val loss=0.2500", "<"):
         assert part in shown
+    assert "val miou_mean=0.8750" in shown
+    assert "0.1250" not in shown
+
+
+def test_the_loop_waits_for_no_value_between_records(monkeypatch):
+    """The thread that fetches the values of a record gets them only once the loop has started the next record."""
+    from jax._src.array import ArrayImpl
+
+    from flaxvision.train import loop
+
+    dispatched, fetched, reads, records = [], [], [], []
+    host_value, fetch = ArrayImpl._value, loop._fetch
+
+    def step(state, batch, rng):
+        result = STEP(state, batch, rng)
+        dispatched.append(batch)
+        return result
+
+    def late(window, learning_rate):
+        fetched.append(window)
+        due, limit = min(4 * (len(fetched) + 1), 16), time.monotonic() + 30
+        while len(dispatched) < due and time.monotonic() < limit:
+            time.sleep(0.001)
+        assert len(dispatched) >= due, "the loop waited for the values of a record"
+        return fetch(window, learning_rate)
+
+    def value(array):
+        reads.append((len(dispatched), threading.current_thread().name.startswith("flaxvision-metrics")))
+        return host_value.fget(array)
+
+    class Writer:
+        def start(self, step):
+            pass
+
+        def write(self, record):
+            records.append((len(dispatched), record["step"]))
+
+        def close(self):
+            pass
+
+    state, schedule = state_of(), fv.train.schedule("cosine", 0.05, 16)
+    monkeypatch.setattr(loop, "_fetch", late)
+    monkeypatch.setattr(ArrayImpl, "_value", property(value))
+    data = fv.data.train_batches(SOURCE, 16, seed=5)
+    fit(state, step, data, num_steps=16, log_every=4, rng=RNG, learning_rate=schedule, writers=[Writer()])
+    assert records == [(8, 4), (12, 8), (16, 12), (16, 16)]  # one record late, except for the last
+    assert any(in_thread for _, in_thread in reads)
+    # The loop itself reads the first step, and then only values that the thread has fetched.
+    assert {step for step, in_thread in reads if not in_thread} == {0, 8, 12, 16}
+
+
+def test_batches_are_on_the_devices_ahead_of_the_step():
+    log = []
+
+    def batches():
+        for i in range(5):
+            log.append(f"read {i}")
+            yield {"image": np.full((8, 2), i, np.float32)}
+
+    sharding = jit_step(lambda state, batch: batch).batch_sharding
+    for i, batch in enumerate(fv.train.prefetch(batches(), sharding)):
+        assert batch["image"].sharding == sharding
+        np.testing.assert_array_equal(batch["image"], i)
+        log.append(f"step {i}")
+    want = ["read 0", "read 1", "step 0", "read 2", "step 1", "read 3", "step 2", "read 4", "step 3", "step 4"]
+    assert log == want
+    with pytest.raises(ValueError, match="size must be at least 1; got 0"):
+        next(fv.train.prefetch(batches(), sharding, size=0))
+
+
+def test_an_error_ahead_waits_for_its_turn():
+    def batches():
+        yield from ({"image": np.zeros((8, 1))} for _ in range(3))
+        raise OSError("damaged")
+
+    ahead = fv.train.prefetch(batches(), None, size=4)
+    for _ in range(3):
+        next(ahead)
+    with pytest.raises(OSError, match="damaged"):
+        next(ahead)
+
+
+def test_a_checkpoint_of_sums_with_one_weight_still_loads(tmp_path, uninterrupted):
+    """Before metrics were accumulators, the window in a checkpoint was one sum per name and one weight."""
+    run(tmp_path, num_steps=20, step=interrupted_after(6))
+    with fv.checkpoint.Checkpoints(tmp_path / "checkpoints", manifest={"data": Seen().fingerprint}) as checkpoints:
+        restored = checkpoints.restore(state_of())
+        window = restored.progress["window"]
+        assert set(window) == {"accuracy", "loss"}
+        old = {name: fields["total"] for name, fields in window.items()} | {"weight": window["loss"]["weight"]}
+        assert old["weight"] == 16  # step 6: the record of step 5 closed the window before
+        checkpoints.save(6, restored.state, progress=restored.progress | {"window": old})
+    result = run(tmp_path)
+    assert bits(result.state) == uninterrupted[0]
+    assert records_of(tmp_path) == uninterrupted[1]
+
+
+def interrupted_after(last):
+    def step(*args):
+        if int(args[0].step) == last - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return STEP(*args)
+
+    return step
+
+
+def test_a_compiled_step_is_traced_once_per_run():
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=1)
+    def traced(state, batch, rng):
+        return train_step(state, batch, rng, objective=OBJECTIVE)
+
+    data = fv.data.train_batches(SOURCE, 16, seed=5)
+    result = fit(state_of(), jit_step(traced, MESH), data, num_steps=5, rng=RNG, log_every=2)
+    assert int(result.state.step) == 5
 
 
 def test_range_test_finds_where_it_diverges():
@@ -288,7 +413,7 @@ def test_range_test_finds_where_it_diverges():
 
     def objective(apply_fn, params, collections, batch, rng, train):
         loss = 50 * jnp.sum(params["hidden"]["bias"] ** 2) / 100
-        return loss, ({"loss": loss, "weight": jnp.float32(1)}, collections)
+        return loss, ({"loss": fv.metrics.Mean(loss, jnp.float32(1))}, collections)
 
     def start(rate):
         state = create_state(Net(), fv.train.optimizer("sgd", rate), jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
@@ -306,8 +431,10 @@ def test_range_test_finds_where_it_diverges():
     calm = fv.train.learning_rate_range(start, step, batches, RNG, low=1e-5, high=1e-3, num_steps=20)
     assert not calm.diverged
     assert calm.turned <= 1e-3
-    with pytest.raises(ValueError, match="0 < low < high"):
+    with pytest.raises(ValueError, match=r"0 < low < high; got low=1 and high=0\.1"):
         fv.train.learning_rate_range(start, step, batches, RNG, low=1, high=0.1)
+    with pytest.raises(ValueError, match="num_steps must be at least 10; got 5"):
+        fv.train.learning_rate_range(start, step, batches, RNG, num_steps=5)
 
 
 def test_workdir(tmp_path):
@@ -332,5 +459,5 @@ def test_workdir(tmp_path):
     (folder / "config.json").write_text('{"config"')
     with pytest.raises(ValueError, match=r"config.json is damaged"):
         fv.train.open_workdir(folder, Config())
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="must be a directory; got the file"):
         fv.train.open_workdir(folder / "config.json", Config())

@@ -12,7 +12,7 @@ from flaxvision.train import Recipe, optimizer, schedule
 
 def test_the_defaults_are_ninety_epochs_in_three_steps():
     recipe = Recipe()
-    rates = recipe.rates(5004)
+    rates = recipe.learning_rate_schedule(5004)
     assert recipe.num_steps(5004) == 450_360
     # 1.28 million images in batches of 256 make 5,004 steps: divided by 10 after 30, 60 and 80 epochs.
     for epoch, rate in ((0, 0.1), (29.99, 0.1), (30.01, 0.01), (59.99, 0.01), (60.01, 1e-3), (80.01, 1e-4)):
@@ -23,7 +23,9 @@ def test_a_shortened_run_keeps_its_shape():
     whole = Recipe(epochs=10.0, warmup_epochs=1.0, schedule="cosine")
     short = dataclasses.replace(whole, epochs=5.0, warmup_epochs=0.5)
     for share in (0.15, 0.4, 0.9):
-        assert float(short.rates(100)(int(500 * share))) == pytest.approx(float(whole.rates(100)(int(1000 * share))))
+        assert float(short.learning_rate_schedule(100)(int(500 * share))) == pytest.approx(
+            float(whole.learning_rate_schedule(100)(int(1000 * share)))
+        )
 
 
 def test_boundaries_that_fall_on_one_step_multiply():
@@ -34,10 +36,10 @@ def test_boundaries_that_fall_on_one_step_multiply():
 
 
 @pytest.mark.parametrize("name", ["momentum", "rmsprop"])
-def test_the_update_rule_is_the_optimizers(name):
+def test_the_optimizer_has_the_numbers_of_the_recipe(name):
     recipe = Recipe(optimizer=name, epsilon=1.0, rms_decay=0.8, momentum=0.7, weight_decay=0.1, clip_norm=0.5)
     params, grads = {"kernel": jnp.ones((2, 2))}, {"kernel": jnp.arange(4.0).reshape(2, 2)}
-    mine = recipe.update_rule(0.3)
+    mine = recipe.make_optimizer(0.3)
     theirs = optimizer(name, 0.3, eps=1.0, rms_decay=0.8, momentum=0.7, weight_decay=0.1, clip_norm=0.5)
     updates = [jax.jit(tx.update)(grads, tx.init(params), params)[0]["kernel"] for tx in (mine, theirs)]
     np.testing.assert_array_equal(*updates)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,8 +67,8 @@ def test_jit_on_one_jit_on_eight_and_pmap_on_eight_agree():
     mapped, mp = run(pmap_step(step), state_of(Net(axis_name="data"), ema_decay=0.9))
     assert distance(single, sharded) < 1e-6
     assert distance(single, mapped) < 1e-6
-    for name in m1:
-        np.testing.assert_allclose([m8[name], mp[name]], m1[name], rtol=1e-5)
+    for m in (m8, mp):
+        chex.assert_trees_all_close(m, m1, rtol=1e-5)
     # It did train.
     assert distance(single[0], jax.device_get(state_of().params)) > 1e-2
 
@@ -121,8 +122,8 @@ def test_the_update_against_plain_gradients():
     for compiled in (jit_step, pmap_step):
         got, metrics = compiled(partial(train_step, objective=OBJECTIVE))(jax.tree.map(jnp.array, state), batch, RNG)
         assert distance(jax.device_get(got.params), jax.device_get(want)) < 1e-5
-        assert float(metrics["weight"]) == 11
-        np.testing.assert_allclose(metrics["loss"] / 11, value, rtol=1e-5)
+        assert float(metrics["loss"].weight) == 11
+        np.testing.assert_allclose(metrics["loss"].compute(), value, rtol=1e-5)
 
 
 def test_accumulation_gives_the_update_of_the_whole_batch():
@@ -133,9 +134,9 @@ def test_accumulation_gives_the_update_of_the_whole_batch():
     for mesh in (one_device(), make_mesh(jax.devices()[:4])):
         parts, m4 = jit_step(partial(train_step, objective=OBJECTIVE, accumulate=4), mesh)(fresh(), batch, RNG)
         assert distance(jax.device_get(whole.params), jax.device_get(parts.params)) < 1e-5
-        np.testing.assert_allclose(m4["loss"], m1["loss"], rtol=1e-5)
-        assert float(m4["weight"]) == 11
-    with pytest.raises(ValueError, match="divide the batch's 16 rows; got 3"):
+        chex.assert_trees_all_close(jax.device_get(m4["loss"]), jax.device_get(m1["loss"]), rtol=1e-5)
+        assert float(m4["accuracy"].weight) == 11
+    with pytest.raises(ValueError, match="divide the 16 rows of the batch; got 3"):
         jit_step(partial(train_step, objective=OBJECTIVE, accumulate=3))(fresh(), batch, RNG)
 
 
@@ -155,7 +156,7 @@ def test_randomness_is_a_function_of_the_key_and_the_step():
 
     def loss(at, rng):
         start = jax.tree.map(jnp.array, state).replace(step=jnp.int32(at))
-        return float(step(start, batch_of(), rng)[1]["loss"])
+        return float(step(start, batch_of(), rng)[1]["loss"].total)
 
     assert loss(0, RNG) == loss(0, RNG)
     assert loss(0, RNG) != loss(1, RNG)
@@ -168,11 +169,11 @@ def test_pmap_draws_other_numbers_on_each_device():
 
     def objective(apply_fn, params, collections, batch, rng, train):
         values = batch["image"][:, 0, 0, 0]
-        sums = {"loss": values.sum(), "square": (values**2).sum(), "weight": jnp.float32(len(values))}
-        return 0.0 * jnp.sum(params["head"]["bias"]), (sums, collections)
+        metrics = {"loss": fv.metrics.Mean.of(values), "square": fv.metrics.Mean.of(values**2)}
+        return 0.0 * jnp.sum(params["head"]["bias"]), (metrics, collections)
 
     _, m = pmap_step(partial(train_step, objective=objective, transform=transform))(state_of(), batch_of(), RNG)
-    assert float(m["square"] / 16 - (m["loss"] / 16) ** 2) > 1e-2
+    assert m["square"].compute() - m["loss"].compute() ** 2 > 1e-2
 
 
 def test_ema_against_a_loop():
@@ -192,7 +193,7 @@ def test_evaluation_can_use_the_average():
     state = state_of(ema_decay=0.5)
     state = state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema))
     metrics = jit_step(partial(eval_step, objective=OBJECTIVE, use_ema=True))(state, batch_of())
-    np.testing.assert_allclose(metrics["loss"] / 16, np.log(3), rtol=1e-5)  # zero logits
+    np.testing.assert_allclose(metrics["loss"].compute(), np.log(3), rtol=1e-5)  # zero logits
     with pytest.raises(ValueError, match="ema_decay"):
         jit_step(partial(eval_step, objective=OBJECTIVE, use_ema=True))(state_of(), batch_of())
 
@@ -212,19 +213,19 @@ def test_an_evaluation_counts_every_example_once(devices, size, compiled):
     total = None
     for batch in fv.data.eval_batches(source, size):
         batch["image"][batch["mask"] == 0] = np.nan  # what padding holds must not matter
-        total = fv.metrics.add(total, step(state, batch))
+        total = fv.metrics.merge(total, fv.metrics.to_host(step(state, batch)))
     logits = np.asarray(Net().apply(state.variables, images))
     want = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), jnp.asarray(labels))
-    assert total["weight"] == 37
-    assert total["accuracy"] == (logits.argmax(-1) == labels).sum()
-    np.testing.assert_allclose(total["loss"], np.sum(want), rtol=1e-5)
-    assert fv.metrics.divide(total)["accuracy"] == np.mean(logits.argmax(-1) == labels)
+    assert total["loss"].weight == total["accuracy"].weight == 37
+    assert total["accuracy"].total == (logits.argmax(-1) == labels).sum()
+    np.testing.assert_allclose(total["loss"].total, np.sum(want), rtol=1e-5)
+    assert fv.metrics.compute(total)["accuracy"] == np.mean(logits.argmax(-1) == labels)
 
 
 @pytest.mark.parametrize("compiled", [jit_step, pmap_step])
 def test_a_batch_that_the_devices_do_not_divide(compiled):
     step = compiled(partial(train_step, objective=OBJECTIVE))
-    with pytest.raises(ValueError, match=r"12 rows can't be shared out over 8 devices; a multiple such as 8 can"):
+    with pytest.raises(ValueError, match=r"batch size must be a multiple of the 8 devices, such as 8; got 12"):
         step(state_of(), batch_of(rows=12), RNG)
     with pytest.raises(ValueError, match=r"same number of rows; got \[8, 16\]"):
         step(state_of(), batch_of() | {"label": np.zeros(8, np.int32)}, RNG)
@@ -310,7 +311,7 @@ def test_bfloat16_trains_with_float32_parameters():
     losses = []
     for _ in range(20):
         state, metrics = step(state, batch_of(), RNG)
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics["loss"].total))
     assert losses[-1] < 0.5 * losses[0]
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 

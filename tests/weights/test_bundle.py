@@ -3,6 +3,7 @@
 import json
 import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def test_a_bundle(tmp_path, variables):
     assert card_path == tmp_path / "runs" / "mlp.json"
     assert sorted(p.name for p in path.parent.iterdir()) == ["mlp.json", "mlp.safetensors"]
     found, card = fv.weights.read_bundle(path)
-    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    chex.assert_trees_all_equal(found, variables)
     assert (card["model"], card["overrides"]) == ("mlp", {"features": (6, 5), "num_classes": 3})
     assert card["parameters"] == 4 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3
     assert card["metadata"] == {"top1": 98.5, "labels": ["a", "b", "c"]}
@@ -64,13 +65,13 @@ def test_a_bundle_with_dtypes_and_statistics(tmp_path):
     assert card["overrides"] == {"dtype": jnp.dtype("bfloat16"), "param_dtype": jnp.dtype("bfloat16")}
     assert hash(fv.create_model("resnet20_cifar", **card["overrides"]))
     assert found["params"]["head"]["kernel"].dtype == jnp.bfloat16
-    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    chex.assert_trees_all_equal(found, variables)
 
 
 def test_a_bundle_of_other_variables(tmp_path, variables):
     path = tmp_path / "a.safetensors"
     del variables["params"]["head"]["bias"]
-    with pytest.raises(ValueError, match=r"do not fit mlp; 1 missing: params/head/bias \[3\]"):
+    with pytest.raises(ValueError, match=r"do not fit mlp: 1 missing: params/head/bias \[3\]"):
         saved(path, variables)
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         saved(tmp_path / "a.npz", variables)
@@ -85,7 +86,7 @@ def test_a_damaged_bundle(tmp_path, variables, where):
     path = tmp_path / "a.safetensors"
     saved(path, variables)
     flipped(path, where)
-    with pytest.raises(ValueError, match=r"a\.safetensors has the sha256 .* one of them is damaged"):
+    with pytest.raises(ValueError, match=r"a\.safetensors or its card is damaged: the sha256 must be .*; got "):
         fv.weights.read_bundle(path)
 
 
@@ -94,8 +95,27 @@ def test_a_truncated_bundle(tmp_path, variables, length):
     path = tmp_path / "a.safetensors"
     saved(path, variables)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"a\.safetensors has the sha256 .* one of them is damaged"):
+    with pytest.raises(ValueError, match=r"a\.safetensors or its card is damaged: the sha256 must be .*; got "):
         fv.weights.load("mlp", path)
+
+
+def test_class_names(tmp_path, variables):
+    path = tmp_path / "a.safetensors"
+    card_path = saved(path, variables, class_names=("cat", "dog", "tench, Tinca"))
+    assert fv.weights.read_card(path)["class_names"] == ("cat", "dog", "tench, Tinca")
+    assert fv.weights.class_names_for("mlp", path) == ("cat", "dog", "tench, Tinca")
+    card = json.loads(card_path.read_text())
+    del card["class_names"]  # as before bundles had them
+    card_path.write_text(json.dumps(card))
+    assert fv.weights.read_bundle(path)[1]["class_names"] is None
+    for odd in ("cat", [1, 2, 3], {"a": 1}):
+        card_path.write_text(json.dumps(card | {"class_names": odd}))
+        with pytest.raises(ValueError, match=r"a\.json is damaged: .*class_names"):
+            fv.weights.read_card(path)
+    with pytest.raises(ValueError, match="class_names must have one name for each of 3 classes; got 2"):
+        saved(path, variables, class_names=("cat", "dog"))
+    with pytest.raises(TypeError, match="class_names must be strings; got 3"):
+        saved(path, variables, class_names=("cat", "dog", 3))
 
 
 def test_a_damaged_card(tmp_path, variables):
@@ -107,10 +127,10 @@ def test_a_damaged_card(tmp_path, variables):
         ("[]", r"a\.json is damaged"),
         ("[" * 100_000, r"a\.json is damaged"),
         (whole.replace('"overrides": {', '"overrides": [], "x": {'), r"a\.json is damaged"),
-        (whole.replace('"num_classes"', '"classes"'), r"a\.json does not describe .* fields of mlp .* got 'classes'"),
-        (whole.replace('"mlp"', '"mlq"'), r"a\.json does not describe .* got 'mlq'"),
-        (whole.replace('"format": 1', '"format": 2'), "has format 2, this flaxvision reads 1"),
-        (whole.replace('"num_classes": 3', '"num_classes": 4'), r"does not fit mlp; .*\[5, 3\] instead of \[5, 4\]"),
+        (whole.replace('"num_classes"', '"classes"'), r"a\.json describes a model .* fields of mlp .* got 'classes'"),
+        (whole.replace('"mlp"', '"mlq"'), r"a\.json describes a model .* got 'mlq'"),
+        (whole.replace('"format": 1', '"format": 2'), r"format of .*a\.json must be 1; got 2"),
+        (whole.replace('"num_classes": 3', '"num_classes": 4'), r"does not fit mlp: .*must be \[5, 4\]; got \[5, 3\]"),
     ):
         card_path.write_text(text)
         with pytest.raises(ValueError, match=said):
@@ -118,7 +138,7 @@ def test_a_damaged_card(tmp_path, variables):
     card_path.unlink()
     with pytest.raises(ValueError, match=r"has no card: .*a\.json is missing"):
         fv.weights.read_bundle(path)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="must be an existing file"):
         fv.weights.read_bundle(tmp_path / "b.safetensors")
 
 
@@ -146,12 +166,12 @@ def test_an_interrupted_save_leaves_no_mixture(tmp_path, variables, monkeypatch)
         monkeypatch.undo()
         assert not list(tmp_path.glob(".*"))
         if stop == 1:  # the new tensors with the old card
-            with pytest.raises(ValueError, match="one of them is damaged"):
+            with pytest.raises(ValueError, match="or its card is damaged"):
                 fv.weights.read_bundle(path)
             continue
         found, card = fv.weights.read_bundle(path)
         assert card["metadata"] == {"run": 2 if stop == 2 else 1}
-        jax.tree.map(np.testing.assert_array_equal, found, other if stop == 2 else variables)
+        chex.assert_trees_all_equal(found, other if stop == 2 else variables)
 
 
 def test_the_card_is_for_people(tmp_path, variables):

@@ -137,7 +137,7 @@ def test_a_file_that_changes_between_two_attempts(server, tmp_path):
 
 def test_too_many_drops(server, tmp_path):
     server.faults = ["drop"] * 9
-    with pytest.raises(ConnectionError, match=r"could not be fetched in 3 attempts: .* dropped after \d+ of 300000"):
+    with pytest.raises(ConnectionError, match=r"could not be downloaded in 3 attempts: .* dropped after \d+ of 300000"):
         get(server, tmp_path, retries=2)
     assert len(server.requests) == 3
     assert files(tmp_path) == []
@@ -155,13 +155,13 @@ def test_errors_of_the_server(server, tmp_path):
 
 
 def test_a_server_that_is_not_there(tmp_path):
-    with pytest.raises(ConnectionError, match="could not be fetched in 2 attempts"):
+    with pytest.raises(ConnectionError, match="could not be downloaded in 2 attempts"):
         fetch("http://127.0.0.1:9/x.pth", SHA, directory=tmp_path, retries=1, pause=0.01, progress=False)
 
 
 def test_wrong_bytes_are_never_kept(server, tmp_path):
     server.faults = ["wrong bytes"]
-    with pytest.raises(ValueError, match=r"has the sha256 [0-9a-f]{64}, not .*; the file was not kept"):
+    with pytest.raises(ValueError, match=r"must begin with .*; got sha256:[0-9a-f]{64}, and the file was not kept"):
         get(server, tmp_path)
     assert files(tmp_path) == []
     assert get(server, tmp_path).read_bytes() == BODY  # and the next attempt is not spoilt
@@ -176,7 +176,7 @@ def test_what_google_states_of_a_file(server, tmp_path):
     server.extra = {"x-goog-hash": f"crc32c=AAAAAA==,md5={base64.b64encode(MD5.digest()).decode()}"}
     assert get(server, tmp_path, None).read_bytes() == BODY
     server.faults = ["wrong bytes"]
-    with pytest.raises(ValueError, match=f"has the md5 .*, not {MD5.hexdigest()}"):
+    with pytest.raises(ValueError, match=f"must begin with md5:{MD5.hexdigest()}; got md5:"):
         fetch(server.url("b"), None, directory=tmp_path, progress=False)
 
 
@@ -302,7 +302,7 @@ def test_the_hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("name", "digest"), [(None, None), ("0" * 40, SHA)])
 def test_wrong_bytes_from_the_hub(monkeypatch, tmp_path, name, digest):
     hub = Hub(b"wrong", name)
-    with pytest.raises(ValueError, match=r"has the sha256 .*; the file was not kept"):
+    with pytest.raises(ValueError, match=r"must begin with sha256:.*; got sha256:.*, and the file was not kept"):
         from_hub(monkeypatch, tmp_path, hub, digest)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -314,7 +314,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
                 raise RuntimeError("no route")
             return super().__call__(*arguments, local_files_only=True, **options)
 
-    with pytest.raises(ConnectionError, match="could not be fetched: RuntimeError no route"):
+    with pytest.raises(ConnectionError, match="could not be downloaded: RuntimeError no route"):
         from_hub(monkeypatch, tmp_path, Unreachable())
 
 

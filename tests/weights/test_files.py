@@ -49,7 +49,7 @@ def test_a_truncated_safetensors_file(tmp_path, tensors, keep):
     path = tmp_path / "a.safetensors"
     save_file(tensors, path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or not a valid safetensors file"):
         fv.weights.read(path)
 
 
@@ -74,11 +74,11 @@ def test_a_damaged_npz(tmp_path, tensors):
     whole = path.read_bytes()
     for keep in (0, 10, len(whole) // 2, len(whole) - 5):
         path.write_bytes(whole[:keep])
-        with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file"):
+        with pytest.raises(ValueError, match=r"a\.npz is damaged or not a valid npz file"):
             fv.weights.read(path)
     path.write_bytes(whole)
     flipped(path, 400)  # within the first array
-    with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file: BadZipFile Bad CRC"):
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or not a valid npz file: BadZipFile Bad CRC"):
         fv.weights.read(path)
 
 
@@ -92,14 +92,14 @@ def test_an_npz_whose_headers_lie(tmp_path):
     ):
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n")
-        with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file"):
+        with pytest.raises(ValueError, match=r"a\.npz is damaged or not a valid npz file"):
             fv.weights.read(path)
     np.savez(path, x=np.ones(3))
     data = bytearray(path.read_bytes())
     for where in (6, data.index(b"PK\x01\x02") + 8):  # the flag of an encrypted entry
         data[where] |= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.npz is damaged or no npz file: RuntimeError .*encrypted"):
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or not a valid npz file: RuntimeError .*encrypted"):
         fv.weights.read(path)
 
 
@@ -204,15 +204,15 @@ def test_a_damaged_h5(tmp_path):
     whole = path.read_bytes()
     for keep in (0, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:keep])
-        with pytest.raises(ValueError, match=r"a\.h5 is damaged or no HDF5 file"):
+        with pytest.raises(ValueError, match=r"a\.h5 is damaged or not a valid HDF5 file"):
             fv.weights.read(path)
     with h5py.File(path, "w") as file:
         file["x"] = np.zeros(3)
-    with pytest.raises(ValueError, match=r"a\.h5 is damaged .*lists no layer_names"):
+    with pytest.raises(ValueError, match=r"a\.h5 is damaged .*attribute layer_names is missing"):
         fv.weights.read(path)
     with h5py.File(path, "w") as file:
         write_keras2(file, {"lstm/a": np.zeros((2, 2, 2)), "lstm/b": np.zeros(2)})
-    with pytest.raises(ValueError, match=r"its layer lstm has variables of the ranks \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"layer lstm must be those of a known layer; got \(3, 1\)"):
         fv.weights.read(path)
 
 
@@ -235,7 +235,7 @@ def test_h5_that_points_to_other_files(tmp_path):
             layer = file.create_group("a")
             layer.attrs["weight_names"] = np.array([b"a/kernel:0"])
             make(layer)
-        with pytest.raises(ValueError, match=r"a/kernel:0 lies in another file, which is never read"):
+        with pytest.raises(ValueError, match=r"a/kernel:0 is stored in another file, which is never read"):
             fv.weights.read(tmp_path / "a.h5")
 
 
@@ -254,14 +254,14 @@ def test_h5_of_another_build(tmp_path, what):
                 layer.create_group("kernel:0")
             else:
                 layer.create_dataset("kernel:0", (10**12,), "f4", chunks=(1024,))
-    with pytest.raises(ValueError, match=r"a\.h5 is damaged or no HDF5 file"):
+    with pytest.raises(ValueError, match=r"a\.h5 is damaged or not a valid HDF5 file"):
         fv.weights.read(tmp_path / "a.h5")
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.ckpt must end in one of \.safetensors, \.npz"):
+    with pytest.raises(ValueError, match=r"path must end in one of \.safetensors, \.npz, .*; got .*a\.ckpt"):
         fv.weights.read(tmp_path / "a.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.npz"):
+    with pytest.raises(FileNotFoundError, match=r"must be an existing file; got .*a\.npz"):
         fv.weights.read(tmp_path / "a.npz")
     save_file({}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="holds no tensors"):
@@ -271,7 +271,7 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_a_torch_file_without_torch_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "a.pth").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"a\.pth takes torch: pip install 'flaxvision\[reference\]'"):
+    with pytest.raises(ImportError, match=r"a\.pth cannot be read without torch; pip .*'flaxvision\[reference\]'"):
         fv.weights.read(tmp_path / "a.pth")
 
 
@@ -301,14 +301,14 @@ def test_torch_files_that_hold_something_else(tmp_path, tensors, monkeypatch):
     monkeypatch.setenv("FLAXVISION_BOMB", str(tmp_path / "ran"))
     path = tmp_path / "a.pth"
     torch.save({"state_dict": Bomb()}, path)
-    with pytest.raises(ValueError, match=r"a\.pth is damaged or holds more than tensors, which is never read"):
+    with pytest.raises(ValueError, match=r"a\.pth is damaged or holds more than tensors: "):
         fv.weights.read(path)
     path.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match=r"a\.pth is damaged or "):
         fv.weights.read(path)
     assert not (tmp_path / "ran").exists()
     torch.save({"a": torch.ones(2), "epoch": 3}, path)
-    with pytest.raises(ValueError, match=r"a\.pth holds no state_dict: epoch are no plain tensors"):
+    with pytest.raises(ValueError, match=r"a\.pth is not a state_dict: epoch are not dense tensors"):
         fv.weights.read(path)
     torch.save({key: torch.tensor(tensor) for key, tensor in tensors.items()}, path)
     whole = path.read_bytes()

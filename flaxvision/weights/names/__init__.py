@@ -1,4 +1,4 @@
-"""What other libraries call the tensors of our models: one module of `LAYOUTS` per file of `flaxvision.models`."""
+"""Names of our tensors in other libraries. Every module of this package with a tuple `LAYOUTS` is found by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flaxvision.weights.layout import Layout
 
 @functools.cache
 def layouts() -> tuple[Layout, ...]:
-    """Every layout of every module of this package."""
+    """Returns the layouts of all modules of this package."""
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return tuple(
         layout for name in modules for layout in getattr(importlib.import_module(f"{__name__}.{name}"), "LAYOUTS", ())

@@ -1,4 +1,4 @@
-"""AlexNet's tensors in torchvision, Caffe and pytorchcv."""
+"""AlexNet in torchvision, Caffe and pytorchcv."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _PYTORCHCV = {
 
 
 def torchvision(path: str) -> str:
-    """The torchvision module of one of ours."""
+    """Returns the name of a module in torchvision."""
     return _TORCHVISION[path.rpartition("/")[2]]
 
 
 def pytorchcv(path: str) -> str:
-    """The pytorchcv module of one of ours."""
+    """Returns the name of a module in pytorchcv."""
     return _PYTORCHCV[path.rpartition("/")[2]]
 
 
 def caffe(path: str) -> str:
-    """The layer of Caffe's `bvlc_alexnet`, which has our names but for the last."""
+    """Returns the name of a layer in Caffe's `bvlc_alexnet`, which has our names except for the head."""
     return "fc8" if path == "head" else path.rpartition("/")[2]
 
 
 _SHARED = {"flatten": {"fc6": (6, 6, 256)}, "first": "backbone/conv1"}
-# Caffe and torch divide alpha by the window's size.
+# Caffe and torch divide the alpha of local response normalization by the size of the window.
 LAYOUTS = (
     Layout("torchvision", ("alexnet_tv",), torchvision, **_SHARED),
     Layout("caffe", ("alexnet",), caffe, fields={"lrn": (5, 1e-4 / 5, 0.75, 1.0)}, **_SHARED),

@@ -1,4 +1,4 @@
-"""pytorchcv's names for Inception with BatchNorm."""
+"""Inception with BatchNorm in pytorchcv."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _pytorchcv(path: str) -> str:
     if len(parts) == 3:
         return f"features.init_block.{_STEM[parts[1]]}.{parts[2]}"
     _, module, unit, leaf = parts
-    # The modules of stride 2 have no 1x1 branch: there the numbering starts at the 3x3.
+    # Modules of stride 2 have no 1x1 branch, so their numbering starts at the 3x3 branch.
     kind, _, step = unit.rpartition("_") if unit[-1].isdigit() and "_" in unit else (unit, "", "")
     number = {"branch1x1": 1, "branch3x3": 2, "branch3x3dbl": 3, "branch_pool": 4}[kind] - (module in _STRIDED)
     layer = f".conv{step}" if step else ".conv" if kind == "branch_pool" else ""

@@ -1,4 +1,4 @@
-"""torchvision's names for GoogLeNet."""
+"""GoogLeNet in torchvision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchvision's, timm's and Keras' names for Inception-v3."""
+"""Inception-v3 in torchvision, timm and Keras."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _torchvision(path: str) -> str:
     return ".".join([_STEM.get(name) or f"Mixed_{name.removeprefix('mixed')}", *rest])
 
 
-# Keras numbers its layers in the order in which the network's definition makes them.
+# Keras numbers its layers in the order in which its network definition creates them.
 _A = "branch1x1 branch5x5_1 branch5x5_2 branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3 branch_pool"
 _B = "branch3x3 branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3"
 _C = (

@@ -1,10 +1,10 @@
-"""timm's and Keras' names for Inception-v4 and Inception-ResNet-v2."""
+"""Inception-v4 and Inception-ResNet-v2 in timm and Keras."""
 
 from __future__ import annotations
 
 from flaxvision.weights.layout import Layout
 
-# timm's Inception-v4 is one list. For the modules: its number, then our branches by the numbers of timm's.
+# timm's Inception-v4 is one list. `_V4` holds the index of each module, `_BRANCHES` our branches in timm's order.
 _V4_STEM = {"conv1a": "0", "conv2a": "1", "conv2b": "2", "mixed3a": "3.conv", "mixed5a": "5.conv"}
 _V4 = {f"mixed5{letter}": i for i, letter in enumerate("bcde", start=6)}
 _V4 |= {f"mixed6{letter}": i for i, letter in enumerate("abcdefgh", start=10)}
@@ -30,13 +30,13 @@ _REPEAT = {"block35": "repeat", "block17": "repeat_1", "block8": "repeat_2"}
 
 
 def _branch(unit: str, branches: tuple[str, ...]) -> str:
-    """`branch3x3_2` is the second layer of its branch; a pooled branch's first "layer" is the pool."""
+    """Converts `branch3x3_2`, the second layer of its branch. The first layer of a pooled branch is the pool."""
     kind, _, step = ("branch_pool", "", "2") if unit == "branch_pool" else unit.partition("_")
     return f"branch{branches.index(kind)}" + (f".{int(step) - 1}" if step else "")
 
 
 def _forked(unit: str) -> str:
-    """Inception-v4's last modules fork, so they are no lists: `branch2_3a`."""
+    """Converts a unit of the last modules of Inception-v4. These fork, so timm names their layers: `branch2_3a`."""
     if unit in ("branch1x1", "branch_pool"):
         return _branch(unit, _FULL)
     kind, _, step = unit.partition("_")
@@ -74,7 +74,7 @@ def _timm_resnet(path: str) -> str:
     return f"{module}.{_branch(unit, _RESNET_BRANCHES[kind])}.{leaf}"
 
 
-# Keras numbers what it gives no name in the order in which the network's definition makes it.
+# Keras numbers layers without a name in the order in which its network definition creates them.
 _UNITS = {
     "mixed5b": "branch1x1 branch5x5_1 branch5x5_2 branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3 branch_pool",
     "block35": "branch1x1 branch3x3_1 branch3x3_2 branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",

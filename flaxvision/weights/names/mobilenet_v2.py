@@ -1,4 +1,4 @@
-"""MobileNetV2's tensors in torchvision, timm and Keras, and in the 8-bit release for Coral's Edge TPU."""
+"""MobileNetV2 in torchvision, timm, Keras and the 8-bit release for Coral's Edge TPU."""
 
 from __future__ import annotations
 
@@ -6,41 +6,42 @@ import re
 
 import numpy as np
 
+from flaxvision.data.preprocessing import Preprocessing
 from flaxvision.weights.layout import Layout, Tensors
 
-# Our blocks in the order of the paper's table 2.
+# Our blocks in the order of table 2 of the paper.
 _BLOCKS = tuple(
     f"{stage}_block{i}"
     for stage, count in {"stem": 1, "stage1": 2, "stage2": 3, "stage3": 7, "stage4": 4}.items()
     for i in range(1, count + 1)
 )
-# timm's stages are the rows of that table.
+# The stages of timm are the rows of that table.
 _ROWS = tuple((row, i) for row, count in enumerate((1, 2, 3, 4, 3, 3, 1)) for i in range(count))
 _LAYERS = ("expand", "depthwise", "project")
 _EPSILON = 1e-3
 
 
 def _parts(path: str) -> tuple[int, int, bool]:
-    """Which block, which of its layers, and whether its BatchNorm is meant."""
+    """Returns the index of the block, the index of the layer, and whether the path names its BatchNorm."""
     _, block, layer = path.split("/")
     return _BLOCKS.index(block), _LAYERS.index(layer.split("_")[0]), layer.endswith("_bn")
 
 
 def torchvision(path: str) -> str:
-    """The torchvision module of one of ours."""
+    """Returns the name of a module in torchvision."""
     ends = {"head": "classifier.1", "backbone/stem": "features.0", "backbone/stage4": "features.18"}
     if path == "head" or path.count("/") == 1:
         base, _, kind = path.partition("_")
         return ends[base] + {"": "", "conv": ".0", "bn": ".1"}[kind]
     block, layer, norm = _parts(path)
-    place = layer - (block == 0)  # the first block does not expand
+    place = layer - (block == 0)  # the first block has no expansion
     if layer == 2:
         return f"features.{block + 1}.conv.{place + norm}"
     return f"features.{block + 1}.conv.{place}.{int(norm)}"
 
 
 def timm(path: str) -> str:
-    """The timm module of one of ours."""
+    """Returns the name of a module in timm."""
     if path == "head" or path.count("/") == 1:
         return {
             "head": "classifier",
@@ -57,7 +58,7 @@ def timm(path: str) -> str:
 
 
 def keras(path: str) -> str:
-    """The Keras layer of one of our modules."""
+    """Returns the name of a layer in Keras."""
     if path == "head" or path.count("/") == 1:
         return {
             "head": "predictions",
@@ -71,7 +72,7 @@ def keras(path: str) -> str:
 
 
 def renamed(tensors: Tensors) -> Tensors:
-    """The published file's names as Keras' today: `mobl3_conv_3_expand`, `bn3_conv_3_bn_expand`, `Logits`."""
+    """Renames the layers of the published file (`mobl3_conv_3_expand`, `Logits`, ...) to the current names."""
 
     def now(name: str) -> str:
         layer, slash, leaf = name.rpartition("/")
@@ -86,7 +87,7 @@ def renamed(tensors: Tensors) -> Tensors:
 
 
 def coral(path: str) -> str:
-    """The layer of the 8-bit release, which has no BatchNorm; `dequantized` makes one of the same name and `_bn`."""
+    """Returns the name of a layer in the 8-bit release. It has no BatchNorm; `dequantized` adds one named `..._bn`."""
     if path == "head" or path.count("/") == 1:
         base, _, kind = path.partition("_")
         name = {"head": "classifier", "backbone/stem": "stem", "backbone/stage4": "head"}[base]
@@ -96,15 +97,17 @@ def coral(path: str) -> str:
 
 
 def dequantized(tensors: Tensors) -> Tensors:
-    """Kernels `q * scale` under Keras' names, and BatchNorms that add the biases and change nothing else.
+    """Returns float kernels, `q * scale`, and BatchNorms that add the biases and change nothing else.
 
     Raises:
-        ValueError: A layer has not all of `kernel_q`, `scale` and `bias`, or there are other tensors.
+        ValueError: A layer lacks `kernel_q`, `scale` or `bias`, or there are other tensors.
     """
     layers = sorted({name.rpartition("/")[0] for name in tensors})
     wanted = {f"{layer}/{leaf}" for layer in layers for leaf in ("kernel_q", "scale", "bias")}
     if wrong := sorted(wanted ^ set(tensors)):
-        raise ValueError(f"every layer has a kernel_q, a scale and a bias; missing or superfluous: {', '.join(wrong)}")
+        raise ValueError(
+            f"every layer must have a kernel_q, a scale and a bias; missing or unexpected: {', '.join(wrong)}"
+        )
     out: Tensors = {}
     for layer in layers:
         q, scale, bias = (tensors[f"{layer}/{leaf}"] for leaf in ("kernel_q", "scale", "bias"))
@@ -123,7 +126,7 @@ def dequantized(tensors: Tensors) -> Tensors:
 
 
 def quantized(tensors: Tensors) -> Tensors:
-    """Folds every BatchNorm into its convolution and rounds the kernels to 8 bits, with one scale per channel."""
+    """Folds every BatchNorm into its convolution and rounds the kernels to 8 bits with one scale per channel."""
     out: Tensors = {}
     for name, kernel in tensors.items():
         layer, _, leaf = name.rpartition("/")
@@ -154,7 +157,7 @@ LAYOUTS = (
     Layout("torchvision", ("mobilenet_v2",), torchvision, first=_FIRST),
     Layout("timm", ("mobilenet_v2",), timm, first=_FIRST),
     Layout("keras", ("mobilenet_v2",), keras, style="keras", fields=_TENSORFLOW, adapt=renamed, first=_FIRST),
-    # Wants RGB in 0 to 255 as (x - 127) * 0.0078431377; class 0 is background, ImageNet's classes follow.
+    # Class 0 is the background; the classes of ImageNet follow.
     Layout(
         "coral",
         ("mobilenet_v2",),
@@ -164,5 +167,7 @@ LAYOUTS = (
         adapt=dequantized,
         restore=quantized,
         first=_FIRST,
+        preprocessing=Preprocessing(mean=(127.0, 127.0, 127.0), std=(1 / 0.0078431377,) * 3, divisor=1.0),
+        class_list="imagenet1001",
     ),
 )

@@ -1,4 +1,4 @@
-"""ResNets in torchvision, timm, Keras and akamaster's trained CIFAR nets."""
+"""ResNets in torchvision, timm and Keras, and the CIFAR ResNets of akamaster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from flaxvision.data.preprocessing import Preprocessing
 from flaxvision.weights.layout import Layout, Tensors
 
 _IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -25,22 +26,22 @@ def _torch(path: str, head: str) -> str:
 def _parts(path: str) -> tuple[int, int, str]:
     match = _UNIT.fullmatch(path)
     if match is None:
-        raise ValueError(f"{path!r} is no module of a ResNet")
+        raise ValueError(f"path must be a module of a ResNet; got {path!r}")
     return int(match[1]), int(match[2]), match[3]
 
 
 def torchvision_name(path: str) -> str:
-    """`backbone/stage3_block1/shortcut_conv` is `layer3.0.downsample.0`; timm's `tv_resnet*` have the same names."""
+    """Returns `layer3.0.downsample.0` for `backbone/stage3_block1/shortcut_conv`; timm uses the same names."""
     return _torch(path, "fc")
 
 
 def akamaster_name(path: str) -> str:
-    """As torchvision's, but `linear` for the head; option A leaves no `downsample`."""
+    """Returns torchvision's name, but `linear` for the head. Shortcuts of option A have no parameters."""
     return _torch(path, "linear")
 
 
 def keras_name(path: str) -> str:
-    """`backbone/stage3_block2/conv1` is `conv4_block2_1_conv`; a shortcut's number is 0."""
+    """Returns `conv4_block2_1_conv` for `backbone/stage3_block2/conv1`; the number of a shortcut is 0."""
     fixed = {"backbone/stem_conv": "conv1_conv", "backbone/stem_bn": "conv1_bn", "head": "predictions"}
     if path in fixed:
         return fixed[path]
@@ -52,19 +53,18 @@ def keras_name(path: str) -> str:
 def fold_biases(tensors: Tensors) -> Tensors:
     """Moves the biases of Keras' convolutions into the means of the BatchNorms that follow them.
 
-    The head, `probs` in the published files, gets its name of today, `predictions`.
-
-    `gamma * (y + bias - mean) / std + beta` is the same network with the mean `mean - bias` and no bias.
+    `gamma * (y + bias - mean) / std + beta` is the same network with the mean `mean - bias` and no bias. The head,
+    which the published files call `probs`, gets its current name `predictions`.
 
     Args:
         tensors: Keras' tensors by name.
 
     Returns:
-        The tensors without the convolutions' biases. A bias without a mean of its shape stays, for the strict lookup
-        of the names to report.
+        The tensors without the biases of the convolutions. A bias without a mean of its shape stays, so that the
+        strict lookup of names reports it.
 
     Raises:
-        ValueError: Convolutions have no bias; all are named.
+        ValueError: Convolutions have no bias; all are listed.
     """
     tensors = {name.removesuffix(":0"): tensor for name, tensor in tensors.items()}
     if "predictions/kernel" not in tensors:
@@ -72,7 +72,7 @@ def fold_biases(tensors: Tensors) -> Tensors:
     bare = [name for name in tensors if name.endswith("_conv/kernel") and name[:-6] + "bias" not in tensors]
     if bare:
         missing = ", ".join(name[:-6] + "bias" for name in bare)
-        raise ValueError(f"every convolution of Keras' ResNets has a bias; missing are {missing}")
+        raise ValueError(f"every convolution of a Keras ResNet must have a bias; missing: {missing}")
     out = dict(tensors)
     for name, bias in tensors.items():
         mean = name.removesuffix("_conv/bias") + "_bn/moving_mean"
@@ -82,7 +82,7 @@ def fold_biases(tensors: Tensors) -> Tensors:
 
 
 def zero_biases(tensors: Tensors) -> Tensors:
-    """Gives Keras' convolutions biases of zero; what they were before `fold_biases` is in the means."""
+    """Adds biases of zero to Keras' convolutions. `fold_biases` moved the original ones into the means."""
     out = dict(tensors)
     for name, kernel in tensors.items():
         if name.endswith("_conv/kernel"):
@@ -103,5 +103,12 @@ LAYOUTS: tuple[Layout, ...] = (
         restore=zero_biases,
         first="backbone/stem_conv",
     ),
-    Layout("akamaster", _CIFAR, akamaster_name, first="backbone/stem_conv"),
+    Layout(
+        "akamaster",
+        _CIFAR,
+        akamaster_name,
+        first="backbone/stem_conv",
+        preprocessing=Preprocessing(crop=32, resize=None),
+        class_list="cifar10",
+    ),
 )

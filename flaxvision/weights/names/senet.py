@@ -17,14 +17,14 @@ _LEAVES = {
 
 
 def timm_name(path: str) -> str:
-    """`backbone/stage3_block2/se/reduce` is `layer3.1.se_module.fc1`, the stem `layer0`, the head `last_linear`."""
+    """Returns `layer3.1.se_module.fc1` for `backbone/stage3_block2/se/reduce`."""
     if path == "head":
         return "last_linear"
     if stem := _STEM.fullmatch(path):
         return f"layer0.{stem[1]}{stem[2]}"
     unit = _UNIT.fullmatch(path)
     if unit is None:
-        raise ValueError(f"{path!r} is no module of an SE-ResNet")
+        raise ValueError(f"path must be a module of an SE-ResNet; got {path!r}")
     return f"layer{unit[1]}.{int(unit[2]) - 1}.{_LEAVES.get(unit[3], unit[3])}"
 
 

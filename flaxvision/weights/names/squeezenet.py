@@ -1,16 +1,17 @@
-"""SqueezeNet's tensors in torchvision and in the authors' compressed release."""
+"""SqueezeNet in torchvision and in the authors' compressed release."""
 
 from __future__ import annotations
 
+from flaxvision.data.preprocessing import Preprocessing
 from flaxvision.weights.layout import Layout, Tensors
 
-# Places of fire2 to fire9 in torchvision's sequence; pools take the ones between.
+# Index of each fire module in torchvision's sequence; pools take the indices between.
 _FIRES = {"fire2": 3, "fire3": 4, "fire4": 5, "fire5": 7, "fire6": 8, "fire7": 9, "fire8": 10, "fire9": 12}
 _COMPRESSED = {"squeeze": "conv1x1_1", "expand1x1": "conv1x1_2", "expand3x3": "conv3x3_2"}
 
 
 def torchvision(path: str) -> str:
-    """The torchvision module of one of ours."""
+    """Returns the name of a module in torchvision."""
     if path == "head":
         return "classifier.1"
     if path == "backbone/stem_conv":
@@ -20,7 +21,7 @@ def torchvision(path: str) -> str:
 
 
 def deep_compression(path: str) -> str:
-    """The Caffe layer of one of our modules, in the release of Han's deep compression."""
+    """Returns the name of a Caffe layer in the release of Han's deep compression."""
     if path in ("head", "backbone/stem_conv"):
         return "conv_final" if path == "head" else "conv1"
     _, fire, layer = path.split("/")
@@ -28,18 +29,17 @@ def deep_compression(path: str) -> str:
 
 
 def with_dots(tensors: Tensors) -> Tensors:
-    """`LAYER/weight` as `LAYER.weight`."""
+    """Renames `LAYER/weight` to `LAYER.weight`."""
     return {".".join(name.rsplit("/", 1)): tensor for name, tensor in tensors.items()}
 
 
 def with_slashes(tensors: Tensors) -> Tensors:
-    """Undoes `with_dots`."""
+    """Inverts `with_dots`."""
     return {"/".join(name.rsplit(".", 1)): tensor for name, tensor in tensors.items()}
 
 
 LAYOUTS = (
     Layout("torchvision", ("squeezenet1_0",), torchvision, first="backbone/stem_conv"),
-    # Wants BGR in 0 to 255 without the means 104, 117, 123, at 227 pixels.
     Layout(
         "deep_compression",
         ("squeezenet1_0",),
@@ -48,5 +48,9 @@ LAYOUTS = (
         adapt=with_dots,
         restore=with_slashes,
         first="backbone/stem_conv",
+        preprocessing=Preprocessing(
+            crop=227, resize=256, mean=(104.0, 117.0, 123.0), std=(1.0, 1.0, 1.0), divisor=1.0, order="BGR"
+        ),
+        class_list="imagenet1k",
     ),
 )

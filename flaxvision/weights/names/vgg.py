@@ -1,4 +1,4 @@
-"""VGG's tensors in torchvision, timm and Keras."""
+"""VGG in torchvision, timm and Keras."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MODULE = re.compile(r"backbone/stage(\d+)_(conv|bn)(\d+)")
 
 
 def torch_module(path: str, *, source: str, stage_sizes: tuple[int, ...], norm: bool) -> str:
-    """The torchvision or timm module: both number convolutions, norms, ReLUs and pools in one sequence."""
+    """Returns the name of a module in torchvision or timm, which number all layers in one sequence."""
     if path in _DENSE[source]:
         return _DENSE[source][path]
     stage, kind, number = _parts(path)
@@ -26,7 +26,7 @@ def torch_module(path: str, *, source: str, stage_sizes: tuple[int, ...], norm: 
 
 
 def keras_module(path: str) -> str:
-    """The Keras layer."""
+    """Returns the name of a layer in Keras."""
     if path in _DENSE["keras"]:
         return _DENSE["keras"][path]
     stage, kind, number = _parts(path)
@@ -35,18 +35,18 @@ def keras_module(path: str) -> str:
 
 def _parts(path: str) -> tuple[int, str, int]:
     if not (match := _MODULE.fullmatch(path)):
-        raise ValueError(f"{path!r} is no module of a VGG")
+        raise ValueError(f"path must be a module of a VGG; got {path!r}")
     return int(match[1]), match[2], int(match[3])
 
 
 def flat_windows(tensors: Tensors) -> Tensors:
-    """Timm's first dense layer, a 7x7 convolution, as the matrix that it is at 224 pixels."""
+    """Reshapes timm's first dense layer, a 7x7 convolution, to the matrix that it equals at 224 pixels."""
     name = "pre_logits.fc1.weight"
     return {**tensors, name: tensors[name].reshape(tensors[name].shape[0], -1)} if name in tensors else tensors
 
 
 def square_windows(tensors: Tensors) -> Tensors:
-    """Undoes `flat_windows`."""
+    """Inverts `flat_windows`."""
     name = "pre_logits.fc1.weight"
     return {**tensors, name: tensors[name].reshape(tensors[name].shape[0], -1, 7, 7)} if name in tensors else tensors
 

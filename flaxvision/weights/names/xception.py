@@ -1,4 +1,4 @@
-"""Xception's tensors in Keras and in timm."""
+"""Xception in Keras and timm."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from flaxvision.weights.layout import Layout, Tensors
 
 _BLOCK = re.compile(r"backbone/stage(\d)_block(\d+)/(\w+?)(\d?)(/.*)?")
 _EXIT = re.compile(r"backbone/stage4_(sepconv|bn)(\d)(/.*)?")
-_FIRST = {1: 1, 2: 2, 3: 3, 4: 12}  # place of each stage's first block
+_FIRST = {1: 1, 2: 2, 3: 3, 4: 12}  # index of the first block of each stage
 _STRIDED = (1, 2, 3, 12)
 
 
 def _in_block(path: str) -> tuple[int, str, str, str | None]:
-    """The place of a block among the twelve, the kind and number of its layer, and the part of a separable one."""
+    """Returns the index of the block, the kind and number of the layer, and the part of a separable convolution."""
     found = _BLOCK.fullmatch(path)
     if found is None:
-        raise ValueError(f"{path} is no module of Xception")
+        raise ValueError(f"path must be a module of Xception; got {path!r}")
     stage, block, kind, number, part = found.groups()
     return _FIRST[int(stage)] + int(block) - 1, kind, number, part
 
 
 def keras(path: str) -> str:
-    """The Keras layer of one of our modules; Keras counts from block 1, the first convolutions."""
+    """Returns the name of a layer in Keras. Its block 1 holds the first convolutions."""
     kernel = {"depthwise": "/depthwise_kernel", "pointwise": "/pointwise_kernel"}
     if path == "head":
         return "predictions"
@@ -34,14 +34,14 @@ def keras(path: str) -> str:
         kind, number, part = found.groups()
         return f"block14_sepconv{number}" + ("_bn" if kind == "bn" else kernel[(part or "")[1:]])
     place, kind, number, part = _in_block(path)
-    if kind.startswith("shortcut"):  # these layers have no name of their own, and Keras numbers them
+    if kind.startswith("shortcut"):  # Keras numbers these layers, which have no name of their own
         order = _STRIDED.index(place)
         return ("conv2d" if kind == "shortcut_conv" else "batch_normalization") + (f"_{order}" if order else "")
     return f"block{place + 1}_sepconv{number}" + ("_bn" if kind == "bn" else kernel[(part or "")[1:]])
 
 
 def _ordered() -> Iterator[str]:
-    """Keras' layers in the order of its files, within each kind: a shortcut's follow those beside it."""
+    """Yields Keras' layers in the order of its files. Within a block the shortcut comes last."""
     yield from ("block1_conv1", "block1_conv1_bn", "block1_conv2", "block1_conv2_bn")
     for block in range(2, 15):
         for i in range(1, 4 if 5 <= block <= 12 else 3):
@@ -52,7 +52,7 @@ def _ordered() -> Iterator[str]:
     yield "predictions"
 
 
-# What Keras 1 called layers without a name, and the names of those layers now.
+# Names that Keras 1 gave to layers without a name, and patterns of their current names.
 _KINDS = {
     "convolution2d": re.compile(r"block1_conv\d|conv2d(_\d)?"),
     "separableconvolution2d": re.compile(r".*_sepconv\d"),
@@ -62,9 +62,9 @@ _KINDS = {
 
 
 def named(tensors: Tensors) -> Tensors:
-    """Names the layers of the published file, made when none had a name, by their order, as Keras itself does.
+    """Renames the layers of the published file, which have no names of their own, by their order, as Keras does.
 
-    Other tensors, and kinds of which there are more or fewer than there should be, stay as they are.
+    Other tensors keep their names. So do all layers of a kind if their number is not the expected one.
     """
     layers = list(dict.fromkeys(name.rpartition("/")[0] for name in tensors))
     if not any(layer.startswith("separableconvolution2d") for layer in layers):
@@ -83,7 +83,7 @@ def named(tensors: Tensors) -> Tensors:
 
 
 def timm(path: str) -> str:
-    """The timm module of one of ours."""
+    """Returns the name of a module in timm."""
     part = {"/depthwise": ".conv1", "/pointwise": ".pointwise", None: ""}
     if path == "head":
         return "fc"
@@ -95,7 +95,7 @@ def timm(path: str) -> str:
     place, kind, number, kernel = _in_block(path)
     if kind.startswith("shortcut"):
         return f"block{place}.{'skip' if kind == 'shortcut_conv' else 'skipbn'}"
-    # ReLU, convolution, BatchNorm, ...; block 1 has no ReLU in front.
+    # The sequence is ReLU, convolution, BatchNorm, ...; block 1 has no ReLU at the start.
     index = 3 * (int(number) - 1) + (kind == "bn") + (place != 1)
     return f"block{place}.rep.{index}{part[kernel]}"
 

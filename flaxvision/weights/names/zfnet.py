@@ -1,4 +1,7 @@
-"""ZFNet's tensors in pytorchcv, which normalizes before it pools and divides alpha by the window's size."""
+"""ZFNet in pytorchcv.
+
+pytorchcv normalizes before it pools and divides the alpha of local response normalization by the size of the window.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,96 @@
+"""The tables of published weights and of class names."""
+
+from pathlib import Path
+
+import pytest
+
+import flaxvision as fv
+from flaxvision import published
+
+NAME = "resnet20_cifar"
+
+
+def test_class_names():
+    names = fv.weights.class_names_for("resnet50", "torchvision/IMAGENET1K_V2")
+    assert (len(names), len(set(names))) == (1000, 1000)
+    assert [names[i] for i in (0, 88, 281, 967, 985)] == ["tench", "macaw", "tabby cat", "espresso", "daisy"]
+    coral = fv.weights.class_names_for("mobilenet_v2", "coral")
+    assert coral == ("background", *names)
+    assert fv.weights.class_names_for("squeezenet1_0", "deep_compression") == names
+    assert fv.weights.class_names_for("resnet50", "keras") == names
+    assert fv.weights.class_names_for("zfnet", "pytorchcv") is None
+    cifar = fv.weights.class_names_for(NAME, "akamaster")
+    assert cifar == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    with pytest.raises(ValueError, match=r"class_names must be one of cifar10, imagenet1k, imagenet1001; got 'coco'"):
+        published.class_names("coco")
+
+
+def test_every_table_is_read():
+    folder = Path(published.__file__).parent / "weights" / "published"
+    assert {path.stem for path in folder.glob("*.toml")} == set(published.LIBRARIES)
+    assert set(published.table()) <= set(fv.list_models())
+    # A model's first tag gives its default preprocessing: torchvision before timm before Keras, but for Xception.
+    assert fv.weights.tags("resnet50")[::4] == ("torchvision/IMAGENET1K_V1", "keras/imagenet")
+    assert fv.weights.tags("xception") == ("keras/imagenet", "timm/tf_in1k")
+
+
+@pytest.mark.parametrize("name", fv.list_models())
+def test_the_registry_names_the_published_weights(name):
+    tags = fv.weights.tags(name)
+    assert tags == fv.model_info(name).weights
+    assert len(set(tags)) == len(tags)
+    assert sorted(tags) == sorted(published.table().get(name, {}))
+    for tag in tags:
+        info = fv.weights.tag_of(name, tag)
+        assert info.tag == tag
+        assert len(info.class_names) == info.classes
+        assert info.source in fv.weights.sources(name)
+        assert info.url.startswith(("https://", "hf://"))
+        assert info.digest is None or info.digest.startswith(("sha256:", "md5:"))
+        assert info.classes == fv.create_model(name).num_classes
+        assert info.top1 is None or 50 < info.top1 < info.top5 < 100
+        assert info.licence
+        assert info.recipe.startswith("https://")
+
+
+def test_facts_of_some_tags():
+    v2 = fv.weights.tag_of("resnet50", "torchvision/IMAGENET1K_V2")
+    assert (v2.top1, v2.top5, v2.digest) == (80.858, 95.434, "sha256:11ad3fa6")
+    assert (v2.preprocessing.resize, v2.preprocessing.crop) == (232, 224)
+    google = fv.weights.tag_of("googlenet_bn", "torchvision/IMAGENET1K_V1").preprocessing
+    assert google.mean == google.std == (0.5, 0.5, 0.5)  # transform_input=True
+    assert fv.weights.tag_of("inception_v3", "torchvision/IMAGENET1K_V1").preprocessing.mean == (0.5, 0.5, 0.5)
+    assert fv.weights.tag_of("inception_v3", "timm/tv_in1k").preprocessing.interpolation == "bicubic"
+    assert fv.weights.tag_of("xception", "timm/tf_in1k").preprocessing.resize == 333
+    keras = fv.weights.tag_of("vgg16", "keras/imagenet")
+    assert keras.digest == "md5:64373286793e3c8b2b4e3219cbf3544b"
+    assert keras.preprocessing.order == "BGR"
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", [n for n in fv.list_models() if fv.model_info(n).weights])
+def test_the_tags_against_the_libraries(name):
+    import timm
+    import torchvision
+
+    theirs = {"alexnet_tv": "alexnet", "googlenet_bn": "googlenet"}.get(name, name)
+    for tag in fv.weights.tags(name):
+        info = fv.weights.tag_of(name, tag)
+        library, _, label = tag.partition("/")
+        if library == "torchvision":
+            weights = torchvision.models.get_model_weights(theirs)[label]
+            metrics = weights.meta["_metrics"]["ImageNet-1K"]
+            assert info.url == weights.url
+            assert info.url.endswith(f"{info.digest.removeprefix('sha256:')}.pth")
+            if info.top1:
+                assert len(weights.meta["categories"]) == info.classes
+                assert (info.top1, info.top5) == (metrics["acc@1"], metrics["acc@5"])
+            assert info.recipe == weights.meta["recipe"]
+        if library == "timm":
+            old = name.startswith("se") or name == "xception"
+            theirs = {"mobilenet_v2": "mobilenetv2_100"}.get(name, name)
+            theirs = f"legacy_{name.replace('se_resnet', 'seresnet')}" if old else theirs
+            cfg = timm.get_pretrained_cfg(f"{theirs}.{label}")
+            assert info.url == (f"hf://{cfg.hf_hub_id}/model.safetensors" if cfg.hf_hub_id else cfg.url)
+            assert info.licence.lower() == cfg.license
+            assert info.classes == cfg.num_classes
