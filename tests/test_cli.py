@@ -1,4 +1,4 @@
-"""The command line, as a user calls it."""
+"""Tests of the command line."""
 
 import json
 
@@ -16,7 +16,7 @@ NAME = "resnet20_cifar"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A library's file of weights and a picture."""
+    """Returns a folder with weights of another library, an image and class names."""
     folder = tmp_path_factory.mktemp("cli")
     rng = np.random.default_rng(0)
     shapes = shapes_of(NAME, fv.create_model(NAME))

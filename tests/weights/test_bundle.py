@@ -1,4 +1,4 @@
-"""Bundles: what is written is whole, and what is read is what was written."""
+"""Tests of bundles: writes are atomic, reads give what was written, and damage is detected."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_a_damaged_bundle(tmp_path, variables, where):
     path = tmp_path / "a.safetensors"
     saved(path, variables)
     flipped(path, where)
-    with pytest.raises(ValueError, match=r"a\.safetensors or its card is damaged: the sha256 must be .*; got "):
+    with pytest.raises(ValueError, match=r"a\.safetensors or its card is damaged: its sha256 is .*, not .*; copy both"):
         fv.weights.read_bundle(path)
 
 
@@ -95,7 +95,7 @@ def test_a_truncated_bundle(tmp_path, variables, length):
     path = tmp_path / "a.safetensors"
     saved(path, variables)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"a\.safetensors or its card is damaged: the sha256 must be .*; got "):
+    with pytest.raises(ValueError, match=r"a\.safetensors or its card is damaged: its sha256 is .*, not .*; copy both"):
         fv.weights.load("mlp", path)
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_card(tmp_path, variables):
 
 
 def test_an_interrupted_save_leaves_no_mixture(tmp_path, variables, monkeypatch):
-    """Wherever it stops, a bundle is the old one, the new one or an error."""
+    """Wherever a save stops, reading gives the old bundle, the new bundle or an error."""
     path = tmp_path / "a.safetensors"
     saved(path, variables, metadata={"run": 1})
     other = jax.tree.map(lambda leaf: leaf + 1, variables)
