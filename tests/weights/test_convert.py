@@ -16,6 +16,8 @@ from flaxvision.weights.layout import Layout
 from flaxvision.weights.names import layouts
 from flaxvision.weights.slots import canonical, slots_of
 
+# Networks that repeat the units of a shallower one.
+DEEPER = re.compile(r"(se_)?resnet1(01|52)|resnet(44|56|110)_cifar|vgg1[39](_bn)?")
 PAIRS = sorted((name, layout.source) for layout in layouts() for name in layout.models)
 
 
@@ -52,7 +54,10 @@ def test_every_source_is_named_once():
     assert {name for name, _ in PAIRS} <= set(fv.list_models())
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in PAIRS}))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if DEEPER.fullmatch(n) else ()) for n in sorted({n for n, _ in PAIRS})],
+)
 def test_every_variable_has_a_place_of_its_own(name):
     """Checks the axes of each tensor in both directions: numbers of small tensors, shapes of large ones."""
     for source in fv.weights.sources(name):  # one test for all, since sources share the trace of the model
