@@ -169,7 +169,7 @@ def main(config: Config) -> int:
     train = load("train")
     fv.data.validate(train, channels=3, num_classes=classes)
     workdir = Path(config.workdir or f"runs/{Path(dataset).stem}-{config.model}-{config.recipe}-{config.seed}")
-    fields = {f.name for f in dataclasses.fields(fv.create_model(config.model))}
+    fields = fv.model_fields(fv.create_model(config.model))
     if config.parallel == "pmap" and "axis_name" in fields:
         overrides["axis_name"] = "data"
     if config.aux_weight and "aux_heads" in fields:

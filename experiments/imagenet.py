@@ -251,7 +251,7 @@ def main(config: Config) -> int:
     train = read("train")
     for source in (train, test):
         fv.data.validate(source, channels=3, num_classes=classes, verify=config.verify)
-    fields = {f.name for f in dataclasses.fields(fv.create_model(config.model))}
+    fields = fv.model_fields(fv.create_model(config.model))
     if config.parallel == "pmap" and "axis_name" in fields:
         overrides["axis_name"] = "data"
     if config.aux_weight and "aux_heads" in fields:

@@ -117,7 +117,7 @@ def main(config: Config) -> int:
     overrides = {"num_classes": classes, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     if config.hidden is not None:
         overrides["features"] = config.hidden
-    if config.parallel == "pmap" and "axis_name" in {f.name for f in dataclasses.fields(fv.create_model(config.model))}:
+    if config.parallel == "pmap" and "axis_name" in fv.model_fields(fv.create_model(config.model)):
         overrides["axis_name"] = "data"
     model = fv.create_model(config.model, **overrides)
 

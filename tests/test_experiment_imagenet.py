@@ -14,7 +14,7 @@ from PIL import Image
 
 import flaxvision as fv
 from flaxvision import registry
-from flaxvision.models.resnet import CifarResNet
+from flaxvision.models.resnet import CifarResNet, CifarResNetBackbone
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "imagenet.py"
 
@@ -36,7 +36,7 @@ def tiny(monkeypatch):
     info = dataclasses.replace(
         fv.model_info("resnet20_cifar"), name="tiny", defaults=(("stage_sizes", (1,)), ("features", (8,)))
     )
-    monkeypatch.setitem(registry._MODELS, "tiny", (CifarResNet, info))
+    monkeypatch.setitem(registry._MODELS, "tiny", registry._Entry(CifarResNet, CifarResNetBackbone, info))
     return "tiny"
 
 
@@ -223,6 +223,6 @@ def test_what_can_not_be_evaluated_is_refused(tmp_path, folder, tiny):
         imagenet.main(config_of(tmp_path, "demo", folder, eval_every=-1.0))
     broken = Path(folder) / "val" / "dark" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"dark/0\.jpg: not a readable image"):
+    with pytest.raises(ValueError, match=r"dark/0\.jpg is not a readable image"):
         imagenet.main(config_of(tmp_path, "demo", folder))
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,6 @@
-"""Sources of labelled images, their checks, and the batches that a run reads.
+"""Data sources, their validation, and batches for training and evaluation.
 
-Importing this package loads numpy and nothing heavier: Grain, TFDS, Pillow and scikit-learn are imported by the
-functions that need them.
+Importing this package imports only NumPy. TFDS, Pillow and scikit-learn are imported by the functions that use them.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What a source is, and the sources that live in memory: digits, `.npz` files and the original MNIST files."""
+"""The `Source` protocol and sources in memory: digits, `.npz` files and the original files of MNIST."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-# Digits is one set for everybody: its held-out part does not move with the seed of a run.
+# Published accuracies depend on the split of the digits, so it does not depend on the seed of a run.
 _DIGITS_SEED = 0
 
 
@@ -22,10 +22,12 @@ _DIGITS_SEED = 0
 class Source(Protocol):
     """Labelled images with random access.
 
+    `source[i]` is a dict with `image` [H, W, C] and `label`, an integer scalar.
+
     Attributes:
-        name: What the set is called, with its split.
-        classes: One name per class; the label `k` means `classes[k]`.
-        fingerprint: Hexadecimal digest of the source's identity. A run that resumes compares it.
+        name: Name of the data set and its split.
+        classes: The class names; label `k` means `classes[k]`.
+        fingerprint: Hexadecimal digest that identifies the examples. A resumed run compares it.
     """
 
     name: str
@@ -33,7 +35,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the source's identity."""
+        """Hexadecimal digest that identifies the examples."""
         ...
 
     def __len__(self) -> int: ...
@@ -42,15 +44,15 @@ class Source(Protocol):
 
 
 class ArraySource:
-    """A source held in memory.
+    """A source in memory.
+
+    The arrays are neither copied nor checked; `flaxvision.data.validate` checks them.
 
     Args:
-        image: [N, H, W, C] pixels, uint8 0..255 or floating point.
+        image: [N, H, W, C] pixels, uint8 in 0..255 or floating point.
         label: [N] class indices.
-        classes: Names of the classes; None names them by their index, up to the greatest label.
-        name: What to call the source.
-
-    The arrays are taken as they are, not copied and not checked; `flaxvision.data.validate` checks them.
+        classes: Class names. None uses "0", "1", ... up to the largest label.
+        name: Name of the source.
     """
 
     def __init__(self, image: np.ndarray, label: np.ndarray, classes: Sequence[str] | None = None, name: str = "array"):
@@ -66,19 +68,19 @@ class ArraySource:
         return len(self.image)
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        # A copy: a transform that works in place must not change the set.
+        # A copy, so that a transform that works in place does not change the source.
         return {"image": self.image[index].copy(), "label": np.int32(self.label[index])}
 
     def __repr__(self) -> str:
         return f"ArraySource({self.name!r}, image={self.image.dtype}{list(self.image.shape)})"
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the examples at `indices` [B] stacked: `image` [B, H, W, C] and `label` [B] int32."""
+        """Returns the examples at `indices` [N] as `image` [N, H, W, C] and `label` [N] int32."""
         return {"image": self.image[indices], "label": self.label[indices].astype(np.int32)}
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the name and of every pixel and label."""
+        """Hexadecimal digest of the name and of every pixel and label."""
         return self._digest
 
     @cached_property
@@ -91,12 +93,12 @@ class ArraySource:
 
 
 class Subset:
-    """Some examples of another source.
+    """A subset of the examples of another source.
 
     Args:
-        source: The whole.
+        source: The other source.
         indices: [M] positions in it.
-        name: What to call the part.
+        name: Name of the subset.
     """
 
     def __init__(self, source: Source, indices: np.ndarray, name: str):
@@ -111,18 +113,18 @@ class Subset:
 
     @property
     def label(self) -> np.ndarray:
-        """The part's labels [M]; where the whole has them."""
+        """The labels [M], if the other source has an attribute `label`."""
         return np.asarray(self.source.label)[self.indices]  # type: ignore[attr-defined]
 
     def verify(self) -> None:
-        """Verifies the whole, where it can be verified."""
+        """Calls `verify` of the other source, if it has one."""
         verify = getattr(self.source, "verify", None)
         if verify is not None:
             verify()
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the whole's fingerprint and of the positions."""
+        """Hexadecimal digest of the other source's fingerprint and of the positions."""
         return self._digest
 
     @cached_property
@@ -133,12 +135,12 @@ class Subset:
 
 
 class Mapped:
-    """Another source whose images go through a function when they are asked for.
+    """A source that applies a function to the images of another source, on access.
 
     Args:
-        source: What to read.
-        function: `image [H, W, C] -> image`, on the host; decoding threads call it.
-        name: What it does; part of the fingerprint.
+        source: The other source.
+        function: `image [H, W, C] -> image`, called on the host, from several threads.
+        name: Describes the function; part of the name and of the fingerprint.
     """
 
     def __init__(self, source: Source, function: Callable[[np.ndarray], np.ndarray], name: str):
@@ -153,18 +155,23 @@ class Mapped:
         return {**example, "image": self.function(example["image"])}
 
     @property
+    def label(self) -> np.ndarray:
+        """The labels [N], if the other source has an attribute `label`."""
+        return np.asarray(self.source.label)  # type: ignore[attr-defined]
+
+    @property
     def fingerprint(self) -> str:
-        """Digest of the source's fingerprint and of the name."""
+        """Hexadecimal digest of the other source's fingerprint and of the name."""
         return hashlib.blake2b(f"{self.source.fingerprint}/{self.name}".encode(), digest_size=16).hexdigest()
 
 
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:
-    """Returns the examples of `source` at `indices` [M] as a source of its own, in memory when `source` is.
+    """Returns a subset of a source as a source. It is in memory if `source` is.
 
     Args:
-        source: What to take them from.
-        indices: Positions, in the order wanted.
-        name: What to call the part, for example "mnist/validation".
+        source: The source.
+        indices: [M] positions of the examples, in the order wanted.
+        name: Name of the subset, for example "mnist/validation".
     """
     if isinstance(source, ArraySource):
         return ArraySource(source.image[indices], source.label[indices], source.classes, name)
@@ -174,27 +181,27 @@ def subset(source: Source, indices: np.ndarray, name: str) -> Source:
 def stratified_split(
     label: np.ndarray, *, fraction: float = 0.2, seed: int = 0, keys: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits a set into a training and a held-out part with the same share of every class.
+    """Splits examples into a training part and a held-out part with the same class proportions.
 
-    Within a class the examples are ordered by a hash of the seed and their key, and the first ones are held out. So the
-    split does not depend on the version of a random generator, and with file names as keys it hardly moves when files
-    are added.
+    Within each class the examples are ordered by a hash of the seed and their key, and the first ones are held out.
+    The split therefore does not depend on the version of a random generator. With file names as keys, adding files
+    moves few of the other examples.
 
     Args:
         label: [N] class indices.
-        fraction: Share of each class that is held out, rounded to whole examples. A class of two or more keeps at
-            least one example on either side; a class of one stays in training.
-        seed: Another seed, another split.
-        keys: One string per example; None takes the positions.
+        fraction: Fraction of each class to hold out, rounded to whole examples. A class with two or more examples has
+            at least one in each part; a single example is used for training.
+        seed: Seed of the split.
+        keys: [N] strings, one per example. None uses the positions.
 
     Returns:
-        Two sorted integer arrays: the positions of the training and of the held-out examples.
+        The sorted positions of the training examples, and those of the held-out examples.
 
     Raises:
-        ValueError: When `fraction` is not between 0 and 1.
+        ValueError: `fraction` is not between 0 and 1.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction: received {fraction}; it must lie between 0 and 1")
+        raise ValueError(f"fraction must be between 0 and 1, both excluded; got {fraction}")
     label = np.asarray(label)
     keys = keys if keys is not None else [str(i) for i in range(len(label))]
     ranks = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest() for key in keys]
@@ -208,16 +215,16 @@ def stratified_split(
 
 
 def load_digits(split: str) -> ArraySource:
-    """Reads scikit-learn's 1,797 handwritten digits (8×8, grey): 1,438 for training, 359 held out.
+    """Reads scikit-learn's 1,797 handwritten digits (8x8, grayscale): 1,438 for training, 359 held out.
 
-    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
-    (its test part, which scikit-learn packs). The grey values 0..16 become 0..255.
+    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
+    scikit-learn ships its test part. The values 0..16 are scaled to 0..255.
 
     Args:
         split: "train" or "test".
 
     Raises:
-        ValueError: For another split.
+        ValueError: There is no such split.
     """
     check_split("digits", split, ("train", "test"))
     from sklearn.datasets import load_digits as sklearn_digits
@@ -230,14 +237,17 @@ def load_digits(split: str) -> ArraySource:
 
 
 def load_npz(path: Path, split: str) -> ArraySource:
-    """Reads one split of an `.npz` file that holds `train_image`, `train_label`, `test_image` and `test_label`.
+    """Reads one split of an `.npz` file with `train_image`, `train_label`, `test_image` and `test_label`.
 
-    Images are [N, H, W, C]; [N, H, W] is read as grey. An array `classes` of strings, where there is one, names the
-    classes; without it there are as many as the training labels say.
+    Images are [N, H, W, C], or [N, H, W] if grayscale. An optional array `classes` of strings names the classes;
+    without it the largest training label determines their number.
+
+    Args:
+        path: The file.
+        split: "train" or "test".
 
     Raises:
-        ValueError: When the file is no readable `.npz`, an array is missing or holds Python objects, or the split is
-            neither "train" nor "test".
+        ValueError: The file cannot be read, an array is missing or holds Python objects, or there is no such split.
     """
     check_split(str(path), split, ("train", "test"))
     try:
@@ -246,8 +256,8 @@ def load_npz(path: Path, split: str) -> ArraySource:
             missing = [key for key in wanted if key not in archive.files]
             if missing:
                 raise ValueError(
-                    f"{path}: the array {missing[0]!r} is missing (received {sorted(archive.files)}); the file must "
-                    "hold train_image, train_label, test_image and test_label"
+                    f"{path} has no array {missing[0]!r}, only {sorted(archive.files)}; the file must have "
+                    "train_image, train_label, test_image and test_label"
                 )
             image, label = archive[wanted[0]], archive[wanted[1]]
             train_label = archive["train_label"] if "train_label" in archive.files else label
@@ -255,76 +265,86 @@ def load_npz(path: Path, split: str) -> ArraySource:
     except ValueError as error:
         if str(path) in str(error):
             raise
-        raise ValueError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
+        raise ValueError(f"{path} is not a readable .npz file of numeric arrays: {error}") from error
     except Exception as error:
-        # numpy lets zipfile, zlib, struct and end-of-file errors of a damaged archive through as they come.
-        raise ValueError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from error
+        # For a damaged archive NumPy raises errors of zipfile, zlib and struct, and EOFError.
+        raise ValueError(f"{path} is not a readable .npz file: {type(error).__name__}: {error}") from error
     if image.ndim == 3:
         image = image[..., None]
     if names is None and train_label.size and np.issubdtype(train_label.dtype, np.integer):
         if train_label.max() >= len(train_label):
             raise ValueError(
-                f"{path}: train_label goes up to {train_label.max()} for {len(train_label)} images; class indices must "
-                "count from 0 (an array `classes` names classes that have no image)"
+                f"train_label in {path} must be class indices from 0 on; got {train_label.max()} among "
+                f"{len(train_label)} labels (if there are classes without images, add an array `classes`)"
             )
-        # The training labels count the classes for both splits: a test label beyond them is a fault.
+        # For both splits the training labels determine the classes: a larger test label is an error.
         names = [str(k) for k in range(int(train_label.max()) + 1)]
     return ArraySource(image, label, names, f"{path.name}/{split}")
 
 
 def has_idx_files(folder: Path) -> bool:
-    """Says whether a folder holds the four original files of MNIST or Fashion-MNIST, gzipped or not."""
+    """Returns whether a folder has the four original files of MNIST or Fashion-MNIST, gzipped or not."""
     return all(_idx_file(folder, stem).is_file() for stems in IDX_FILES.values() for stem in stems)
 
 
 def load_idx(folder: Path, split: str) -> ArraySource:
-    """Reads one split of a folder that holds the four original files of MNIST, Fashion-MNIST or KMNIST.
+    """Reads one split of a folder with the four original files of MNIST, Fashion-MNIST or KMNIST.
+
+    Args:
+        folder: The folder.
+        split: "train" or "test".
 
     Raises:
-        ValueError: When the split is neither "train" nor "test", or a file is missing or damaged.
+        ValueError: There is no such split, or a file is missing or damaged.
     """
     check_split(str(folder), split, ("train", "test"))
     image, label = (read_idx(_idx_file(folder, stem)) for stem in IDX_FILES[split])
     if image.ndim != 3 or label.ndim != 1 or len(image) != len(label):
         raise ValueError(
-            f"{folder}: the {split} files hold images {list(image.shape)} and labels {list(label.shape)}; they must be "
-            "[N, H, W] and [N]"
+            f"the {split} files in {folder} must hold images [N, H, W] and labels [N]; "
+            f"got {list(image.shape)} and {list(label.shape)}"
         )
-    # Both parts, so that a class that one of them lacks does not change the number of classes.
+    # From both parts, because one of them may lack a class.
     labels = np.concatenate([read_idx(_idx_file(folder, stems[1])) for stems in IDX_FILES.values()])
     classes = [str(k) for k in range(int(labels.max(initial=0)) + 1)]
     return ArraySource(image[..., None], label.astype(np.int32), classes, f"{folder.resolve().name}/{split}")
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes, gzipped or not, into an array.
+    """Reads an IDX file of unsigned bytes, gzipped or not.
 
-    Source of the format: Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits".
+    The format is described in Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits".
+
+    Args:
+        path: The file.
+
+    Returns:
+        The uint8 array.
 
     Raises:
-        ValueError: When the file is missing, damaged, shorter or longer than its header says, or not of bytes.
+        ValueError: The file is missing or damaged, its length contradicts its header, or it does not hold bytes.
     """
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except Exception as error:
-        # gzip raises OSError, EOFError and zlib.error, by the kind of damage.
-        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+        # For a damaged file gzip raises OSError, EOFError or zlib.error.
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes (it begins with {raw[:4].hex()})")
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {raw[:4].hex()!r}")
     shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
     if body.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path}: the header announces {list(shape)} bytes, the file holds {body.size}")
+        raise ValueError(f"{path} is damaged: its header says {list(shape)} bytes, the file has {body.size}")
     return body.reshape(shape)
 
 
-def check_split(where: str, split: str, allowed: Sequence[str]) -> None:
-    """Raises ValueError when `split` is not one of `allowed`."""
+def check_split(name: str, split: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `split` is one of `allowed`; `name` is the data set."""
     if split not in allowed:
-        raise ValueError(f"split: received {split!r} for {where}; it must be one of {', '.join(map(repr, allowed))}")
+        raise ValueError(f"split must be one of {', '.join(map(repr, allowed))} for {name}; got {split!r}")
 
 
 def _idx_file(folder: Path, stem: str) -> Path:
-    plain = folder / stem
-    return plain if plain.is_file() else folder / f"{stem}.gz"
+    path = folder / stem
+    return path if path.is_file() else folder / f"{stem}.gz"

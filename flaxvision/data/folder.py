@@ -1,4 +1,4 @@
-"""A folder of class folders as a source."""
+"""Folders of class folders as sources."""
 
 import hashlib
 import os
@@ -19,20 +19,21 @@ _SUBFOLDERS = {"train": ("train", "training"), "test": ("test", *_VAL), "val": (
 
 
 class FolderSource:
-    """Pictures on disk, decoded when they are asked for.
+    """Image files, decoded on access.
 
     Args:
-        root: Folder that the paths are relative to.
+        root: The folder.
         paths: [N] paths relative to `root`.
         label: [N] class indices.
-        classes: Names of the classes.
-        name: What to call the source.
-        image_size: Height and width of every image in pixels; see `flaxvision.data.decode.decode_image`.
-        channels: 3 for RGB, 1 for grey.
-        orient: Whether the EXIF orientation is applied.
+        classes: Class names.
+        name: Name of the source.
+        image_size: Height and width of every image in pixels, or None to keep the size of each file; see
+            `flaxvision.data.decode.decode_image`.
+        channels: 3 for RGB, 1 for grayscale.
+        orient: Whether to apply the EXIF orientation.
 
     Raises:
-        ValueError: When `channels` or `image_size` is out of range.
+        ValueError: `channels` or `image_size` is out of range.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class FolderSource:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the name, the decoding and every relative path with its size and label."""
+        """Hexadecimal digest of the name, the decoding options, and the path, size and label of every file."""
         return self._digest
 
     @cached_property
@@ -84,7 +85,7 @@ class FolderSource:
             progress: Whether to show a progress bar.
 
         Raises:
-            ValueError: Naming the files that cannot be decoded.
+            ValueError: Some files cannot be decoded; the message names the first five.
         """
         from tqdm import tqdm
 
@@ -101,7 +102,7 @@ class FolderSource:
             damaged = [message for message in bar if message is not None]
         if damaged:
             more = f" (and {len(damaged) - 5} more)" if len(damaged) > 5 else ""
-            raise ValueError(f"{len(damaged)} of {len(self)} images are damaged: " + "; ".join(damaged[:5]) + more)
+            raise ValueError(f"{len(damaged)} of {len(self)} images cannot be decoded: {'; '.join(damaged[:5])}{more}")
 
 
 def load_folder(
@@ -115,22 +116,22 @@ def load_folder(
 ) -> FolderSource:
     """Opens one split of a folder of class folders.
 
-    A subfolder `train` (or `training`) is the training part, `test` or `val` (`valid`, `validation`) the held-out part;
-    each stands in for the other. Where there is only one part, or the class folders lie in the folder itself, 20 % of
-    each class are held out. Classes are the sorted names of the training part's folders. Files whose names do not end
-    like an image's are not looked at.
+    The subfolder `train` (or `training`) is the training part, and `test` or `val` (or `valid`, `validation`) is the
+    held-out part. If there is only one of `test` and `val`, it serves as both. Without a held-out part, or if the class
+    folders are in `folder` itself, 20 % of each class is held out. The classes are the sorted names of the class
+    folders of the training part. Files without an image suffix are ignored.
 
     Args:
         folder: The folder.
-        split: "train", "test" or "val"; a folder without parts also has "all", which is everything in it.
-        seed: Seed of the split where the folder has none.
+        split: "train", "test" or "val". A folder without parts also has "all", which is every image.
+        seed: Seed of the split, if the folder has no held-out part.
         image_size: As in `FolderSource`.
         channels: As in `FolderSource`.
         orient: As in `FolderSource`.
 
     Raises:
-        ValueError: When there are no class folders, one of them holds no image, or the held-out part has a class that
-            the training part lacks; the path is named.
+        ValueError: There is no such split, there are no class folders, a class folder has no image, or the held-out
+            part has a class that the training part lacks.
     """
     parts = {part: _first_folder(folder, names) for part, names in _SUBFOLDERS.items()}
     check_split(str(folder), split, (*_SUBFOLDERS,) if any(parts.values()) else (*_SUBFOLDERS, "all"))
@@ -140,13 +141,13 @@ def load_folder(
         classes = _class_names(folder)
         return FolderSource(folder, *_list_images(folder, classes), classes, name, **options)
     if parts["train"] is None and parts["test"] is not None:
-        raise ValueError(f"{folder}: it holds {parts['test'].name}, but no subfolder train")
+        raise ValueError(f"{folder} has a subfolder {parts['test'].name!r} but no subfolder 'train'; it must have both")
     train_root = parts["train"] or folder
     classes = _class_names(train_root)
     root = parts[split] if parts["test"] is not None else train_root
     assert root is not None
     if unknown := sorted(set(_class_names(root)) - set(classes)):
-        raise ValueError(f"{root / unknown[0]}: the training part {train_root} has no such class")
+        raise ValueError(f"{root / unknown[0]} is a class that the training part {train_root} lacks; add it there")
     paths, label = _list_images(root, classes)
     if parts["test"] is None:
         train, held_out = stratified_split(label, seed=seed, keys=paths)
@@ -162,7 +163,7 @@ def _first_folder(folder: Path, names: Sequence[str]) -> Path | None:
 def _class_names(root: Path) -> list[str]:
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise ValueError(f"{root}: no class folders; it must hold one folder of images per class")
+        raise ValueError(f"{root} has no class folders; it must have one folder of images per class")
     return names
 
 
@@ -177,7 +178,7 @@ def _list_images(root: Path, classes: Sequence[str]) -> tuple[list[str], np.ndar
             if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
         )
         if not found:
-            raise ValueError(f"{root / name}: no images in this class folder; it must hold at least one")
+            raise ValueError(f"{root / name} has no images; a class folder must have at least one")
         paths += found
         label += [k] * len(found)
     return paths, np.array(label, np.int32)

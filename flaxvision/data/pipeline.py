@@ -1,9 +1,9 @@
-"""Batches: shuffled without end for training, padded and counted once for evaluation.
+"""Batches for training (shuffled and endless) and for evaluation (one pass, padded).
 
-Which examples a step has is worked out from the step alone, over a `grain.MapDataset`, so that any step can be reached
-at once: a run that resumes at step k sees exactly what the uninterrupted run saw. The order is shuffle, repeat, batch,
-and last the part of this process; so one process and four see the same batches. Pixels are touched afterwards, with one
-vectorised gather for a source in memory and with threads for one on disk.
+The examples of a step are a function of the step alone. Any step is reached at once, and a run that resumes at step k
+sees the same batches as the uninterrupted run. The order is shuffle, repeat, batch, then the rows of this process, so
+one process and four see the same global batches. A source in memory is read with one vectorized gather per batch, a
+source on disk with threads.
 """
 
 import functools
@@ -39,22 +39,26 @@ def train_batches(
     """Returns the endless batches of a training run.
 
     Args:
-        source: What to read.
-        batch_size: Examples of one step over all processes together.
-        seed: Seed of the order and of `transform`, 0 to 2**32 - 1.
-        shuffle: Whether each epoch goes through the source in a new order.
-        transform: `transform(example, rng) -> example` on the host, once per example, with a numpy generator that
-            depends on the seed and the position in the run alone.
-        drop_remainder: True ends each epoch at the last full batch, and the examples left over are others in each
-            epoch. False lets batches run across the end of an epoch, so that every example is seen equally often.
-        process_index: Which process this is.
-        process_count: How many processes share a batch. Each takes `batch_size / process_count` rows in one piece, in
-            the order of their indices: together they are the batch that a single process would see.
-        num_threads: Threads that decode. None is the number of processors, at most 16. A source in memory without a
-            transform needs none.
+        source: The examples.
+        batch_size: Examples per step, summed over all processes.
+        seed: Seed of the order and of `transform`, from 0 to 2**32 - 1.
+        shuffle: Whether to visit the examples in a new order in each epoch.
+        transform: `transform(example, rng) -> example`, called on the host once per example. `rng` is a NumPy generator
+            that depends only on the seed and the position in the run.
+        drop_remainder: If True, an epoch ends at its last full batch; shuffling drops other examples in each epoch. If
+            False, batches may span two epochs, so that every example is seen equally often.
+        process_index: Index of this process.
+        process_count: Number of processes that share a batch. Process `i` gets the `i`-th contiguous slice of
+            `batch_size / process_count` rows of the batch that a single process would get.
+        num_threads: Number of decoding threads. None uses one per processor, at most 16. A source in memory without a
+            transform uses none.
+
+    Returns:
+        The batches. `from_step(k)` iterates from step `k` on; `fingerprint` identifies their order.
 
     Raises:
-        ValueError: When the batch is larger than the source or not divided by the processes, or a number out of range.
+        ValueError: The batch is larger than the source or not divisible by the number of processes, the source is
+            empty, or a number is out of range.
     """
     return TrainBatches(
         source, batch_size, seed, shuffle, transform, drop_remainder, process_index, process_count, num_threads
@@ -69,31 +73,35 @@ def eval_batches(
     process_count: int = 1,
     num_threads: int | None = None,
 ) -> "EvalBatches":
-    """Returns the batches of one pass over a source, in its order, every example exactly once.
+    """Returns the batches of one pass over a source, in order, with every example exactly once.
 
-    All batches have the same shape and a `mask` [N] float32: 1 for an example, 0 for padding. The last batch is padded
-    with the source's first example.
+    All batches have the same shape and a `mask` [N] float32, which is 1 for an example and 0 for padding. The last
+    batch is padded with the first example of the source.
 
     Args:
-        source: What to read.
-        batch_size: Rows of one batch over all processes together.
-        process_index: Which process this is.
-        process_count: How many processes share a batch, as in `train_batches`. All have equally many batches.
-        num_threads: Threads that decode. None is the number of processors, at most 16.
+        source: The examples.
+        batch_size: Rows per batch, summed over all processes.
+        process_index: Index of this process.
+        process_count: Number of processes that share a batch, as in `train_batches`. All get equally many batches.
+        num_threads: Number of decoding threads. None uses one per processor, at most 16.
+
+    Returns:
+        The batches; iterating again starts another pass.
 
     Raises:
-        ValueError: When the source is empty, the processes do not divide the batch, or a number is out of range.
+        ValueError: The source is empty, the batch is not divisible by the number of processes, or a number is out of
+            range.
     """
     return EvalBatches(source, batch_size, process_index, process_count, num_threads)
 
 
 class TrainBatches:
-    """The batches of a training run; `train_batches` makes one.
+    """The batches of a training run, created by `train_batches`.
 
     Attributes:
-        source: What is read.
-        batch_size: Rows of a batch over all processes together.
-        steps_per_epoch: Batches in one pass over the source, rounded up when batches run across epochs.
+        source: The examples.
+        batch_size: Rows per batch, summed over all processes.
+        steps_per_epoch: Batches in one pass over the source, rounded up if batches may span two epochs.
     """
 
     def __init__(
@@ -111,30 +119,23 @@ class TrainBatches:
         rows = _check(source, batch_size, process_index, process_count)
         if batch_size > len(source):
             raise ValueError(
-                f"batch_size: received {batch_size}, but the source {source.name!r} has only {len(source)} examples; "
-                f"it must be at most {len(source)}"
+                f"batch_size must be at most {len(source)}, the number of examples in {source.name!r}; got {batch_size}"
             )
         if not 0 <= operator.index(seed) < 2**32:
-            raise ValueError(f"seed: received {seed}; it must lie between 0 and 2**32 - 1")
+            raise ValueError(f"seed must be between 0 and 2**32 - 1; got {seed}")
         self.source, self.batch_size = source, batch_size
+        self._rows, self._process, self._processes = rows, process_index, process_count
         self._transform, self._threads = transform, _threads(num_threads)
         whole, rest = divmod(len(source), batch_size)
         self.steps_per_epoch = whole if drop_remainder else whole + bool(rest)
         self._used = whole * batch_size if drop_remainder else len(source)
         self._identity = {"seed": int(seed), "shuffle": bool(shuffle), "drop_remainder": bool(drop_remainder)}
-        # Two epochs, for the batches that run across the end of one.
+        # Two epochs, because a batch may span two.
         self._permutation = functools.lru_cache(maxsize=2)(functools.partial(_permutation, int(seed), len(source)))
-
-        import grain
-
-        # An element is the positions of a whole batch in the endless sequence of examples, not one example: Grain's
-        # shuffle takes 3 to 2000 µs per example (the more, the smaller the set), which a small model would wait for.
-        blocks = grain.MapDataset.range(2**40).map(lambda block: block * rows + np.arange(rows))
-        self._positions = blocks[process_index::process_count]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What determines the order of the data, as plain JSON values; the number of processes is no part of it."""
+        """Everything that determines the order of the data, as JSON values. The number of processes does not."""
         return {
             **self._identity,
             "batch_size": self.batch_size,
@@ -146,24 +147,24 @@ class TrainBatches:
         return self.from_step(0)
 
     def from_step(self, step: int) -> "BatchIterator":
-        """Returns an endless iterator whose first batch is that of `step`, at no cost for the steps before it.
+        """Returns an endless iterator that starts with the batch of `step`. The steps before it cost nothing.
 
         Raises:
-            ValueError: When `step` is negative.
+            ValueError: `step` is negative.
         """
         if operator.index(step) < 0:
-            raise ValueError(f"step: received {step}; it must not be negative")
+            raise ValueError(f"step must be at least 0; got {step}")
         return BatchIterator(self._read, int(step), None, self._threads)
 
     def _read(self, step: int, pool: ThreadPoolExecutor) -> Batch:
-        positions = np.asarray(self._positions[step])
+        positions = (step * self._processes + self._process) * self._rows + np.arange(self._rows)
         indices = self._indices(positions)
         if self._transform is None:
             return _gather(self.source, indices, pool)
         return _stack(list(pool.map(self._read_one, indices.tolist(), positions.tolist())))
 
     def _indices(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the indices of the examples at `positions` of the endless sequence, epoch after epoch."""
+        """Returns the indices [N] of the examples at `positions` [N] of the endless sequence of epochs."""
         epochs, within = np.divmod(positions, self._used)
         if not self._identity["shuffle"]:
             return within
@@ -175,13 +176,13 @@ class TrainBatches:
 
     def _read_one(self, index: int, position: int) -> dict[str, Any]:
         assert self._transform is not None
-        # By the position, which no two processes share, and not by the process.
+        # The position is unique across processes, so the number of processes does not change the result.
         rng = np.random.default_rng([self._identity["seed"], position])
         return self._transform(self.source[index], rng)
 
 
 class EvalBatches:
-    """The batches of one pass over a source; `eval_batches` makes one. It can be iterated over again and again."""
+    """The batches of one pass over a source, created by `eval_batches`. Each iteration is a new pass."""
 
     def __init__(
         self, source: Source, batch_size: int, process_index: int, process_count: int, num_threads: int | None
@@ -204,10 +205,10 @@ class EvalBatches:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches of consecutive steps, a few of them read ahead in the background.
+    """Iterates over the batches of consecutive steps and reads a few batches ahead in the background.
 
-    Close it, or leave its `with` block, and its threads have ended. It also closes at its last batch, and after an
-    error in a source or a transform, which is raised here.
+    `close`, or leaving the `with` block, ends its threads. It closes itself after its last batch and after an error in
+    the source or the transform, which `next` raises.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class BatchIterator(Iterator[Batch]):
             self._next += 1
 
     def close(self) -> None:
-        """Ends the threads and waits for them; a second call does nothing."""
+        """Ends the threads and waits for them. A second call does nothing."""
         if not self._closed:
             self._closed = True
             self._ahead.clear()
@@ -258,7 +259,7 @@ class BatchIterator(Iterator[Batch]):
 
 
 def _permutation(seed: int, length: int, epoch: int) -> np.ndarray:
-    # numpy promises the raw numbers of a bit generator for all its versions, but not the result of `permutation`.
+    # NumPy guarantees the raw output of a bit generator across versions, but not the result of `permutation`.
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(length)
     return np.argsort(raw, kind="stable")
 
@@ -278,24 +279,20 @@ def _threads(num_threads: int | None) -> int:
     if num_threads is None:
         return min(os.cpu_count() or 1, 16)
     if operator.index(num_threads) < 1:
-        raise ValueError(f"num_threads: received {num_threads}; it must be at least 1")
+        raise ValueError(f"num_threads must be at least 1; got {num_threads}")
     return int(num_threads)
 
 
 def _check(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
-    """Returns the rows of a batch that belong to one process."""
+    """Returns the number of rows of a batch that one process reads."""
     if len(source) == 0:
-        raise ValueError(f"source: {source.name!r} is empty; it must hold at least one example")
+        raise ValueError(f"source must have at least one example; got {source.name!r}, which is empty")
     if operator.index(batch_size) < 1:
-        raise ValueError(f"batch_size: received {batch_size}; it must be at least 1")
-    if operator.index(process_count) < 1 or not 0 <= operator.index(process_index) < process_count:
-        raise ValueError(
-            f"process_index, process_count: received {process_index}, {process_count}; "
-            "the index must lie between 0 and the count"
-        )
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if operator.index(process_count) < 1:
+        raise ValueError(f"process_count must be at least 1; got {process_count}")
+    if not 0 <= operator.index(process_index) < process_count:
+        raise ValueError(f"process_index must be between 0 and process_count - 1; got {process_index}")
     if batch_size % process_count:
-        raise ValueError(
-            f"batch_size: received {batch_size}, which {process_count} processes do not divide; "
-            f"it must be a multiple of {process_count}"
-        )
+        raise ValueError(f"batch_size must be a multiple of process_count={process_count}; got {batch_size}")
     return batch_size // process_count

@@ -1,15 +1,18 @@
-"""TFDS image classification sets, read through array records without TensorFlow.
+"""TFDS image classification sets, read from array records without TensorFlow.
 
-Preparing a set takes TensorFlow in general (the extra `tfds`). MNIST, Fashion-MNIST and KMNIST are prepared without it.
+Preparing a set needs TensorFlow (the extra `tfds`), except for MNIST, Fashion-MNIST and KMNIST.
 """
 
 import contextlib
 import functools
 import hashlib
+import http.client
 import importlib.util
 import io
 import logging
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,26 +21,27 @@ from typing import Any
 import numpy as np
 
 from flaxvision.data.arrays import IDX_FILES, ArraySource, Source, read_idx
-from flaxvision.data.decode import check_image_size, decode_image
+from flaxvision.data.decode import check_channels, check_image_size, decode_image
 
-# Sets up to this size, decoded, are held in memory.
+# Splits up to this decoded size are kept in memory.
 _MEMORY_BYTES = 512 * 2**20
 _CHUNK = 512
 _IDX_SETS = ("mnist", "fashion_mnist", "kmnist")
 
 
 class TfdsSource:
-    """A prepared TFDS split, decoded example by example; TFDS's features `image` and `label` are what it gives.
+    """A prepared TFDS split, decoded on access.
 
     Args:
-        records: TFDS data source whose image feature is not decoded.
-        keys: Names of the image and of the label feature.
-        classes: Names of the classes.
-        name: What to call the source.
-        version: TFDS's full name of the set, version included.
-        channels: 3 or 1.
-        image_size: Height and width in pixels, None for the images' own; see `flaxvision.data.decode.decode_image`.
-        orient: Whether the EXIF orientation is applied.
+        records: TFDS data source with encoded images.
+        keys: Names of the image feature and of the label feature.
+        classes: Class names.
+        name: Name of the source.
+        version: Full TFDS name of the set, with its version.
+        channels: 3 for RGB, 1 for grayscale.
+        image_size: Height and width in pixels, or None to keep the stored size; see
+            `flaxvision.data.decode.decode_image`.
+        orient: Whether to apply the EXIF orientation.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class TfdsSource:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the set's full name with its version, the split, the length and the decoding."""
+        """Hexadecimal digest of the full TFDS name, the split, the length and the decoding options."""
         identity = f"{self.version}/{self.name}/{len(self)}/{self.channels}/{self.image_size}"
         identity += "" if self.orient else "/as stored"
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
@@ -81,7 +85,7 @@ class TfdsSource:
         return {"image": image, "label": np.int32(record[self._keys[1]])}
 
     def in_memory(self) -> ArraySource:
-        """Decodes the whole split, whose images must have one size, into an `ArraySource`."""
+        """Decodes the split, which must have images of one size, into an `ArraySource`."""
 
         def read(start: int) -> list[dict[str, Any]]:
             indices = range(start, min(start + _CHUNK, len(self)))
@@ -90,7 +94,7 @@ class TfdsSource:
             ]
 
         image, label = np.empty((len(self), *self[0]["image"].shape), np.uint8), np.empty(len(self), np.int32)
-        # A thread takes many pictures at a time: one small picture is decoded faster than a thread is woken.
+        # Each task decodes many images, because decoding a small one takes less time than waking a thread.
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="flaxvision-decode") as pool:
             starts = range(0, len(self), _CHUNK)
             for start, examples in zip(starts, pool.map(read, starts), strict=True):
@@ -100,14 +104,14 @@ class TfdsSource:
 
 
 def names() -> list[str]:
-    """Returns the names of all sets that TFDS can build."""
+    """Returns the sorted names of all sets that TFDS can build."""
     import tensorflow_datasets as tfds
 
     return sorted(tfds.list_builders(with_community_datasets=False))
 
 
 def is_known(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
-    """Says whether TFDS can build a set of this name, or `data_dir` holds it prepared."""
+    """Returns whether TFDS can build a set of this name or `data_dir` has it prepared."""
     base = name.split("/")[0].split(":")[0]
     if not base.isidentifier():
         return False
@@ -121,26 +125,29 @@ def load_tfds(
     data_dir: str | os.PathLike[str] | None = None,
     manual_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
     as_stored: bool = False,
 ) -> Source:
-    """Opens one split of a TFDS image classification set, preparing the set if it is not there.
+    """Opens one split of a TFDS image classification set and prepares the set if needed.
 
     Args:
-        name: TFDS's name, with a config or version if need be: "mnist", "mnist:3.0.1", "cifar10_corrupted/fog_3".
-        split: TFDS's split: "train", "test", "train[:90%]". "test" stands for "validation" where there is no test part.
-        data_dir: Where TFDS keeps its sets; None is TFDS's default.
-        manual_dir: Folder with the original files, under their original names. Then no network is used for them.
-        image_size: Size to which images of differing sizes are brought, in pixels; None is 224. Sets whose images
-            have one size keep theirs.
-        as_stored: Leave images of differing sizes as they are stored, at their own size and orientation.
+        name: TFDS name, optionally with a config or version: "mnist", "mnist:3.0.1", "cifar10_corrupted/fog_3".
+        split: TFDS split, such as "train", "test" or "train[:90%]". "test" means "validation" if the set has no test
+            part.
+        data_dir: Directory of prepared sets. None uses the default of TFDS.
+        manual_dir: Folder with the original files under their original names, to be used instead of a download.
+        image_size: As in `flaxvision.data.load`.
+        channels: As in `flaxvision.data.load`.
+        as_stored: As in `flaxvision.data.load`.
 
     Returns:
-        An `ArraySource` when the decoded split takes at most 512 MiB, otherwise a `TfdsSource`.
+        An `ArraySource` if all images have one size and the decoded split takes at most 512 MiB, else a `TfdsSource`.
 
     Raises:
-        ValueError: When the set has no such split, or is not one of images with one label.
-        RuntimeError: When the set is not there and cannot be prepared; the message says what to do.
+        ValueError: The set has no such split, or is not a set of images with one label each.
+        RuntimeError: The set is not prepared and cannot be prepared; the message says what to do.
     """
+    check_channels(channels)
     check_image_size(image_size)
     with _quiet():
         builder = _builder(name, data_dir)
@@ -158,21 +165,27 @@ def load_tfds(
             records: Any = builder.as_data_source(split=split, decoders={keys[0]: tfds.decode.SkipDecoding()})
         except (KeyError, ValueError, AssertionError) as error:
             known = ", ".join(map(repr, builder.info.splits)) or "none"
-            raise ValueError(f"split: received {split!r} for {name!r}; it must be made of {known} ({error})") from error
-    shape = builder.info.features[keys[0]].shape
-    fixed = None not in shape
+            raise ValueError(f"split must consist of {known} for {name!r}; got {split!r} ({error})") from error
+    stored = tuple(builder.info.features[keys[0]].shape)
+    channels = int(channels or stored[-1] or 3)
+    if None not in stored:
+        image_size = None if stored[:2] == (image_size, image_size) else image_size
+    elif not as_stored:
+        image_size = image_size or 224
     source = TfdsSource(
         records,
         keys,
         classes,
         f"{name}/{split}",
         version=builder.info.full_name,
-        channels=shape[-1] or 3,
-        image_size=None if fixed or as_stored else image_size or 224,
+        channels=channels,
+        image_size=image_size,
         orient=not as_stored,
     )
-    small = fixed and 0 < len(source) * int(np.prod(shape)) <= _MEMORY_BYTES
-    return source.in_memory() if small else source
+    if None in stored:
+        return source
+    height, width = (image_size, image_size) if image_size else stored[:2]
+    return source.in_memory() if 0 < len(source) * height * width * channels <= _MEMORY_BYTES else source
 
 
 def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
@@ -181,11 +194,11 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir and Path(data_dir).expanduser(), file_format="array_record")
     except ImportError as error:
-        raise RuntimeError(f"name: TFDS cannot open {name!r} without a package that is missing: {error}") from error
+        raise RuntimeError(f"TFDS set {name!r} needs a package that is not installed: {error}") from error
     except (ValueError, AssertionError) as error:
         raise ValueError(
-            f"name: TFDS cannot open {name!r} as array records: {error}. A set that was prepared in another file "
-            "format must be prepared anew in another data_dir"
+            f"TFDS set {name!r} cannot be opened as array records: {error}; if it was prepared in another file format, "
+            "prepare it again in another data_dir"
         ) from error
 
 
@@ -200,36 +213,34 @@ def _classification(builder: Any, name: str) -> tuple[tuple[str, str], list[str]
             image, label = (features[key] for key in keys)
             if isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel):
                 return (keys[0], keys[1]), list(label.names)
-    raise ValueError(
-        f"name: received {name!r}, which has the features {sorted(features)}; it must have one image and one label"
-    )
+    raise ValueError(f"name must be a TFDS set with one image and one label; got {name!r} with {sorted(features)}")
 
 
 def _prepare(builder: Any, manual_dir: str | os.PathLike[str] | None) -> None:
-    """Builds the set, from the files in `manual_dir` where it has them."""
+    """Prepares the set, from the files in `manual_dir` if it has them."""
     import tensorflow_datasets as tfds
 
     root = _root(builder)
     manual = None if manual_dir is None else Path(manual_dir).expanduser().resolve()
     if manual is not None and not manual.is_dir():
-        raise ValueError(f"manual_dir: received {os.fspath(manual)!r}; there is no such folder")
-    place = f"the TFDS set {builder.name!r} is not in {root} and could not be prepared"
+        raise ValueError(f"manual_dir must be an existing folder; got {os.fspath(manual)!r}")
+    failed = f"TFDS set {builder.name!r} is not in {root} and cannot be prepared"
     if builder.name in _IDX_SETS:
         if manual is not None:
             files = [f"{stem}.gz" for stems in IDX_FILES.values() for stem in stems]
             missing = [file for file in files if not (manual / file).is_file()]
             if missing:
-                raise ValueError(f"manual_dir: {manual} lacks {', '.join(missing)}; it must hold {', '.join(files)}")
+                raise ValueError(f"manual_dir must have {', '.join(files)}; got {manual}, which lacks {missing[0]}")
         builder = _idx_builder(type(builder))(data_dir=root, file_format="array_record")
     elif importlib.util.find_spec("tensorflow") is None:
         raise RuntimeError(
-            f"{place}: preparing it takes TensorFlow once, reading does not. Install it with "
-            "pip install 'flaxvision[tfds]', or name a data_dir that holds the set prepared as array records"
+            f"{failed} without TensorFlow, which reading does not need; install 'flaxvision[tfds]', or pass a data_dir "
+            "that has the set prepared as array records"
         )
-    _check_network(builder, manual, place)
+    _check_network(builder, manual, failed)
     config = tfds.download.DownloadConfig(
         manual_dir=manual,
-        # TFDS finds extracted files again by their names, which MNIST and Fashion-MNIST share.
+        # TFDS reuses extracted files by name, and the files of MNIST and Fashion-MNIST have the same names.
         extract_dir=root / "downloads" / "extracted" / builder.name,
         try_download_gcs=False,
     )
@@ -237,41 +248,41 @@ def _prepare(builder: Any, manual_dir: str | os.PathLike[str] | None) -> None:
         builder.download_and_prepare(download_dir=root / "downloads", download_config=config)
     except Exception as error:
         if manual is not None and type(error).__name__ == "NonMatchingChecksumError":
-            place += f" because a file in manual_dir ({manual}) is not the original one"
-        raise RuntimeError(f"{place}: {type(error).__name__}: {error}") from error
+            failed += f", because a file in manual_dir ({manual}) is not the original file"
+        raise RuntimeError(f"{failed}: {type(error).__name__}: {error}") from error
 
 
-def _check_network(builder: Any, manual: Path | None, place: str) -> None:
-    """Fails at once where TFDS would try for minutes to reach a host that cannot be reached."""
-    import requests
-
+def _check_network(builder: Any, manual: Path | None, failed: str) -> None:
+    """Raises RuntimeError at once if there is no network; TFDS itself would retry for minutes."""
     infos = builder.url_infos or {}
     needed = [url for url, info in infos.items() if manual is None or not (manual / (info.filename or ".")).is_file()]
     if not needed:
         return
     try:
-        requests.head(needed[0], timeout=20)
-    except (requests.ConnectionError, requests.Timeout) as error:
+        urllib.request.urlopen(urllib.request.Request(needed[0], method="HEAD"), timeout=20).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # the host answers; TFDS reports whatever is wrong with the file
+    except (OSError, http.client.HTTPException) as error:
         files = ", ".join(sorted(info.filename or url for url, info in infos.items())[:8])
         raise RuntimeError(
-            f"{place}: {needed[0]} cannot be reached. Without a network, name a manual_dir that holds the original "
-            f"files ({files}), or a data_dir that holds the set prepared as array records"
+            f"{failed}: {needed[0]} cannot be reached; pass a manual_dir that has the original files ({files}), or a "
+            "data_dir that has the set prepared as array records"
         ) from error
 
 
 def _root(builder: Any) -> Path:
-    """Returns the folder of all sets, above those of this set's name, configuration and version."""
+    """Returns the directory of all sets, above the directories of the set's name, configuration and version."""
     return Path(builder.data_path).parents[builder.info.full_name.count("/")]
 
 
 @functools.cache
 def _idx_builder(base: Any) -> Any:
-    """Returns TFDS's builder of MNIST or a sister, which then reads and encodes without TensorFlow."""
+    """Returns a subclass of TFDS's builder of MNIST, Fashion-MNIST or KMNIST that needs no TensorFlow."""
     from PIL import Image
 
     class Builder(base, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         name = base.name
-        # TFDS finds the checksums and writes the origin of a set by its builder's module.
+        # TFDS finds the checksums of the files by the module of the builder.
         __module__ = base.__module__
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -291,7 +302,7 @@ def _idx_builder(base: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS from warning that a set is not prepared yet and that OpenCV would decode faster."""
+    """Silences the warnings of TFDS that a set is not prepared and that OpenCV would decode faster."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from flaxvision.layers.convolution import Conv
-
-# On a CPU so many bytes of predictions stay in the caches while they are routed.
-CHUNK_BYTES = 4 << 20
+from flaxvision.layers.lowering import map_rows
 
 
 def capsule_lengths(v: jax.Array, axis: int = -1) -> jax.Array:
@@ -156,7 +152,9 @@ class RoutedCapsules(nn.Module):
         shape = (*u.shape[1:], self.num_capsules, self.capsule_dim)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         u, kernel = nn.dtypes.promote_dtype(u, kernel, dtype=self.dtype)
-        return _by_platform(u, kernel, self.iterations)
+        # A capsule's predictions are `capsule_dim` times as large as the kernel's share in them.
+        i, _, j, e = kernel.shape
+        return map_rows(_routed, u, kernel, options=(self.iterations,), bytes_per_row=4 * i * j * e)
 
 
 def _squares(x: jax.Array, axis: int) -> jax.Array:
@@ -168,48 +166,7 @@ def _root(square: jax.Array) -> jax.Array:
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
-# -- routing ----------------------------------------------------------------------------------------------------------
-
-
 def _routed(iterations: int, u: jax.Array, kernel: jax.Array) -> jax.Array:
     wide = jnp.promote_types(u.dtype, jnp.float32)
     predictions = jnp.einsum("nid,idje->njie", u, kernel, preferred_element_type=wide)
     return routing_by_agreement(predictions, iterations)
-
-
-def _routed_in_chunks(iterations: int, u: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A few images at a time. Predictions are made again for the gradient: they outgrow the kernel E-fold."""
-    rows, (i, _, j, e) = u.shape[0], kernel.shape
-    if not isinstance(rows, int):  # a symbolic batch, for `jax.export`
-        return _routed(iterations, u, kernel)
-    limit = max(1, CHUNK_BYTES // (4 * i * j * e))
-    chunk = max((n for n in range(1, min(rows, limit) + 1) if rows % n == 0), default=0)
-    if chunk in (0, rows):
-        return _routed(iterations, u, kernel)
-    body = jax.checkpoint(lambda _, piece: (None, _routed(iterations, piece, kernel)), prevent_cse=False)
-    _, v = lax.scan(body, None, u.reshape(-1, chunk, *u.shape[1:]))
-    return v.reshape(rows, j, e)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _by_platform(u, kernel, iterations):
-    return _forward(u, kernel, iterations)
-
-
-def _forward(u, kernel, iterations):
-    cpu, default = partial(_routed_in_chunks, iterations), partial(_routed, iterations)
-    return lax.platform_dependent(u, kernel, cpu=cpu, default=default)
-
-
-def _by_platform_fwd(u, kernel, iterations):
-    return _forward(u, kernel, iterations), (u, kernel)
-
-
-def _by_platform_bwd(iterations, operands, gradient):
-    def backward(form):
-        return lambda u, kernel, gradient: jax.vjp(partial(form, iterations), u, kernel)[1](gradient)
-
-    return lax.platform_dependent(*operands, gradient, cpu=backward(_routed_in_chunks), default=backward(_routed))
-
-
-_by_platform.defvjp(_by_platform_fwd, _by_platform_bwd)

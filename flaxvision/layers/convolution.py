@@ -17,8 +17,7 @@ import numpy as np
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from flaxvision.layers.cpu import dimension_numbers_of
-from flaxvision.layers.lowering import conv_general_dilated
+from flaxvision.layers.lowering import conv_general_dilated, dimension_numbers_of
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 

@@ -5,7 +5,6 @@ they are plain `lax.reduce_window`. Both give the same values and the same gradi
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flaxvision.layers.lowering import normalize
+from flaxvision.layers.lowering import first_larger, max_windows, spread, sum_windows, unfused
 
 Pads = tuple[tuple[int, int], ...]
-
-# On the CPU windows of at most so many elements are folded at once, larger ones axis by axis (measured, 2x2 to 7x7).
-_FEW = 9
 
 
 def max_pool(
@@ -53,7 +49,7 @@ def max_pool(
         ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
     """
     window, steps, pads, _ = _geometry(x, window_shape, strides, padding, ceil_mode)
-    return _max_windows(x, window, steps, pads)
+    return max_windows(x, window, steps, pads)
 
 
 def avg_pool(
@@ -87,7 +83,7 @@ def avg_pool(
         ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
     """
     window, steps, pads, asked = _geometry(x, window_shape, strides, padding, ceil_mode)
-    total = _sum_windows(_accumulated(x), window, steps, pads)
+    total = sum_windows(_accumulated(x), window, steps, pads)
     count = np.ones((1,) * x.ndim)
     for axis, (extent, k, s, pad, real) in enumerate(
         zip(x.shape[1:-1], window, steps, pads, asked, strict=True), start=1
@@ -129,7 +125,7 @@ def l2_norm_pool(
         ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
     """
     window, steps, pads, _ = _geometry(x, window_shape, strides, padding, ceil_mode)
-    square = _sum_windows(jnp.square(_accumulated(x)), window, steps, pads)
+    square = sum_windows(jnp.square(_accumulated(x)), window, steps, pads)
     empty = square == 0
     # Two selections: the derivative of sqrt at 0 is infinite, and infinity times 0 would be NaN.
     return jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, square))).astype(_result_dtype(x))
@@ -181,7 +177,7 @@ def depthwise_max_pool(x: jax.Array, window: int) -> jax.Array:
         ValueError: `C` is not a multiple of `window`.
     """
     grouped = _groups(x, window)
-    return functools.reduce(_first_larger, [grouped[..., i] for i in range(window)])
+    return functools.reduce(first_larger, [grouped[..., i] for i in range(window)])
 
 
 def depthwise_avg_pool(x: jax.Array, window: int) -> jax.Array:
@@ -259,8 +255,8 @@ class TrainableAvgPool(nn.Module):
         coefficient = self.param("coefficient", initializer, (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", self.bias_init, (x.shape[-1],), self.param_dtype)
         x, coefficient, bias = nn.dtypes.promote_dtype(x, coefficient, bias, dtype=self.dtype)
-        total = _sum_windows(_accumulated(x), window, steps, pads).astype(x.dtype)
-        return normalize(total, jnp.zeros_like(bias), coefficient, bias)
+        total = sum_windows(_accumulated(x), window, steps, pads).astype(x.dtype)
+        return total * spread(coefficient, total.shape) + spread(bias, total.shape)
 
 
 def _spatial(x: jax.Array) -> tuple[int, ...]:
@@ -297,14 +293,14 @@ def _geometry(x, window_shape, strides, padding, ceil_mode) -> tuple[tuple[int, 
                 f"got {padding!r}"
             )
         asked = tuple((int(low), int(high)) for low, high in padding)
-    if any(n + sum(p) < k for n, k, p in zip(spatial, window, asked, strict=True)):
+    pads = asked
+    if ceil_mode:
+        pads = tuple(map(_ceil_pads, spatial, window, steps, asked))
+    if any(n + sum(p) < k for n, k, p in zip(spatial, window, pads, strict=True)):
         raise ValueError(
             f"window_shape {window} exceeds the input's extent {spatial} padded by {asked}; "
             "within a network, its image is too small"
         )
-    pads = asked
-    if ceil_mode:
-        pads = tuple(map(_ceil_pads, spatial, window, steps, asked))
     return window, steps, pads, asked
 
 
@@ -320,7 +316,7 @@ def _accumulated(x: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     if x.dtype == jnp.bfloat16:
         # On a CPU jaxlib 0.11.2 to 0.12.0.1 gets `relu(relu(x) + x).sum()` wrong where it fuses that into one.
-        x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+        x = unfused(x)
     return x.astype(jnp.promote_types(_result_dtype(x), jnp.float32))
 
 
@@ -333,66 +329,3 @@ def _groups(x: jax.Array, window: int) -> jax.Array:
     if window < 1 or depth % window:
         raise ValueError(f"the depth of x must be a multiple of window, got depth {depth} and window {window}")
     return x.reshape(*x.shape[:-1], depth // window, window)
-
-
-def _first_larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The larger of the two, `a` where they are equal, NaN where either is."""
-    larger = b > a
-    if jnp.issubdtype(a.dtype, jnp.floating):
-        larger |= b != b
-    return jnp.where(larger, b, a)
-
-
-# Compiled once per shape also outside a jit; inside one it changes nothing.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _max_windows(x: jax.Array, window: tuple[int, ...], steps: tuple[int, ...], pads: Pads) -> jax.Array:
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    least = np.array(-np.inf if floating else jnp.iinfo(x.dtype).min, x.dtype)
-    # Where windows overlap, axis by axis saves comparisons; where they do not, it only adds a pass over memory.
-    at_once = window == steps and math.prod(window) <= _FEW
-    return lax.platform_dependent(
-        x,
-        cpu=lambda x: _fold_windows(_first_larger, _padded(x, least, pads), window, steps, at_once),
-        default=lambda x: lax.reduce_window(x, least, lax.max, *_full_rank(window, steps, pads)),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _sum_windows(x: jax.Array, window: tuple[int, ...], steps: tuple[int, ...], pads: Pads) -> jax.Array:
-    zero = np.zeros((), x.dtype)
-    return lax.platform_dependent(
-        x,
-        cpu=lambda x: _fold_windows(lax.add, _padded(x, zero, pads), window, steps, math.prod(window) <= _FEW),
-        default=lambda x: lax.reduce_window(x, zero, lax.add, *_full_rank(window, steps, pads)),
-    )
-
-
-def _fold_windows(fold, x: jax.Array, window: tuple[int, ...], steps: tuple[int, ...], at_once: bool) -> jax.Array:
-    """Folds every window in row-major order, all axes at once or one after the other."""
-    if at_once:
-        return functools.reduce(fold, _places(x, window, steps))
-    # The last axis first: so the first place in row-major order wins a tie, as in `lax.reduce_window`'s gradient.
-    for axis in reversed(range(len(window))):
-        alone = [[n if i == axis else 1 for i, n in enumerate(extents)] for extents in (window, steps)]
-        x = functools.reduce(fold, _places(x, *alone))
-    return x
-
-
-def _places(x: jax.Array, window: Sequence[int], steps: Sequence[int]) -> list[jax.Array]:
-    """The first, second, ... element of every window, in row-major order."""
-    spans = [((n - k) // s) * s + 1 for n, k, s in zip(x.shape[1:-1], window, steps, strict=True)]
-    places = []
-    for offset in itertools.product(*map(range, window)):
-        stop = [o + span for o, span in zip(offset, spans, strict=True)]
-        places.append(lax.slice(x, (0, *offset, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1)))
-    return places
-
-
-def _full_rank(window: tuple[int, ...], steps: tuple[int, ...], pads: Pads):
-    return (1, *window, 1), (1, *steps, 1), ((0, 0), *pads, (0, 0))
-
-
-def _padded(x: jax.Array, value: np.ndarray, pads: Pads) -> jax.Array:
-    if not any(map(any, pads)):
-        return x
-    return lax.pad(x, value, ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))

@@ -19,7 +19,7 @@ from flaxvision import atomic, checkpoint
 from flaxvision.train import loop, writers
 from flaxvision.train.state import TrainState
 
-PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:

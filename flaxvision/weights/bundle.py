@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxvision import atomic
-from flaxvision.manifest import plain
+from flaxvision.manifest import json_value
 from flaxvision.registry import create_model
 from flaxvision.weights.convert import Variables, check, flat, nested, shapes_of
 from flaxvision.weights.files import read, sha256_of
@@ -91,7 +91,7 @@ def save(
         },
         "metadata": dict(metadata or {}),
     }
-    card = plain(card, "card")
+    card = json_value(card, "card")
     # Both files are complete on the disk before the first one is moved to its place. A crash between the two moves
     # leaves a card whose hash does not match, so reading fails safely.
     with atomic.replacing(card_of(path)) as card_partial, atomic.replacing(path) as partial:

@@ -2,8 +2,9 @@
 
     JAX_PLATFORMS=cpu PYTHONPATH=. python tests/compatibility/make_files.py
 
-`before.zip` and `parameters.json` were written by commit f14330c (version 0.1.0.dev0, jax 0.10.1) and are never
-written again: they prove that what users have saved still loads. A later change of a format gets files of its own.
+`before.zip`, `parameters.json` and `orders.json` were written by commit f14330c (version 0.1.0.dev0, jax 0.10.1) and
+are never written again: they prove that what users have saved still loads. A later change of a format gets files of
+its own.
 
 `before.zip` holds:
 
@@ -14,6 +15,7 @@ written again: they prove that what users have saved still loads. A later change
 """
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -107,6 +109,24 @@ def digest_of(name, **overrides):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def write_orders():
+    """The order of the training examples by seed, and the fingerprints by which a run knows its data."""
+    orders = {}
+    cases = itertools.product((10, 23, 1438), (0, 7, 2**32 - 1), (True, False), (True, False), ((0, 1), (1, 2)))
+    for length, seed, shuffle, drop, (index, count) in cases:
+        source = fv.data.ArraySource(np.zeros((length, 1, 1, 1), np.uint8), np.arange(length), name="numbered")
+        options = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop}
+        batches = fv.data.train_batches(source, 4, process_index=index, process_count=count, **options)
+        key = json.dumps([length, seed, shuffle, drop, index, count])
+        orders[key] = {"fingerprint": batches.fingerprint, "steps": {}}
+        for step in (0, 1, 2, 5, 1000, 10**6):
+            with batches.from_step(step) as iterator:
+                orders[key]["steps"][step] = next(iterator)["label"].tolist()
+    for name, split in (("digits", "train"), ("digits", "test"), ("patterns", "train")):
+        orders[f"{name}/{split}"] = fv.data.load(name, split).fingerprint
+    (FOLDER / "orders.json").write_text(json.dumps(orders) + "\n")
+
+
 def main():
     expected = {}
     sys.argv = ["experiments/mnist.py"]  # is recorded
@@ -122,6 +142,7 @@ def main():
                 if path.is_file() and not {"tensorboard", "000000011"} & {*path.parts} and path.suffix != ".png":
                     archive.write(path, path.relative_to(root))
     print((FOLDER / "before.zip").stat().st_size)
+    write_orders()
     digests = {name: digest_of(name) for name in fv.list_models()}
     more = [("googlenet", "aux_heads"), ("googlenet_bn", "aux_heads"), ("inception_v3", "aux_heads")]
     for name, part in [*more, ("capsnet", "decoder")]:

@@ -110,6 +110,22 @@ def test_a_stopped_run_goes_on(before, expected):
     chex.assert_trees_all_close(found, params, rtol=1e-3, atol=1e-5)
 
 
+def test_the_order_of_the_data():
+    """A run that resumes must see the batches that it would have seen."""
+    orders = json.loads((FOLDER / "orders.json").read_text())
+    for name in [key for key in orders if not key.startswith("[")]:
+        assert fv.data.load(*name.split("/")).fingerprint == orders.pop(name), name
+    for key, expected in orders.items():
+        length, seed, shuffle, drop, index, count = json.loads(key)
+        source = fv.data.ArraySource(np.zeros((length, 1, 1, 1), np.uint8), np.arange(length), name="numbered")
+        options = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop}
+        batches = fv.data.train_batches(source, 4, process_index=index, process_count=count, **options)
+        assert batches.fingerprint == expected["fingerprint"], key
+        for step, labels in expected["steps"].items():
+            with batches.from_step(int(step)) as iterator:
+                assert next(iterator)["label"].tolist() == labels, (key, step)
+
+
 @pytest.mark.slow
 def test_parameters_keep_their_names_shapes_and_dtypes():
     make_files = imported(FOLDER / "make_files.py")

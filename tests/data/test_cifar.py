@@ -55,17 +55,17 @@ def test_the_name_with_a_manual_dir_needs_no_tfds(folder):
 
 def test_damaged_sets_are_named(folder):
     write(folder, "data_batch_3.bin", size=9_999 * RECORD)
-    with pytest.raises(ValueError, match=r"data_batch_3\.bin: it has 30,726,927 bytes; .* has 30,730,000"):
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin must have 30,730,000 bytes.*; got 30,726,927"):
         data.load(folder, "train")
     data.load(folder, "test")
     write(folder, "test_batch.bin", {7: (10, picture(0))})
-    with pytest.raises(ValueError, match=r"test_batch\.bin: record 7 has the label 10"):
+    with pytest.raises(ValueError, match=r"test_batch\.bin must be between 0 and 9; got 10 in record 7"):
         data.load(folder, "test")
     (folder / "test_batch.bin").unlink()
     (folder / "data_batch_2.bin").unlink()
-    with pytest.raises(ValueError, match=r"set: data_batch_2\.bin of CIFAR-10's binary version is missing"):
+    with pytest.raises(ValueError, match=r"set lacks files of the binary version of CIFAR-10: data_batch_2\.bin"):
         data.load(folder, "train")
-    with pytest.raises(ValueError, match=r"test_batch\.bin of"):
+    with pytest.raises(ValueError, match=r"CIFAR-10: test_batch\.bin"):
         data.load("cifar10", "test", manual_dir=folder)
-    with pytest.raises(ValueError, match="split: received 'val'"):
+    with pytest.raises(ValueError, match=r"split must be one of 'train', 'test' for .*; got 'val'"):
         data.load(folder, "val")

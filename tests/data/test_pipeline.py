@@ -4,6 +4,8 @@ import json
 import threading
 import time
 
+import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +26,7 @@ class Slow:
 
     def __getitem__(self, index, /):
         if index == self.broken:
-            raise ValueError(f"photo{index}.jpg: not a readable image")
+            raise ValueError(f"photo{index}.jpg is not a readable image")
         self.threads.add(threading.current_thread().name)
         time.sleep(0.001)
         return {"image": np.full((2, 2, 1), index % 256, np.uint8), "label": np.int32(index % 2)}
@@ -53,9 +55,8 @@ def test_batches_hold_matching_rows():
     batches = data.train_batches(numbered(10), 4, seed=0)
     for batch in take(batches, 5):
         assert set(batch) == {"image", "label"}
-        assert batch["image"].shape == (4, 2, 2, 1)
-        assert batch["image"].dtype == np.uint8
-        assert batch["label"].dtype == np.int32
+        chex.assert_shape([batch["image"], batch["label"]], [(4, 2, 2, 1), (4,)])
+        chex.assert_type([batch["image"], batch["label"]], [np.uint8, np.int32])
         assert (batch["image"] == batch["label"][:, None, None, None]).all()
 
 
@@ -103,7 +104,7 @@ def test_the_seed_decides_the_order():
 
 
 def test_the_order_is_pinned():
-    # A version of Grain or numpy that gave another order would break the resuming of older runs.
+    # A version of NumPy that gave another order would break the resuming of older runs.
     assert labels(data.train_batches(numbered(10), 5, seed=0), 2) == [[0, 8, 9, 3, 7], [5, 1, 2, 6, 4]]
 
 
@@ -120,10 +121,8 @@ def test_processes_together_see_the_global_batch(process_count, transform):
         take(data.train_batches(source, 8, process_index=p, process_count=process_count, **options), 9, start=2)
         for p in range(process_count)
     ]
-    for step, expected in enumerate(whole):
-        for key in expected:
-            together = np.concatenate([part[step][key] for part in parts])
-            np.testing.assert_array_equal(together, expected[key])
+    together = [jax.tree.map(lambda *rows: np.concatenate(rows), *batches) for batches in zip(*parts, strict=True)]
+    chex.assert_trees_all_equal(together, whole)
 
 
 def test_a_transform_draws_anew_for_every_example_and_epoch_and_resumes():
@@ -260,12 +259,12 @@ def test_an_evaluation_can_be_repeated_and_keeps_the_order():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 11}, "batch_size: received 11, but the source 'numbered' has only 10 examples"),
-        ({"batch_size": 0}, "batch_size: received 0"),
-        ({"seed": -1}, "seed: received -1"),
-        ({"process_count": 3}, "batch_size: received 4, which 3 processes do not divide"),
-        ({"process_index": 2, "process_count": 2}, "process_index, process_count: received 2, 2"),
-        ({"num_threads": 0}, "num_threads: received 0"),
+        ({"batch_size": 11}, "batch_size must be at most 10, the number of examples in 'numbered'; got 11"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"seed": -1}, "seed must be between 0 and 2\\*\\*32 - 1; got -1"),
+        ({"process_count": 3}, "batch_size must be a multiple of process_count=3; got 4"),
+        ({"process_index": 2, "process_count": 2}, "process_index must be between 0 and process_count - 1; got 2"),
+        ({"num_threads": 0}, "num_threads must be at least 1; got 0"),
     ],
 )
 def test_faults_of_the_arguments_are_named(options, message):
@@ -279,9 +278,9 @@ def test_faults_of_the_arguments_are_named(options, message):
 
 
 def test_empty_sources_and_negative_steps():
-    with pytest.raises(ValueError, match="source: 'numbered' is empty"):
+    with pytest.raises(ValueError, match="source must have at least one example; got 'numbered'"):
         data.train_batches(numbered(0), 1, seed=0)
-    with pytest.raises(ValueError, match="source: 'numbered' is empty"):
+    with pytest.raises(ValueError, match="source must have at least one example; got 'numbered'"):
         data.eval_batches(numbered(0), 1)
-    with pytest.raises(ValueError, match="step: received -1"):
+    with pytest.raises(ValueError, match="step must be at least 0; got -1"):
         data.train_batches(numbered(4), 2, seed=0).from_step(-1)

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from flaxvision.layers import convolution, cpu, lowering
+from flaxvision.layers import convolution, lowering
 from flaxvision.layers.convolution import Conv, ConvTranspose, DepthwiseConv, SeparableConv, conv, conv_transpose
+from flaxvision.layers.lowering import cpu, dimension_numbers_of
+from flaxvision.layers.lowering.convolution import Convolution
+from flaxvision.layers.lowering.primitive import call
+from flaxvision.layers.lowering.window import Window, lax_conv
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -86,7 +90,7 @@ def plain(x, kernel, stride, padding, dilation, groups):
         (stride,) * rank,
         padding,
         rhs_dilation=(dilation,) * rank,
-        dimension_numbers=cpu.dimension_numbers_of(rank),
+        dimension_numbers=dimension_numbers_of(rank),
         feature_group_count=groups,
     )
 
@@ -139,9 +143,9 @@ def test_filter_gradient_in_pieces(name, limit, monkeypatch):
     pads = [same(n, (k - 1) * dilation + 1, stride) for n, k in zip(x.shape[1:], kernel.shape[:-2], strict=False)]
     rank = x.ndim - 2
     ones = (1,) * rank
-    w = cpu.Window((stride,) * rank, tuple(pads), ones, (dilation,) * rank, groups)
-    mine = gradients(lambda x, k: cpu.trainable(x, k, w), x, kernel)
-    jax.tree.map(close, mine, gradients(lambda x, k: cpu.plain(x, k, w), x, kernel))
+    w = Window((stride,) * rank, tuple(pads), ones, (dilation,) * rank, groups)
+    mine = gradients(lambda x, k: call(Convolution(w), x, k), x, kernel)
+    jax.tree.map(close, mine, gradients(lambda x, k: lax_conv(x, k, w), x, kernel))
 
 
 @pytest.mark.parametrize(
@@ -155,9 +159,9 @@ def test_filter_gradient_in_pieces(name, limit, monkeypatch):
 def test_strides_over_maps_of_one_position(x, window, strides, padding):
     """More padding than the first phases of the gradient need: XLA aborts where a map is cropped to nothing."""
     x, kernel = normal(*x), normal(*window, x[-1], 64, seed=1)
-    w = cpu.Window(strides, padding, (1, 1), (1, 1))
-    mine = jax.jit(lambda x, k: gradients(lambda x, k: cpu.trainable(x, k, w), x, k))(x, kernel)
-    jax.tree.map(close, mine, gradients(lambda x, k: cpu.plain(x, k, w), x, kernel))
+    w = Window(strides, padding, (1, 1), (1, 1))
+    mine = jax.jit(lambda x, k: gradients(lambda x, k: call(Convolution(w), x, k), x, k))(x, kernel)
+    jax.tree.map(close, mine, gradients(lambda x, k: lax_conv(x, k, w), x, kernel))
 
 
 @pytest.mark.parametrize("layer", [Conv(8, (1, 1)), Conv(8, (3, 3), 2), DepthwiseConv((3, 3))], ids=str)
@@ -179,9 +183,9 @@ def test_gradients_of_strided_windows(window, strides, limit, monkeypatch):
     monkeypatch.setattr(cpu, "PATCH_BYTES", limit)
     monkeypatch.setattr(cpu, "SMALL_MAP", 0)
     x, kernel = normal(4, 11, 14, 16), normal(*window, 16, 6, seed=1)
-    w = cpu.Window(strides, ((1, 0), (0, 2)), (1, 1), (1, 1))
-    mine = gradients(lambda x, k: cpu.trainable(x, k, w), x, kernel)
-    jax.tree.map(close, mine, gradients(lambda x, k: cpu.plain(x, k, w), x, kernel))
+    w = Window(strides, ((1, 0), (0, 2)), (1, 1), (1, 1))
+    mine = gradients(lambda x, k: call(Convolution(w), x, k), x, kernel)
+    jax.tree.map(close, mine, gradients(lambda x, k: lax_conv(x, k, w), x, kernel))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,7 @@ def test_transposed_is_the_gradient_of_conv(stride):
 def test_transposed_in_other_ranks(size):
     x, kernel = normal(2, *size, 2), normal(*(3,) * len(size), 2, 3, seed=1)
     mine = gradients(lambda x, k: conv_transpose(x, k, 2), x, kernel)
-    numbers = cpu.dimension_numbers_of(len(size))
+    numbers = dimension_numbers_of(len(size))
     theirs = gradients(
         lambda x, k: lax.conv_transpose(x, k, (2,) * len(size), "SAME", dimension_numbers=numbers), x, kernel
     )

@@ -5,7 +5,8 @@ import pytest
 from jax import export
 
 import flaxvision as fv
-from flaxvision.layers import PrimaryCapsules, RoutedCapsules, capsule_lengths, capsules, routing_by_agreement, squash
+from flaxvision.layers import PrimaryCapsules, RoutedCapsules, capsule_lengths, routing_by_agreement, squash
+from flaxvision.layers.lowering import rows
 
 TINY = {"conv_features": 4, "primary_features": 2, "primary_dim": 3, "capsule_dim": 5, "num_classes": 3}
 TINY_DECODER = TINY | {"decoder": True, "image_shape": (17, 19, 2), "decoder_features": (6, 7)}
@@ -92,7 +93,7 @@ def test_routed_capsules_in_chunks(monkeypatch):
 
     want = jax.jit(jax.value_and_grad(plain, (0, 1)))(u, kernel)
     for size in (1, 2 * 4 * 7 * 4 * 5, 1 << 20):  # one, two and all images at a time
-        monkeypatch.setattr(capsules, "CHUNK_BYTES", size)
+        monkeypatch.setattr(rows, "CACHED_BYTES", size)
         got = jax.jit(jax.value_and_grad(lambda u, kernel: ours(u, kernel), (0, 1)))(u, kernel)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
     # The shares' own dependence on the predictions is part of the gradient: finite differences see it.

@@ -127,8 +127,8 @@ def test_a_damaged_card(tmp_path, variables):
         ("[]", r"a\.json is damaged"),
         ("[" * 100_000, r"a\.json is damaged"),
         (whole.replace('"overrides": {', '"overrides": [], "x": {'), r"a\.json is damaged"),
-        (whole.replace('"num_classes"', '"classes"'), r"a\.json describes a model .* mlp has no field 'classes'"),
-        (whole.replace('"mlp"', '"mlq"'), r"a\.json describes a model .* no model named 'mlq'"),
+        (whole.replace('"num_classes"', '"classes"'), r"a\.json describes a model .* fields of mlp .*; got 'classes'"),
+        (whole.replace('"mlp"', '"mlq"'), r"a\.json describes a model .* must be a registered model .*; got 'mlq'"),
         (whole.replace('"format": 1', '"format": 2'), r"format of .*a\.json must be 1; got 2"),
         (whole.replace('"num_classes": 3', '"num_classes": 4'), r"does not fit mlp: .*must be \[5, 4\]; got \[5, 3\]"),
     ):

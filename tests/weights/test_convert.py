@@ -173,9 +173,9 @@ def test_another_model_is_an_error():
 def test_wrong_names_and_fields():
     with pytest.raises(ValueError, match=r"must be a library that has resnet18 \(timm, torchvision\); got 'torch'"):
         fv.weights.convert("resnet18", {}, source="torch")
-    with pytest.raises(ValueError, match="no model named 'resnet19'"):
+    with pytest.raises(ValueError, match="got 'resnet19'"):
         fv.weights.convert("resnet19", {}, source="torchvision")
-    with pytest.raises(TypeError, match="has no field 'classes'"):
+    with pytest.raises(TypeError, match="got 'classes'"):
         fv.weights.convert("resnet18", {}, source="torchvision", classes=3)
     with pytest.raises(ValueError, match="must be a model with a known source; got 'mlp'"):
         fv.weights.fields("mlp", "keras")

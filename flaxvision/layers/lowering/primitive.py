@@ -1,0 +1,345 @@
+"""Functions with one implementation per platform and every derivative.
+
+A `Form` is a function of arrays that is written twice: `plain`, in ordinary `jax.lax`, and `cpu`, in operations that
+are faster on a CPU. `call(form, *operands)` binds it to one JAX primitive. The platform chooses when a program is
+lowered, so one trace serves every platform, and on cuda and tpu the program is that of plain lax.
+
+Derivatives are forms too. `jvp` of a form gives `Jvp(form)`, transposing that gives `Vjp(form)`, transposing that gives
+`Jvp(form)` again, and `vmap` gives `Vmapped(form)`. A `LinearForm` needs no `Jvp`: it is linear in each operand, so its
+tangents are calls of itself. The set is closed, so forward mode, reverse mode and every mixture of them exist to any
+order. At lowering each transformation is applied to the implementation that the platform has chosen.
+
+This is the only file that imports JAX's semi-private modules (`jax.interpreters`, `jax.extend`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Axes = tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A function of arrays with an implementation for each platform.
+
+    Subclasses are frozen dataclasses with hashable fields. Equal forms are the same function.
+    """
+
+    def plain(self, *operands: jax.Array) -> Any:
+        """Computes the array, or the tuple of arrays, in plain lax."""
+        raise NotImplementedError(type(self).__name__)
+
+    def cpu(self, *operands: jax.Array) -> Any:
+        """Computes the same on a CPU."""
+        return self.plain(*operands)
+
+    def tangents(self, primals: list[jax.Array], tangents: list[Any], moving: tuple[int, ...]) -> Any:
+        """Returns the directional derivative; `tangents` holds an array at each index of `moving`."""
+        return call(Jvp(self, len(primals), moving), *primals, *(tangents[i] for i in moving))
+
+    def transpose(self, cotangents: list[jax.Array], operands: list[Any], linear: tuple[int, ...]) -> list[jax.Array]:
+        """Returns the cotangent of each operand in `linear`, whose entries of `operands` are shapes."""
+        raise TypeError(f"{self} must be linear in its operands {linear} to be transposed; it is not")
+
+    def batched(self, axes: Axes, size: int, operands: list[jax.Array]) -> Any:
+        """Applies the form over a leading axis of the operands where `axes` is 0, and of all results."""
+        del size
+        return call(Vmapped(self, axes), *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearForm(Form):
+    """A form with one result that is linear in each operand while the others stay fixed."""
+
+    def tangents(self, primals, tangents, moving):
+        """Replaces one operand at a time by its tangent."""
+        parts = [call(self, *(tangents[j] if j == i else x for j, x in enumerate(primals))) for i in moving]
+        return sum(parts[1:], parts[0])
+
+    def transpose(self, cotangents, operands, linear):
+        """Transposes one operand; the others are known."""
+        (index,), (cotangent,) = linear, cotangents
+        return [self.transposed(index, cotangent, operands)]
+
+    def transposed(self, index: int, cotangent: jax.Array, operands: list[Any]) -> jax.Array:
+        """Returns the cotangent of `operands[index]`, which is a shape."""
+        form = Transposed(self, index, jax.ShapeDtypeStruct(operands[index].shape, operands[index].dtype))
+        return call(form, *(cotangent if i == index else x for i, x in enumerate(operands)))
+
+
+def call(form: Form, *operands: jax.Array) -> Any:
+    """Applies a form to arrays.
+
+    Args:
+        form: The function.
+        *operands: Its arguments.
+
+    Returns:
+        What `form.plain` returns: an array, or a tuple of arrays.
+    """
+    # A `shard_map` that checks wants all operands to vary over the same axes. The transpose of the cast is a sum.
+    union = frozenset().union(*(jax.typeof(x).mat.varying for x in operands))
+    results = form_p.bind(*(_varying(x, union) for x in operands), form=form)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def zeros_varying_as(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Returns zeros that, inside a `shard_map`, vary over the same axes as `x`."""
+    return _varying(jnp.zeros(shape, dtype), jax.typeof(x).mat.varying)
+
+
+def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = axes - jax.typeof(x).mat.varying
+    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+# -- transformed forms ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Jvp(Form):
+    """The directional derivative of `form`: `count` primals, then one tangent for each index of `moving`."""
+
+    form: Form
+    count: int
+    moving: tuple[int, ...]
+
+    def plain(self, *operands):
+        """Differentiates `form.plain`."""
+        return self._apply(self.form.plain, operands)
+
+    def cpu(self, *operands):
+        """Differentiates `form.cpu`."""
+        return self._apply(self.form.cpu, operands)
+
+    def _apply(self, implementation, operands):
+        primals, tangents = operands[: self.count], operands[self.count :]
+        function, at = _of_moving(implementation, primals, self.moving)
+        return jax.jvp(function, at, tangents)[1]
+
+    def tangents(self, primals, tangents, moving):
+        """Is linear in the tangents; the primals are differentiated once more."""
+        parts = []
+        if later := tuple(i - self.count for i in moving if i >= self.count):
+            form = dataclasses.replace(self, moving=tuple(self.moving[i] for i in later))
+            parts.append(call(form, *primals[: self.count], *(tangents[i + self.count] for i in later)))
+        if first := tuple(i for i in moving if i < self.count):
+            parts.append(super().tangents(primals, tangents, first))
+        return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), *parts)
+
+    def transpose(self, cotangents, operands, linear):
+        """Pulls the cotangents back to the tangents."""
+        form = Vjp(self.form, self.count, tuple(self.moving[i - self.count] for i in linear))
+        return _tuple(call(form, *operands[: self.count], *cotangents))
+
+    def batched(self, axes, size, operands):
+        """Maps `form` itself, so that a `Vmapped` is never differentiated from outside."""
+        wanted = tuple(0 if i >= self.count or i in self.moving else axis for i, axis in enumerate(axes))
+        operands = [
+            jnp.broadcast_to(x, (size, *x.shape)) if axis != want else x
+            for x, axis, want in zip(operands, axes, wanted, strict=True)
+        ]
+        return call(dataclasses.replace(self, form=Vmapped(self.form, wanted[: self.count])), *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vjp(Jvp):
+    """The transpose of `Jvp`: `count` primals, then the cotangents of the results; gives those of `moving`."""
+
+    def _apply(self, implementation, operands):
+        primals, cotangents = operands[: self.count], operands[self.count :]
+        function, at = _of_moving(implementation, primals, self.moving)
+        pulled = jax.vjp(function, *at)[1](cotangents[0] if len(cotangents) == 1 else cotangents)
+        return pulled if len(pulled) > 1 else pulled[0]
+
+    def tangents(self, primals, tangents, moving):
+        """Is linear in the cotangents; the primals are differentiated once more."""
+        parts = []
+        if any(i >= self.count for i in moving):
+            later = [tangents[i] if i in moving else jnp.zeros_like(x) for i, x in enumerate(primals)]
+            parts.append(call(self, *primals[: self.count], *later[self.count :]))
+        if first := tuple(i for i in moving if i < self.count):
+            parts.append(Form.tangents(self, primals, tangents, first))
+        return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), *parts)
+
+    def transpose(self, cotangents, operands, linear):
+        """Pushes the tangents of `moving` forward."""
+        results = _tuple(call(Jvp(self.form, self.count, self.moving), *operands[: self.count], *cotangents))
+        return [results[i - self.count] for i in linear]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed(LinearForm):
+    """The transpose of a linear form in one operand, which has the given shape; the cotangent takes its place."""
+
+    form: LinearForm
+    index: int
+    like: jax.ShapeDtypeStruct
+
+    def plain(self, *operands):
+        """Transposes `form.plain`."""
+        return self._apply(self.form.plain, operands)
+
+    def cpu(self, *operands):
+        """Transposes `form.cpu`."""
+        return self._apply(self.form.cpu, operands)
+
+    def _apply(self, implementation, operands):
+        put = lambda x: implementation(*(x if i == self.index else y for i, y in enumerate(operands)))
+        return transpose(put, self.like, operands[self.index])
+
+    def transposed(self, index, cotangent, operands):
+        """Returns to the form itself in the same operand."""
+        if index == self.index:
+            return call(self.form, *(cotangent if i == index else x for i, x in enumerate(operands)))
+        return super().transposed(index, cotangent, operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vmapped(Form):
+    """A form over a leading axis of the operands where `axes` is 0."""
+
+    form: Form
+    axes: Axes
+
+    def plain(self, *operands):
+        """Maps `form.plain`."""
+        return jax.vmap(self.form.plain, self.axes)(*operands)
+
+    def cpu(self, *operands):
+        """Maps `form.cpu`."""
+        return jax.vmap(self.form.cpu, self.axes)(*operands)
+
+    def tangents(self, primals, tangents, moving):
+        """Stays itself where the form is linear."""
+        if isinstance(_unmapped(self), LinearForm):
+            return LinearForm.tangents(self, primals, tangents, moving)  # type: ignore[arg-type]
+        return super().tangents(primals, tangents, moving)
+
+    def transpose(self, cotangents, operands, linear):
+        """Transposes each form of the batch; an operand that all of them share takes the sum."""
+        (index,) = linear
+        rest = [x for i, x in enumerate(operands) if i != index]
+        axes = [axis for i, axis in enumerate(self.axes) if i != index]
+        shape, dtype = operands[index].shape, operands[index].dtype
+        like = jax.ShapeDtypeStruct(shape if self.axes[index] is None else shape[1:], dtype)
+
+        def one(cotangent, *rest):
+            return self.form.transpose([cotangent], [*rest[:index], like, *rest[index:]], linear)[0]
+
+        result = jax.vmap(one, (0, *axes))(cotangents[0], *rest)
+        return [result.sum(0) if self.axes[index] is None else result]
+
+
+def transpose(function: Callable[[jax.Array], jax.Array], like: Any, cotangent: jax.Array) -> jax.Array:
+    """Applies the transpose of a linear function.
+
+    Args:
+        function: Linear in its array.
+        like: The shape and dtype of that array.
+        cotangent: An array like the function's result.
+
+    Returns:
+        An array like `like`.
+    """
+    # Not `jax.linear_transpose`: it refuses scans that are linear in their constants.
+    return jax.vjp(function, zeros_varying_as(cotangent, like.shape, like.dtype))[1](cotangent)[0]
+
+
+def _of_moving(implementation, primals, moving):
+    def function(*values):
+        operands = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            operands[i] = value
+        return implementation(*operands)
+
+    return function, tuple(primals[i] for i in moving)
+
+
+def _unmapped(form: Form) -> Form:
+    return _unmapped(form.form) if isinstance(form, Vmapped) else form
+
+
+def _tuple(results: Any) -> tuple[jax.Array, ...]:
+    return tuple(results) if isinstance(results, tuple | list) else (results,)
+
+
+# -- the primitive ----------------------------------------------------------------------------------------------------
+
+
+form_p = Primitive("flaxvision_form")
+form_p.multiple_results = True
+
+
+@lru_cache(maxsize=4096)
+def _results(form: Form, operands: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return _tuple(jax.eval_shape(form.plain, *operands))
+
+
+def _abstract(*avals, form):
+    results = _results(form, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals))
+    like = avals[0]
+    sharding = lambda rank: like.sharding.update(spec=jax.sharding.PartitionSpec(*(None,) * rank))
+    return [like.update(r.shape, r.dtype, weak_type=False, sharding=sharding(len(r.shape))) for r in results]
+
+
+def _jvp(primals, tangents, *, form):
+    results = form_p.bind(*primals, form=form)
+    moving = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
+    return results, list(_tuple(form.tangents(list(primals), list(tangents), moving)))
+
+
+def _transpose(cotangents, *operands, form):
+    linear = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
+    if all(type(ct) is ad.Zero for ct in cotangents):
+        return [ad.Zero(x.aval) if i in linear else None for i, x in enumerate(operands)]
+    found = form.transpose(
+        [ad.instantiate_zeros(ct) for ct in cotangents],
+        [x.aval if i in linear else x for i, x in enumerate(operands)],
+        linear,
+    )
+    by_index = dict(zip(linear, found, strict=True))
+    return [by_index.get(i) for i in range(len(operands))]
+
+
+def _batch(operands, dims, *, form):
+    axes = tuple(None if d is None else 0 for d in dims)
+    size = next(x.shape[d] for x, d, axis in zip(operands, dims, axes, strict=True) if axis == 0)
+    leading = [x if axis is None else jnp.moveaxis(x, d, 0) for x, d, axis in zip(operands, dims, axes, strict=True)]
+    results = _tuple(form.batched(axes, size, leading))
+    return results, [0] * len(results)
+
+
+_compiled = jax.jit(form_p.bind, static_argnames="form")
+
+
+def _impl(*operands, form):
+    if not jax.config.jax_disable_jit:
+        return _compiled(*operands, form=form)
+    return list(_tuple((form.cpu if jax.default_backend() == "cpu" else form.plain)(*operands)))
+
+
+def _lowered(implementation):
+    return mlir.lower_fun(lambda *operands, form: list(_tuple(implementation(form, *operands))), multiple_results=True)
+
+
+# Jitted, so that calls of equal shape are traced and lowered once.
+_cpu = jax.jit(lambda form, *operands: form.cpu(*operands), static_argnums=0)
+
+form_p.def_impl(_impl)
+form_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[form_p] = _jvp
+ad.primitive_transposes[form_p] = _transpose
+batching.primitive_batchers[form_p] = _batch
+mlir.register_lowering(form_p, _lowered(lambda form, *operands: form.plain(*operands)))
+mlir.register_lowering(form_p, _lowered(_cpu), platform="cpu")

@@ -1,0 +1,78 @@
+"""Sums over all axes but the channels, and their transpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flaxvision.layers.lowering.cpu import divisor
+from flaxvision.layers.lowering.primitive import LinearForm, call
+
+SUMMED_ROWS = 4096  # maximum number of rows in one product; their sums are added up, which rounds less
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelSum(LinearForm):
+    """`[..., C]` to `[C]`."""
+
+    def plain(self, x):
+        """Reduces."""
+        return x.sum(range(x.ndim - 1))
+
+    def cpu(self, x):
+        """Multiplies by ones: XLA's reduction takes up to ten times as long if arithmetic is fused into it."""
+        count = math.prod(x.shape[:-1])
+        if not isinstance(count, int) or count == 0 or x.shape[-1] == 0:
+            return self.plain(x)
+        some = count if divisor(count, SUMMED_ROWS) < 64 else divisor(count, SUMMED_ROWS)
+        rows = x.reshape(-1, some, x.shape[-1])
+        # Two rows of ones, halved: with one row XLA emits a slow loop for small products.
+        return (jnp.ones((len(rows), 2, some), x.dtype) @ rows).sum((0, 1)) / 2
+
+    def transposed(self, index, cotangent, operands):
+        """Spreads the cotangent."""
+        return call(Spread(operands[index].shape), cotangent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread(LinearForm):
+    """`[C]` to `[..., C]`, the given shape: one value per channel, repeated."""
+
+    shape: tuple[int, ...]
+
+    def plain(self, x):
+        """Broadcasts."""
+        return lax.broadcast_in_dim(x, self.shape, (len(self.shape) - 1,))
+
+    def transposed(self, index, cotangent, operands):
+        """Sums the cotangent."""
+        return call(ChannelSum(), cotangent)
+
+
+def channel_sum(x: jax.Array) -> jax.Array:
+    """Sums over all but the last axis.
+
+    Args:
+        x: `[..., C]`.
+
+    Returns:
+        `[C]`.
+    """
+    return call(ChannelSum(), x)
+
+
+def spread(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeats one value per channel, the transpose of `channel_sum`.
+
+    Args:
+        values: `[C]`.
+        shape: Shape `[..., C]` of the result.
+
+    Returns:
+        `[..., C]`, in which every row is `values`.
+    """
+    return call(Spread(tuple(shape)), values)
