@@ -76,7 +76,7 @@ def test_a_bundle_of_other_variables(tmp_path, variables):
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         saved(tmp_path / "a.npz", variables)
     variables["params"]["head"]["bias"] = np.zeros(3, np.float32)
-    with pytest.raises(TypeError, match=r"metadata\.f is .* which JSON cannot hold"):
+    with pytest.raises(TypeError, match=r"metadata\.f must be a JSON value; got "):
         saved(path, variables, metadata={"f": print})
     assert list(tmp_path.iterdir()) == []
 
