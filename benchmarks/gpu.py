@@ -347,6 +347,14 @@ def main(part: Part) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(tyro.cli(Note | Tests | Agreement | Kernels | Folder | Training, description=__doc__)))
+        sys.exit(
+            main(
+                tyro.cli(
+                    Note | Tests | Agreement | Kernels | Folder | Training,
+                    description=__doc__,
+                    prog="python -m benchmarks.gpu",
+                )
+            )
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -201,6 +201,6 @@ def main(config: Config) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
+        sys.exit(main(tyro.cli(Config, description=__doc__, prog="python -m benchmarks.input_pipeline")))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
