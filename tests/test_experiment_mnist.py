@@ -147,7 +147,7 @@ def test_a_run_that_never_began_may_change(tmp_path):
 @pytest.mark.parametrize(("options", "match"), [
     ({"epochs": -3.0}, "--epochs must be positive; got -3"),
     ({"log_every": 0}, "--log-every must be positive; got 0"),
-    ({"model": "lenet5", "hidden": (3,)}, "--hidden is for --model mlp"),
+    ({"model": "lenet5", "hidden": (3,)}, "--hidden must be left out for models other than mlp; got --model lenet5"),
 ])  # fmt: skip
 def test_nonsense_numbers(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):
@@ -278,7 +278,7 @@ def test_validation_early_stopping_and_eight_devices(tmp_path, parallel, capsys)
     assert 2 <= len(losses) < 40
     assert losses[-1] >= min(losses[:-1]) == losses[-2]
     steps = {r["loss"]: r["step"] for r in fv.train.read_records(tmp_path / "run" / "metrics.jsonl")}
-    assert f"the best of the evaluations was at step {steps[losses[-2]]}" in output
+    assert f"the best evaluation was at step {steps[losses[-2]]}" in output
 
 
 def test_range_test_draws_a_picture(tmp_path, capsys):
