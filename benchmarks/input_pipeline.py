@@ -91,7 +91,8 @@ def grain(case: Case) -> Iterator[Any]:
     """Grain's shuffle, batches, threads and prefetching from step `START`."""
     import grain as pg
 
-    dataset = pg.MapDataset.source(case.source).seed(0).shuffle().repeat().batch(case.batch_size, drop_remainder=True)
+    source: Any = case.source  # Grain's protocol names the argument of __getitem__
+    dataset = pg.MapDataset.source(source).seed(0).shuffle().repeat().batch(case.batch_size, drop_remainder=True)
     return iter(dataset[START:].to_iter_dataset(pg.ReadOptions(num_threads=cores(), prefetch_buffer_size=4 * cores())))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import flaxvision as fv
 from flaxvision import registry
-from flaxvision.models.resnet import CifarResNet
+from flaxvision.models.resnet import CifarResNet, CifarResNetBackbone
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "imagenet.py"
 
@@ -36,7 +36,7 @@ def tiny(monkeypatch):
     info = dataclasses.replace(
         fv.model_info("resnet20_cifar"), name="tiny", defaults=(("stage_sizes", (1,)), ("features", (8,)))
     )
-    monkeypatch.setitem(registry._MODELS, "tiny", (CifarResNet, info))
+    monkeypatch.setitem(registry._MODELS, "tiny", registry._Entry(CifarResNet, CifarResNetBackbone, info))
     return "tiny"
 
 
