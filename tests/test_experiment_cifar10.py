@@ -140,9 +140,7 @@ def test_given_weights_are_measured_on_every_image_once(tmp_path, npz, tiny, cap
     assert cifar10.main(config) == 0
     assert f"test accuracy {expected:.2%}, top-5" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    with pytest.raises(
-        ValueError, match="--eval-only and --weights FILE-OR-TAG must be given together; got True and None"
-    ):
+    with pytest.raises(ValueError, match="--weights FILE-OR-TAG must be given together; got True and None"):
         cifar10.main(dataclasses.replace(config, weights=None))
     other = fv.create_model("tiny", num_classes=7).init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     fv.weights.save(tmp_path / "seven.safetensors", other, name="tiny", num_classes=7)
