@@ -1,11 +1,11 @@
-"""Checkpoints that survive kills, full disks and rotten bits; the only file that imports Orbax.
+"""Checkpoints that survive kills, full disks and bit rot. This is the only module that imports Orbax.
 
-A checkpoint is one Orbax directory `<step>` with every array of a state by its path (`params/conv1/kernel`), the record
-of `flaxvision.manifest` as custom metadata, and the checksums of all its files. Orbax loads flipped bits without a word
-and chokes noisily on others, so the files are checked before it sees them and the arrays after.
+A checkpoint is an Orbax directory `<step>` with every array of a state under its path (`params/conv1/kernel`), the
+record of `flaxvision.manifest` as custom metadata, and a file of checksums. Orbax loads some flipped bits silently and
+crashes on others, so the files are verified before Orbax reads them and the arrays afterwards.
 
-Saving copies the state to the host and leaves the rest to a thread, which writes to a temporary directory, reads back
-what it wrote, renames the directory, and only then deletes older checkpoints: one is there whole or not at all.
+`save` copies the state to the host and returns. A thread writes a temporary directory, reads it back, renames it and
+only then deletes older checkpoints, so a checkpoint is either complete or absent.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ import jax
 import numpy as np
 
 from flaxvision import atomic
-from flaxvision import manifest as notes
+from flaxvision import manifest as manifest_lib
 from flaxvision.manifest import Damage, brief
 
 __all__ = ["Checkpoints", "DamagedCheckpointError", "Restored"]
 
 logger = logging.getLogger(__name__)
 
-# A step saved twice gets a revision, so that the first is deleted only when the second is safe.
+# A step that is saved again gets a new revision. The old one is deleted once the new one is complete.
 _NAME = re.compile(r"(\d{9,})(?:-r(\d+))?")
 _LEFTOVER = re.compile(_NAME.pattern + r"\.(?:saving.*|deleted)")
 _ORBAX = threading.Lock()
-_UNSEEN: set[Future[None]] = set()  # saves whose end nobody has waited for
+_UNSEEN: set[Future[None]] = set()  # saves that nobody has waited for
 
 
 class DamagedCheckpointError(RuntimeError):
-    """There are checkpoints, and none of them can be restored."""
+    """There are checkpoints, but all of them are damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held.
+    """The contents of a checkpoint.
 
     Attributes:
-        state: The tree of the template with the saved values, placed as the template's leaves are.
-        step: The step under which it was saved.
-        progress: The host's own record, as handed to `save` (tuples come back as lists).
-        metrics: The metrics handed to `save`, or None.
+        state: The saved values in the tree structure of the template, with the shardings of its leaves.
+        step: The step of the checkpoint.
+        progress: The `progress` passed to `save`; tuples become lists.
+        metrics: The `metrics` passed to `save`, or None.
     """
 
     state: Any
@@ -65,32 +65,31 @@ class Restored:
     metrics: dict[str, float] | None
 
 
-class _Entry(NamedTuple):  # sorts by age
+class _Entry(NamedTuple):  # sorts from old to new
     step: int
     revision: int
     path: Path
 
 
 class Checkpoints:
-    """The checkpoints of one run in one directory: the latest few and the best few by a metric.
+    """The checkpoints of one run in one directory: the latest ones and the best ones by a metric.
 
-    Use it as a context manager, or call `close`; otherwise an error of the last save is only logged when Python exits.
-    From Python 3.12 on a save outside of a `with` waits, since Python can finish none as it exits.
-    One process writes to a directory at a time; any number may read.
+    Use it as a context manager or call `close`; otherwise an error of the last save is only logged when Python exits.
+    On Python 3.12 and later, `save` outside a `with` block waits, because an exiting interpreter cannot finish it. Only
+    one process at a time may write to a directory. Any number may read.
 
     Args:
-        directory: Where the checkpoints lie; made by `prepare` or the first save.
-        manifest: What makes this run this run (model, overrides, config, data fingerprint), JSON values by name.
-            `restore` wants every key given here to agree with the checkpoint's, except `versions`, which is stored
-            and whose differences are only logged.
+        directory: The directory of the checkpoints. `prepare` and the first save create it.
+        manifest: JSON values by name that identify the run (model, overrides, config, data fingerprint). `restore`
+            compares each of them with the checkpoint's. Differences in `versions` are only logged.
         keep_latest: Number of newest checkpoints to keep, at least 1.
-        best_metric: The key of `metrics` that ranks checkpoints, or None to keep no best ones.
-        best_mode: Whether a larger ("max") or a smaller ("min") metric is better. Of equals the earlier is the better.
-        keep_best: Number of best checkpoints to keep; they may be among the latest.
+        best_metric: The key of `metrics` that ranks checkpoints, or None to keep no best checkpoints.
+        best_mode: "max" if a larger metric is better, "min" if a smaller one is. Of equal ones the earlier is better.
+        keep_best: Number of best checkpoints to keep, at least 0. They may be among the latest.
 
     Raises:
         NotADirectoryError: `directory` is a file.
-        TypeError: The manifest holds something that JSON does not.
+        TypeError: JSON cannot represent the manifest.
         ValueError: An argument is out of range.
     """
 
@@ -104,14 +103,15 @@ class Checkpoints:
         best_mode: Literal["max", "min"] = "max",
         keep_best: int = 1,
     ):
-        if keep_latest < 1 or keep_best < 0:
-            raise ValueError(f"keep_latest >= 1 and keep_best >= 0 are needed, got {keep_latest} and {keep_best}")
+        for name, count, least in (("keep_latest", keep_latest, 1), ("keep_best", keep_best, 0)):
+            if count < least:
+                raise ValueError(f"{name} must be at least {least}; got {count}")
         if best_mode not in ("max", "min"):
-            raise ValueError(f"best_mode must be 'max' or 'min', got {best_mode!r}")
+            raise ValueError(f"best_mode must be 'max' or 'min'; got {best_mode!r}")
         self.directory = Path(directory).absolute()
         if self.directory.exists() and not self.directory.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "checkpoints need a directory, this is a file", str(directory))
-        self.manifest = notes.plain(dict(manifest or {}), "manifest")
+            raise NotADirectoryError(errno.ENOTDIR, "directory must not be a file", str(directory))
+        self.manifest = manifest_lib.json_value(dict(manifest or {}), "manifest")
         self.keep_latest, self.keep_best = keep_latest, keep_best
         self.best_metric, self.best_mode = best_metric, best_mode
         self._damaged: set[Path] = set()
@@ -121,12 +121,12 @@ class Checkpoints:
         self._entered = False
 
     def prepare(self) -> None:
-        """Makes the directory, removes what a killed save left there and proves that it can be written.
+        """Creates the directory, deletes the remains of killed saves and checks that files can be written.
 
-        `save` does this too; call it to fail before the training and not after an hour of it.
+        `save` does this too. Call it to fail before the training instead of at the first checkpoint.
 
         Raises:
-            OSError: The directory cannot be made or written (PermissionError and the like), or `wait` has an error.
+            OSError: The directory cannot be created or written, or the previous save failed.
         """
         self.wait()
         self._prepare()
@@ -140,45 +140,39 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         wait: bool = False,
     ) -> None:
-        """Saves a state; returns when the state is copied to the host and may be donated.
+        """Saves a state. Returns once the state is copied to the host, so that its buffers may be donated.
 
-        A step that is already saved with the same contents is left alone (metrics included, if none are given now);
-        with other contents it is replaced once the new one is safe.
+        Nothing is written if the step is already saved with the same contents (`metrics=None` keeps its metrics).
+        Other contents replace it once they are complete.
 
         Args:
-            step: Number of the step, at least 0.
-            state: A tree of arrays (JAX arrays, PRNG keys, NumPy arrays) of any shape and dtype.
-            progress: The host's own record, JSON values by name; floats come back exactly.
-            metrics: Numbers by name; `best_metric` is looked up here. NaN is never the best.
-            wait: Return only when the checkpoint is safe on the disk.
+            step: The step, at least 0.
+            state: A tree of JAX arrays, PRNG keys and NumPy arrays of any shape and dtype.
+            progress: JSON values by name for the caller's own use. Floats are restored exactly.
+            metrics: Numbers by name, among them `best_metric`. NaN is never the best.
+            wait: Whether to wait until the checkpoint is on the disk.
 
         Raises:
-            OSError: This save (with `wait`) or the one before could not be written; nothing older was deleted.
-            TypeError: A leaf is no array, or progress or metrics hold something that JSON does not.
-            ValueError: `step` is negative, or two leaves have the same path.
+            OSError: The previous save, or with `wait` this one, could not be written. No older checkpoint was deleted.
+            TypeError: A leaf is not an array, or JSON cannot represent `progress`.
+            ValueError: `step` is negative or not an integer, or two leaves have the same path.
         """
         self.wait()
         if int(step) != step or step < 0:
-            raise ValueError(f"step must be an integer >= 0, got {step!r}")
+            raise ValueError(f"step must be an integer of at least 0; got {step!r}")
         step = int(step)
-        arrays, leaves = notes.to_host(state)
-        record = {
-            "step": step,
-            "progress": notes.plain(dict(progress), "progress"),
-            "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
-            "manifest": self.manifest,
-            "leaves": leaves,
-        }
+        arrays, leaves = manifest_lib.to_host(state)
+        record = manifest_lib.record_of(step, progress, metrics, self.manifest, leaves)
         entries = self._entries()
         if any(entry.step > step and entry.path not in self._damaged for entry in entries):
-            logger.warning("saving checkpoint %d below %d, which a restore would use", step, entries[-1].step)
+            logger.warning("saving checkpoint %d, but restore will use the newer %d", step, entries[-1].step)
         same = [entry for entry in entries if entry.step == step]
         if same and same[-1].path not in self._damaged:
             with contextlib.suppress(Damage):
                 stored = _read_record(same[-1])
                 if record["metrics"] is None:
                     record["metrics"] = stored["metrics"]
-                if notes.seal(stored)["crc32"] == notes.seal(record)["crc32"]:
+                if manifest_lib.seal(stored)["crc32"] == manifest_lib.seal(record)["crc32"]:
                     return
         revision = same[-1].revision + 1 if same else 0
         path = self.directory / (f"{step:09d}" + (f"-r{revision}" if revision else ""))
@@ -188,38 +182,38 @@ class Checkpoints:
             self.wait()
 
     def restore(self, template: Any) -> Restored | None:
-        """Restores the newest checkpoint that is undamaged; None when there is none at all.
+        """Restores the newest undamaged checkpoint.
 
         Args:
-            template: A state or its `jax.eval_shape`: the tree, the shapes and the dtypes to expect. Arrays go to the
-                sharding of the template's leaf; to the default device, uncommitted, where it has none or is
-                uncommitted; and stay NumPy arrays where it is one.
+            template: A state, or the result of `jax.eval_shape`, with the expected tree structure, shapes and dtypes.
+                Each array gets the sharding of its leaf. For a leaf that is uncommitted or has no sharding it is
+                uncommitted on the default device. For a NumPy leaf it stays a NumPy array.
+
+        Returns:
+            The contents of the checkpoint, or None if there is no checkpoint.
 
         Raises:
             DamagedCheckpointError: All checkpoints are damaged.
-            ValueError: The checkpoint is of another run (see `manifest`) or its arrays are not those of the template.
-            OSError: The save before could not be written.
+            ValueError: The checkpoint is from another run (see `manifest`) or does not match the template.
+            OSError: The previous save could not be written.
         """
         self.wait()
         return self._restore(self._entries()[::-1], template)
 
     def restore_best(self, template: Any) -> Restored | None:
-        """Restores the best checkpoint by the metric, or the next best if it is damaged; None if none has the metric.
-
-        Args and errors are those of `restore`.
-        """
+        """Restores the best undamaged checkpoint by the metric, or None if none has it; otherwise like `restore`."""
         self.wait()
         return self._restore(self._ranked(), template)
 
     def steps(self) -> tuple[int, ...]:
-        """The steps that have a checkpoint, ascending, as far as known undamaged."""
+        """Returns the steps with a checkpoint that is not known to be damaged, in ascending order."""
         if self._pending is not None:
-            self._pending.exception()  # waits; the error is left to `wait`
+            self._pending.exception()  # waits; `wait` raises the error
         return tuple(self._newest())
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step that has a checkpoint, or None."""
+        """The newest step with a checkpoint, or None."""
         return max(self.steps(), default=None)
 
     @property
@@ -228,16 +222,16 @@ class Checkpoints:
         return next((entry.step for entry in self._ranked()), None) if self.steps() else None
 
     def wait(self) -> None:
-        """Waits until the last save is safe; raises its error, once."""
+        """Waits until the last save is on the disk. Raises the error of a failed save once."""
         if (pending := self._pending) is None:
             return
-        pending.exception()  # waits, and an interrupt here loses nothing
+        pending.exception()  # waits; an interrupt here loses nothing
         self._pending = None
         _UNSEEN.discard(pending)
         pending.result()
 
     def close(self) -> None:
-        """Waits for the last save, ends the writing thread and raises the save's error if that is still due."""
+        """Waits for the last save, ends the writing thread and raises the error of the save, if any."""
         try:
             self.wait()
         finally:
@@ -255,11 +249,11 @@ class Checkpoints:
         return sorted(_Entry(int(match[1]), int(match[2] or 0), path) for match, path in found if match)
 
     def _newest(self) -> dict[int, _Entry]:
-        """The latest revision of every step that is not known to be damaged, ascending."""
+        """Returns the latest undamaged revision of every step, in ascending order."""
         return {entry.step: entry for entry in self._entries() if entry.path not in self._damaged}
 
     def _ranked(self) -> list[_Entry]:
-        """Those that have the metric, best first."""
+        """Returns the checkpoints with the metric, best first."""
         ranked = []
         for entry in self._newest().values():
             if entry.path not in self._metrics:
@@ -282,10 +276,10 @@ class Checkpoints:
             try:
                 record = _read_record(entry)
                 named = f"checkpoint {entry.step} ({entry.path})"
-                if notice := notes.check_manifest(record["manifest"], self.manifest, named):
+                if notice := manifest_lib.check_manifest(record["manifest"], self.manifest, named):
                     logger.warning("checkpoint %d was saved with %s", entry.step, notice)
-                if faults := notes.misfits(record["leaves"], template):
-                    raise ValueError(f"{named} does not fit the state: {faults}")
+                if faults := manifest_lib.misfits(record["leaves"], template):
+                    raise ValueError(f"{named} does not match the state: {faults}")
                 arrays = _read_arrays(entry, record)
             except Damage as damage:
                 self._report(entry, damage)
@@ -293,11 +287,11 @@ class Checkpoints:
             self._damaged.discard(entry.path)
             if entry is not entries[0]:
                 logger.warning("using checkpoint %d instead of %d", entry.step, entries[0].step)
-            state = notes.place(arrays, record["leaves"], template)
+            state = manifest_lib.place(arrays, record["leaves"], template)
             return Restored(state, entry.step, record["progress"], record["metrics"])
         if damaged := [path.name for path in sorted(self._damaged) if path.exists()]:
             raise DamagedCheckpointError(
-                f"no checkpoint in {self.directory} is usable, damaged: {', '.join(damaged)}; delete to start anew"
+                f"all checkpoints in {self.directory} are damaged: {', '.join(damaged)}; delete them to start again"
             )
         return None
 
@@ -311,32 +305,32 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
             tempfile.TemporaryFile(dir=self.directory).close()
         except OSError as error:
-            reason = f"checkpoints cannot be written here ({error.strerror})"
+            reason = f"directory of checkpoints cannot be written: {error.strerror}"
             raise OSError(error.errno, reason, str(self.directory)) from error
 
     def _write(self, entry: _Entry, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
-        """Writes, reads back, prunes; on the writing thread."""
+        """Writes, verifies and prunes checkpoints; runs on the writing thread."""
         self._prepare()
         need = sum(array.nbytes for array in arrays.values())
         free = shutil.disk_usage(self.directory).free
-        if need > free:  # asked first, since Orbax tears down a failed save noisily
-            reason = f"checkpoint {entry.step} needs {need} bytes, the disk has {free} left"
+        if need > free:  # Orbax reports a full disk with many messages
+            reason = f"checkpoint {entry.step} needs {need} bytes; the disk has {free} left"
             raise OSError(errno.ENOSPC, reason, str(self.directory))
         staged = entry._replace(path=entry.path.with_name(entry.path.name + ".saving"))
         try:
             with _orbax() as ocp:
-                ocp.save_checkpointables(staged.path, {"state": arrays}, custom_metadata=notes.seal(record))
+                ocp.save_checkpointables(staged.path, {"state": arrays}, custom_metadata=manifest_lib.seal(record))
             if jax.process_index() != 0:
                 return
-            notes.write_checksums(staged.path)
+            manifest_lib.write_checksums(staged.path)
             _read_arrays(staged, _read_record(staged))
             atomic.move(staged.path, entry.path)
         except Exception as error:
             for path in self.directory.glob(staged.path.name + "*"):
                 shutil.rmtree(path, ignore_errors=True)
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's way of saying it
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # of an error of TensorStore
             number = int(code[1]) if code else getattr(error, "errno", None)
-            reason = f"checkpoint {entry.step} could not be written ({os.strerror(number) if number else brief(error)})"
+            reason = f"checkpoint {entry.step} cannot be written: {os.strerror(number) if number else brief(error)}"
             raise OSError(number or errno.EIO, reason, str(entry.path)) from error
         self._damaged.discard(entry.path)
         self._metrics[entry.path] = record["metrics"]
@@ -345,7 +339,7 @@ class Checkpoints:
     def _prune(self, saved: _Entry) -> None:
         keep = {saved, *self._ranked()[: self.keep_best], *list(self._newest().values())[-self.keep_latest :]}
         for entry in set(self._entries()) - keep:
-            # The rename takes it out of sight at once; a kill during the removal leaves no half a checkpoint.
+            # Renamed first, so that a kill during the deletion leaves no incomplete checkpoint.
             doomed = entry.path.with_name(entry.path.name + ".deleted")
             try:
                 atomic.move(entry.path, doomed)
@@ -359,8 +353,8 @@ def _finish_saves() -> None:
         logger.error("%s", error)
 
 
-# An exiting Python closes its thread pools first, and an Orbax save in flight then waits for ever. This hook runs
-# before that; it is private, and from Python 3.12 on no thread can start by then, which Orbax wants: then saves wait.
+# An exiting interpreter shuts down its thread pools first, and a running Orbax save would then wait forever. This
+# private hook runs before that. On Python 3.12 and later Orbax cannot start threads there, so `save` waits instead.
 _AT_EXIT = getattr(threading, "_register_atexit", None) if sys.version_info < (3, 12) else None
 if _AT_EXIT:
     _AT_EXIT(_finish_saves)
@@ -368,36 +362,36 @@ if _AT_EXIT:
 
 @contextlib.contextmanager
 def _orbax(reading: str = "") -> Iterator[Any]:
-    """Orbax v1: one thread at a time (it mixes up saves), without its log (it raises the same), errors as `Damage`."""
+    """Yields Orbax v1 under a lock, since it confuses concurrent saves. Errors of `reading` become `Damage`."""
     from orbax.checkpoint import v1
 
     def foreign(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    absl = logging.getLogger("absl")
+    absl = logging.getLogger("absl")  # repeats the errors
     with _ORBAX:
         absl.addFilter(foreign)
         try:
             yield v1
         except Exception as error:
             if reading:
-                raise Damage(f"its {reading} cannot be read: {brief(error)}") from error
+                raise Damage(f"{reading} cannot be read: {brief(error)}") from error
             raise
         finally:
             absl.removeFilter(foreign)
 
 
 def _read_record(entry: _Entry) -> dict[str, Any]:
-    notes.check_files(entry.path)
+    manifest_lib.check_files(entry.path)
     with _orbax("record") as ocp:
         sealed = dict(ocp.checkpointables_metadata(entry.path).custom_metadata)
-    record = notes.unseal(sealed)
+    record = manifest_lib.unseal(sealed)
     if record["step"] != entry.step:
-        raise Damage(f"its record says step {record['step']}")
+        raise Damage(f"record is of step {record['step']}")
     return record
 
 
 def _read_arrays(entry: _Entry, record: dict[str, Any]) -> dict[str, np.ndarray]:
     with _orbax("arrays") as ocp:
         arrays = ocp.load_checkpointables(entry.path, {"state": None})["state"]
-    return notes.verify(arrays, record["leaves"])
+    return manifest_lib.verify(arrays, record["leaves"])

@@ -61,7 +61,7 @@ class Predict:
     """Published tag, see `flaxvision list`; or a file: a bundle, .safetensors, .npz, .h5 or .pth. The file of a tag is
     downloaded once."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]")]
-    """Image files of any format that Pillow reads."""
+    """Image files in any format that Pillow reads; at least one."""
     source: str | None = None
     """Library that named the tensors; needed for files that are not bundles."""
     preprocessing: str | None = None

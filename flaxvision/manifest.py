@@ -1,9 +1,9 @@
-"""What a checkpoint says of itself: one JSON record with the shape, dtype and CRC-32 of every array.
+"""The JSON record of a checkpoint, with the shape, dtype and CRC-32 of every array.
 
-A *record* is a dict of JSON values: step, progress, metrics, the manifest of the
-run and the leaves; sealed, it carries its format and its own CRC-32. *Leaves* tell of the arrays: by path (as in
-`params/conv1/kernel`) a dict of `shape`, `dtype`, `crc32` and, for a PRNG key, whose data these are, `key` (its dtype)
-and `impl`.
+A *record* is a dict of JSON values: `step`, `progress`, `metrics`, the `manifest` of the run and `leaves`. A *sealed*
+record also has its format and its own CRC-32. *Leaves* map the path of each array (such as `params/conv1/kernel`) to a
+dict with `shape`, `dtype` and `crc32`. For a PRNG key these describe its data, and the dict also has `key`, the dtype
+of the key, and `impl`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ __all__ = [
     "brief",
     "check_files",
     "check_manifest",
+    "json_value",
     "misfits",
     "place",
-    "plain",
+    "record_of",
     "seal",
     "to_host",
     "unseal",
@@ -34,17 +35,17 @@ __all__ = [
 ]
 
 FORMAT = 1
-CHECKSUMS = "checksums.json"  # in the directory of a checkpoint: CRC-32 of every other file
+CHECKSUMS = "checksums.json"  # CRC-32 of every other file in the directory of a checkpoint
 
 Leaves = dict[str, dict[str, Any]]
 
 
 class Damage(Exception):
-    """What is wrong with a checkpoint."""
+    """A checkpoint is damaged; the message says how."""
 
 
 def brief(error: BaseException) -> str:
-    """The type and the first line of an error; Orbax's have many."""
+    """Returns the type and the first line of an error, because the errors of Orbax have many lines."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
@@ -57,24 +58,34 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _describe(name: str, leaf: Any) -> dict[str, Any]:
-    """What the record says of a leaf; of a PRNG key, what it says of its data and which key it is."""
+    """Returns shape and dtype of a leaf; for a PRNG key, of its data, plus the dtype of the key."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-        raise TypeError(f"the state's leaf {name} is of type {type(leaf).__name__}, an array is needed")
+        raise TypeError(f"state must have arrays as leaves; got {type(leaf).__name__} at {name}")
     data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     about = {"shape": list(data.shape), "dtype": str(data.dtype)}
     return about | {"key": str(leaf.dtype)} if _is_key(leaf) else about
 
 
 def to_host(state: Any) -> tuple[dict[str, np.ndarray], Leaves]:
-    """Copies of the arrays by path, and what the record says of each.
+    """Copies the arrays of a state to the host.
 
-    Orbax takes no array without elements and no tree without arrays.
+    Orbax accepts neither empty arrays nor empty trees: empty arrays are left out, and an empty tree gets a placeholder.
+
+    Args:
+        state: A tree of arrays.
+
+    Returns:
+        The arrays by path, and the leaves of the record.
+
+    Raises:
+        TypeError: A leaf is not an array.
+        ValueError: Two leaves have the same path.
     """
     arrays, leaves = {}, {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         name = _name_of(path)
         if name in leaves:
-            raise ValueError(f"two leaves of the state have the path {name}")
+            raise ValueError(f"state must have different paths for all leaves; got {name} twice")
         leaves[name] = _describe(name, leaf)
         if _is_key(leaf):
             leaves[name]["impl"] = str(jax.random.key_impl(leaf))
@@ -83,7 +94,7 @@ def to_host(state: Any) -> tuple[dict[str, np.ndarray], Leaves]:
             from jax.experimental import multihost_utils
 
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        array = np.array(leaf)  # a copy: the buffer may be donated while the thread writes
+        array = np.array(leaf)  # a copy, because the buffer may be donated while the thread writes
         leaves[name]["crc32"] = _crc(array)
         if array.size:
             arrays[name] = array
@@ -91,40 +102,40 @@ def to_host(state: Any) -> tuple[dict[str, np.ndarray], Leaves]:
 
 
 def misfits(stored: Leaves, template: Any) -> str:
-    """What keeps the stored leaves from filling the template: missing, superfluous and misshapen ones, in words."""
+    """Describes how the stored leaves differ from those of a template; empty if they match."""
     named = ((_name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(template)[0])
     wanted = {name: _describe(name, leaf) for name, leaf in named}
-    faults = [f"{name} is not in the checkpoint" for name in wanted if name not in stored]
-    faults += [f"{name} is not in the state" for name in stored if name not in wanted]
+    faults = [f"{name} is missing from the checkpoint" for name in wanted if name not in stored]
+    faults += [f"{name} is missing from the state" for name in stored if name not in wanted]
     for name in sorted(wanted.keys() & stored.keys()):
         old, new = (f"{about.get('key', about['dtype'])}{about['shape']}" for about in (stored[name], wanted[name]))
         if old != new:
-            faults.append(f"{name} is {old} in the checkpoint and {new} in the state")
+            faults.append(f"{name} is {old} in the checkpoint but {new} in the state")
     return "; ".join(faults[:8]) + (f" and {len(faults) - 8} more" if len(faults) > 8 else "")
 
 
 def verify(arrays: Mapping[str, Any], leaves: Leaves) -> dict[str, np.ndarray]:
-    """The arrays of the leaves, those without elements added.
+    """Returns the arrays of all leaves, with the empty ones that Orbax does not store.
 
     Raises:
-        Damage: One is missing or not what the record says.
+        Damage: An array is missing or differs from its record.
     """
     verified = {}
     for name, about in leaves.items():
         dtype = np.dtype(jax.numpy.dtype(about["dtype"]))
         array = np.zeros(about["shape"], dtype) if 0 in about["shape"] else arrays.get(name)
         if not isinstance(array, np.ndarray):
-            raise Damage(f"{name}: missing")
+            raise Damage(f"{name} is missing")
         if (list(array.shape), array.dtype) != (about["shape"], dtype):
-            raise Damage(f"{name}: {array.dtype}{list(array.shape)} instead of {about['dtype']}{about['shape']}")
+            raise Damage(f"{name} must be {about['dtype']}{about['shape']}; got {array.dtype}{list(array.shape)}")
         if _crc(array) != about["crc32"]:
-            raise Damage(f"{name}: checksum {_crc(array):08x} instead of {about['crc32']:08x}")
+            raise Damage(f"{name} must have the checksum {about['crc32']:08x}; got {_crc(array):08x}")
         verified[name] = array
     return verified
 
 
 def place(arrays: Mapping[str, np.ndarray], leaves: Leaves, template: Any) -> Any:
-    """The template's tree filled with the arrays, each where the template's leaf is."""
+    """Returns the arrays in the tree structure of the template, with the shardings of its leaves."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         name = _name_of(path)
@@ -136,7 +147,7 @@ def place(arrays: Mapping[str, np.ndarray], leaves: Leaves, template: Any) -> An
             return key if sharding is None else jax.device_put(key, sharding)
         placed = jax.device_put(arrays[name], sharding)
         if placed.dtype != leaf.dtype:
-            raise ValueError(f"{name} is {leaf.dtype}, which JAX makes {placed.dtype}: set jax_enable_x64")
+            raise ValueError(f"{name} is {leaf.dtype}, but JAX converts it to {placed.dtype}; set jax_enable_x64")
         return placed
 
     return jax.tree_util.tree_map_with_path(one, template)
@@ -150,46 +161,71 @@ def _crc_of_json(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
+def record_of(
+    step: int,
+    progress: Mapping[str, Any],
+    metrics: Mapping[str, float] | None,
+    manifest: Mapping[str, Any],
+    leaves: Leaves,
+) -> dict[str, Any]:
+    """Returns the record of a checkpoint.
+
+    Raises:
+        TypeError: JSON cannot represent `progress`.
+    """
+    return {
+        "step": step,
+        "progress": json_value(dict(progress), "progress"),
+        "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
+        "manifest": manifest,
+        "leaves": leaves,
+    }
+
+
 def seal(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with its format and its own checksum."""
+    """Adds the format and a checksum to a record."""
     record = record | {"format": FORMAT}
     return record | {"crc32": _crc_of_json(record)}
 
 
 def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
-    """The record without its format and checksum.
+    """Removes the format and the checksum from a record.
 
     Raises:
-        Damage: The checksum is missing or another.
-        ValueError: The record is of another format.
+        Damage: The checksum is missing or wrong.
+        ValueError: The record has another format.
     """
     record = dict(sealed)
     if record.pop("crc32", None) != _crc_of_json(record):
-        raise Damage("its record has a wrong checksum")
+        raise Damage("record has a wrong checksum")
     if (found := record.pop("format", None)) != FORMAT:
-        raise ValueError(f"the checkpoint has format {found}, this flaxvision reads format {FORMAT}")
+        raise ValueError(f"format of the checkpoint must be {FORMAT} for this version of flaxvision; got {found}")
     return record
 
 
-def plain(value: Any, where: str) -> Any:
-    """The value as JSON gives it back (lists for tuples).
+def json_value(value: Any, name: str) -> Any:
+    """Returns a value as JSON would restore it: tuples become lists and NumPy scalars become numbers.
+
+    Args:
+        value: The value.
+        name: Name of the value in error messages.
 
     Raises:
-        TypeError: Something in it would come back as something else.
+        TypeError: JSON cannot represent the value.
     """
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [json_value(item, f"{name}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
-    raise TypeError(f"{where} is {value!r} of type {type(value).__name__}, which JSON cannot hold")
+        return {key: json_value(item, f"{name}.{key}") for key, item in value.items()}
+    raise TypeError(f"{name} must be a JSON value; got {value!r} of type {type(value).__name__}")
 
 
 def _differences(stored: Any, given: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name, stored and given value of everything that differs."""
+    """Yields dotted name, stored value and given value of everything that differs."""
     if isinstance(stored, dict) and isinstance(given, dict):
         for key in sorted(stored.keys() | given.keys()):
             yield from _differences(stored.get(key), given.get(key), f"{name}.{key}")
@@ -198,17 +234,26 @@ def _differences(stored: Any, given: Any, name: str) -> Iterator[tuple[str, Any,
 
 
 def check_manifest(stored: dict[str, Any], given: dict[str, Any], named: str) -> str:
-    """Compares what is given of a run with what is stored; `versions` may differ, and how is what comes back.
+    """Compares the given keys of a manifest with the stored ones.
+
+    Args:
+        stored: The manifest of the checkpoint.
+        given: The manifest of this run.
+        named: Name of the checkpoint in error messages.
+
+    Returns:
+        The differences in `versions`, of packages that both have.
 
     Raises:
-        ValueError: Anything else that is given differs.
+        ValueError: Another key differs.
     """
     notices = []
     for key, value in given.items():
         for name, old, new in _differences(stored.get(key), value, key):
             if key != "versions":
-                raise ValueError(f"{named} is of another run: its {name} is {old!r}, this run's is {new!r}")
-            notices.append(f"{name} {old}, this is {new}")
+                raise ValueError(f"{name} must be {old!r} as in {named}, which is of another run; got {new!r}")
+            if old is not None and new is not None:
+                notices.append(f"{name} {old} (now {new})")
     return "; ".join(notices)
 
 
@@ -218,23 +263,23 @@ def _crc_of_files(directory: Path) -> dict[str, int]:
 
 
 def write_checksums(directory: Path) -> None:
-    """Adds the file of checksums to a checkpoint's directory."""
+    """Writes the file of checksums of a checkpoint directory."""
     (directory / CHECKSUMS).write_text(json.dumps(_crc_of_files(directory), indent=1))
 
 
 def check_files(directory: Path) -> None:
-    """Compares the files of a directory with its file of checksums.
+    """Verifies the files of a checkpoint directory.
 
     Raises:
-        Damage: One is missing, cannot be read or is another, that of the checksums included.
+        Damage: A file, or the file of checksums, is missing, unreadable or changed.
     """
     try:
         wanted = dict(json.loads((directory / CHECKSUMS).read_bytes()))
         found = _crc_of_files(directory)
     except (OSError, ValueError, TypeError) as error:
-        raise Damage(f"its checksums cannot be read: {brief(error)}") from error
+        raise Damage(f"checksums cannot be read: {brief(error)}") from error
     for name, checksum in wanted.items():
         if name not in found:
-            raise Damage(f"file {name}: missing")
+            raise Damage(f"file {name} is missing")
         if found[name] != checksum:
-            raise Damage(f"file {name}: checksum {found[name]} instead of {checksum}")
+            raise Damage(f"file {name} must have the checksum {checksum}; got {found[name]}")

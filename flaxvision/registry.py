@@ -1,4 +1,4 @@
-"""Names for the models: `create_model`, `create_backbone`, `list_models`, `model_info`."""
+"""The registry of models: `create_model`, `create_backbone`, `model_fields`, `list_models`, `model_info`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 
@@ -15,19 +15,19 @@ from flaxvision import published
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a registered model without building it.
+    """Describes a registered model without building it.
 
     Attributes:
         name: The registry name.
         task: `"classification"`, `"detection"` or `"segmentation"`.
-        paper: The publication that the definition follows.
-        year: Its year.
+        paper: The publication that defines the model.
+        year: Year of the publication.
         input_size: Height and width in pixels of the published input; `(features,)` for models of feature vectors.
         channels: Input channels of the published input.
-        params: Trainable parameters at the defaults, exact.
+        params: Exact number of trainable parameters at the defaults.
         mean: Per-channel mean of the published preprocessing, in [0, 1].
-        std: Per-channel standard deviation, likewise.
-        defaults: Module fields that the name sets.
+        std: Per-channel standard deviation of the published preprocessing, in [0, 1].
+        defaults: Fields of the model, or of its backbone, that the name sets.
     """
 
     name: str
@@ -47,34 +47,51 @@ class ModelInfo:
         return published.tags(self.name)
 
 
-_MODELS: dict[str, tuple[type[nn.Module], ModelInfo]] = {}
+class _Entry(NamedTuple):
+    module: type[nn.Module]
+    backbone: type[nn.Module] | None
+    info: ModelInfo
 
 
-def register(module: type[nn.Module], name: str, *, defaults: dict[str, Any] | None = None, **info: Any) -> None:
-    """Registers `module(**defaults)` under `name`; `info` are the fields of `ModelInfo`.
+_MODELS: dict[str, _Entry] = {}
+
+
+def register(
+    module: type[nn.Module],
+    name: str,
+    *,
+    backbone: type[nn.Module] | None = None,
+    defaults: dict[str, Any] | None = None,
+    **info: Any,
+) -> None:
+    """Registers a model under a name.
 
     Args:
-        module: A `flax.linen.Module` class.
-        name: The registry name; lower case.
-        defaults: Values for the module's fields.
+        module: A `flax.linen.Module` class. With `backbone`, its field `backbone` takes an instance of that class.
+        name: The registry name, in lower case.
+        backbone: The class of the backbone, None for a model that has none.
+        defaults: Values of fields of `module` or `backbone`.
         **info: The other fields of `ModelInfo`.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The name is already registered.
     """
     if name in _MODELS:
-        raise ValueError(f"a model named {name!r} is registered already")
+        raise ValueError(f"name must not be registered already; got {name!r}")
     defaults = defaults or {}
-    info.pop("weights", None)  # the tables of published weights list the tags
-    _MODELS[name] = (module, ModelInfo(name=name, defaults=tuple(defaults.items()), **info))
+    _MODELS[name] = _Entry(module, backbone, ModelInfo(name=name, defaults=tuple(defaults.items()), **info))
 
 
-def _find(name: str) -> tuple[type[nn.Module], ModelInfo]:
+def _find(name: str) -> _Entry:
     if name not in _MODELS:
         near = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.4)
-        hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(list_models())}"
-        raise ValueError(f"there is no model named {name!r}; {hint}")
+        right = f"a registered model (similar: {', '.join(near)})" if near else f"one of {', '.join(list_models())}"
+        raise ValueError(f"name must be {right}; got {name!r}")
     return _MODELS[name]
+
+
+def _fields_of(module: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(module) if field.init and field.name not in ("parent", "name")]
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
@@ -82,45 +99,49 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     Args:
         name: One of `list_models()`.
-        **overrides: Fields of the module, such as `num_classes` or `dtype`.
+        **overrides: Fields of the model or of its backbone, such as `num_classes`, `dtype` or `stages`. Each goes to
+            the module that has it.
 
     Returns:
-        A plain `flax.linen.Module`, without variables.
+        A `flax.linen.Module` without variables.
 
     Raises:
-        ValueError: There is no such model, the nearest names are given; or `num_classes` is negative.
-        TypeError: The module has no such field, its fields are given; or `num_classes` is no integer.
+        ValueError: There is no such model, or `num_classes` is negative.
+        TypeError: Neither the model nor its backbone has such a field, or `num_classes` is not an integer.
     """
-    module, info = _find(name)
-    fields = [f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")]
-    unknown = sorted(set(overrides) - set(fields))
-    if unknown:
-        raise TypeError(f"{name} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(fields)}")
+    module, backbone, info = _find(name)
+    inner = [] if backbone is None else _fields_of(backbone)
+    own = [field for field in _fields_of(module) if backbone is None or field != "backbone"]
+    if unknown := sorted(set(overrides) - {*own, *inner}):
+        raise TypeError(
+            f"overrides must be fields of {name} ({', '.join(own + inner)}); got {', '.join(map(repr, unknown))}"
+        )
     if "num_classes" in overrides and operator.index(overrides["num_classes"]) < 0:
-        raise ValueError(f"num_classes must be 0 or more, got {overrides['num_classes']}")
-    return module(**{**dict(info.defaults), **overrides})
+        raise ValueError(f"num_classes must be at least 0; got {overrides['num_classes']}")
+    values = {**dict(info.defaults), **overrides}
+    parts = {} if backbone is None else {"backbone": backbone(**{k: values.pop(k) for k in inner if k in values})}
+    return module(**parts, **values)
 
 
-def create_backbone(name: str, **overrides: Any) -> nn.Module:
+def create_backbone(name: str, **overrides: Any) -> Any:
     """Builds the backbone of a registered model.
 
     Args:
-        name: One of `list_models()`, of a family with a feature hierarchy.
-        **overrides: Fields of the module, such as `dtype`.
+        name: One of `list_models()`, of a model that has a backbone.
+        **overrides: As for `create_model`; fields of the classifier have no effect.
 
     Returns:
-        A module that maps images `[N, H, W, C]` to a dict of feature maps. Its `strides` are the pixels per step of
-        each, finest first; its parameters are `params["backbone"]` of the classifier.
+        A `flaxvision.models.Backbone`, which maps images `[N, H, W, C]` to a dict of feature maps. Its `strides` are
+        the strides of these maps in pixels, finest first. Its parameters are `params["backbone"]` of the classifier.
 
     Raises:
-        ValueError: There is no such model, or it has no backbone; the names are given.
-        TypeError: The module has no such field; its fields are given.
+        ValueError: There is no such model, or it has no backbone.
+        TypeError: Neither the model nor its backbone has such a field.
     """
-    model = create_model(name, **overrides)
-    if not hasattr(model, "make_backbone"):
-        have = ", ".join(n for n, (module, _) in sorted(_MODELS.items()) if hasattr(module, "make_backbone"))
-        raise ValueError(f"{name} has no feature hierarchy; these have one: {have}")
-    return model.make_backbone(name=None)  # type: ignore[operator]
+    if _find(name).backbone is None:
+        have = ", ".join(n for n, entry in sorted(_MODELS.items()) if entry.backbone is not None)
+        raise ValueError(f"name must be that of a model with a backbone ({have}); got {name!r}")
+    return create_model(name, **overrides).backbone
 
 
 def model_fields(model: nn.Module) -> dict[str, Any]:
@@ -134,8 +155,7 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
     Returns:
         Values by field name. The field `backbone` is replaced by the fields of the backbone.
     """
-    fields = [field.name for field in dataclasses.fields(model) if field.init and field.name not in ("parent", "name")]
-    values = {field: getattr(model, field) for field in fields}
+    values = {field: getattr(model, field) for field in _fields_of(model)}
     backbone = values.pop("backbone", None)
     return values if backbone is None else {**values, **model_fields(backbone)}
 
@@ -155,19 +175,19 @@ def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     """
     if task not in (None, "classification", "detection", "segmentation"):
         raise ValueError(f"task must be 'classification', 'detection' or 'segmentation'; got {task!r}")
-    return sorted(n for n, (_, i) in _MODELS.items() if fnmatch.fnmatchcase(n, pattern) and task in (None, i.task))
+    return sorted(n for n, e in _MODELS.items() if fnmatch.fnmatchcase(n, pattern) and task in (None, e.info.task))
 
 
 def model_info(name: str) -> ModelInfo:
-    """Tells what is known of a model without building it.
+    """Describes a model without building it.
 
     Args:
         name: One of `list_models()`.
 
     Returns:
-        Its `ModelInfo`.
+        The `ModelInfo` of the model.
 
     Raises:
-        ValueError: There is no such model; the nearest names are given.
+        ValueError: There is no such model.
     """
-    return _find(name)[1]
+    return _find(name).info

@@ -56,7 +56,9 @@ def remove(path, generator):
     path.unlink()
 
 
-@pytest.mark.parametrize(("harm", "rounds"), [(flip, 4), (truncate, 1), (remove, 1)])
+@pytest.mark.parametrize(
+    ("harm", "rounds"), [(flip, 1), pytest.param(flip, 4, marks=pytest.mark.slow), (truncate, 1), (remove, 1)]
+)
 def test_damage_to_any_file_is_harmless_or_found(tmp_path, caplog, harm, rounds):
     save_three(tmp_path / "good")
     generator = np.random.default_rng(0)
@@ -111,7 +113,7 @@ def test_checksums_name_the_leaf(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(checkpoint, "_orbax", rotten)
     assert Checkpoints(tmp_path).restore(make_state()).step == 200
-    assert "checkpoint 300 is damaged (params/conv1/kernel: checksum" in caplog.text
+    assert "checkpoint 300 is damaged (params/conv1/kernel must have the checksum" in caplog.text
 
 
 def test_all_damaged_is_an_error_and_a_damaged_best_gives_the_next(tmp_path, caplog):
@@ -147,9 +149,7 @@ def test_an_error_of_the_thread_is_raised_once(tmp_path, monkeypatch):
             patch.setattr(checkpoint, "_orbax", lambda: contextlib.nullcontext(Full()))
             checkpoints.save(400, make_state(400), progress={})
             assert checkpoints.steps() == (100, 200, 300)  # nothing deleted
-            with pytest.raises(
-                OSError, match=r"checkpoint 400 could not be written \(No space left on device\)"
-            ) as info:
+            with pytest.raises(OSError, match=r"checkpoint 400 cannot be written: No space left on device") as info:
                 checkpoints.save(500, make_state(500), progress={})
             assert info.value.errno == errno.ENOSPC
             assert "000000400" in info.value.filename
@@ -159,7 +159,7 @@ def test_an_error_of_the_thread_is_raised_once(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
             checkpoints.save(600, make_state(600), progress={})
-            with pytest.raises(OSError, match=r"checkpoint 600 needs \d+ bytes, the disk has 0 left"):
+            with pytest.raises(OSError, match=r"checkpoint 600 needs \d+ bytes; the disk has 0 left"):
                 checkpoints.close()
     assert Checkpoints(tmp_path).steps()[-1] == 500
 
@@ -228,12 +228,12 @@ def test_a_write_that_the_system_refuses(tmp_path):
     out, err = worker.communicate(timeout=LIMIT_S)
     assert worker.returncode == 0, err
     message, steps = out.splitlines()
-    assert "checkpoint 400 could not be written (File too large)" in message
+    assert "checkpoint 400 cannot be written: File too large" in message
     assert str(tmp_path / "000000400") in message
     assert "orbax" not in err  # no pages of tracebacks beside the message
     assert steps == "(300, 500)"
     assert Checkpoints(tmp_path).restore({"noise": np.zeros(100_000)}).step == 600
-    assert "checkpoint 700 could not be written (File too large)" in err
+    assert "checkpoint 700 cannot be written: File too large" in err
 
 
 WORKER = """
@@ -256,12 +256,13 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 """
 
 
-def test_sigkill_at_any_moment_loses_no_completed_checkpoint(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_sigkill_at_any_moment_loses_no_completed_checkpoint(tmp_path, kills):
     def expected(step):
         return {"noise": np.random.default_rng(step).normal(size=100_000), "step": np.array(step)}
 
     completed = 0
-    for delay in np.random.default_rng(0).uniform(0, 0.4, 6):
+    for delay in np.random.default_rng(0).uniform(0, 0.4, kills):
         worker = start(WORKER, tmp_path)
         assert worker.stdout.readline() == f"resumed {completed}\n", worker.communicate()[1]
         worker.stdout.readline()  # the first save has imports in it; from here on there is always one under way
@@ -276,7 +277,7 @@ def test_sigkill_at_any_moment_loses_no_completed_checkpoint(tmp_path):
         assert bits(restored.state) == bits(expected(restored.step))
         assert restored.progress == {"step": restored.step}
         completed = restored.step
-    assert completed >= 6
+    assert completed >= kills
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(completed + 1, expected(completed + 1), progress={}, wait=True)
         assert len(list(tmp_path.iterdir())) == len(checkpoints.steps()) <= 3

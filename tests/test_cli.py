@@ -1,4 +1,4 @@
-"""The command line, as a user calls it."""
+"""Tests of the command line."""
 
 import json
 
@@ -16,7 +16,7 @@ NAME = "resnet20_cifar"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A library's file of weights and a picture."""
+    """Returns a folder with weights of another library, an image and class names."""
     folder = tmp_path_factory.mktemp("cli")
     rng = np.random.default_rng(0)
     shapes = shapes_of(NAME, fv.create_model(NAME))
@@ -129,7 +129,7 @@ def test_a_library_tells_the_transform_where_its_tags_agree(folder, capsys):
     [
         (["list", "nosuch*"], "pattern must match a model; got 'nosuch*'"),
         (["list", "--task", "detection"], "pattern must match a model with the task detection; got '*'"),
-        (["predict", "resnet5", "x.npz", "photo.png"], "there is no model named 'resnet5'"),
+        (["predict", "resnet5", "x.npz", "photo.png"], "; got 'resnet5'"),
         (["predict", NAME, "theirs.npz", "nosuch.png", "--source", "akamaster"], "No such file"),
         (["predict", NAME, "theirs.npz", "names.txt", "--source", "akamaster"], "cannot identify image file"),
         (["predict", NAME, "theirs.npz", "photo.png"], "source must name the library of theirs.npz"),

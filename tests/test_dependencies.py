@@ -1,6 +1,7 @@
 """Everything that is imported is declared in pyproject.toml, and everything that is declared is imported."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -76,6 +77,7 @@ def imports_of(path):
     return found
 
 
+@functools.cache
 def foreign_imports():
     """Folder and module of every import that is neither the standard library's nor this repository's."""
     paths = [(folder, path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]

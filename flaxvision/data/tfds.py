@@ -167,7 +167,7 @@ def load_tfds(
             known = ", ".join(map(repr, builder.info.splits)) or "none"
             raise ValueError(f"split must consist of {known} for {name!r}; got {split!r} ({error})") from error
     stored = tuple(builder.info.features[keys[0]].shape)
-    channels = channels or stored[-1] or 3
+    channels = int(channels or stored[-1] or 3)
     if None not in stored:
         image_size = None if stored[:2] == (image_size, image_size) else image_size
     elif not as_stored:

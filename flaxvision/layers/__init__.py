@@ -7,6 +7,7 @@ from flaxvision.layers.capsules import (
     routing_by_agreement,
     squash,
 )
+from flaxvision.layers.conv_norm import ConvNorm, conv_chain
 from flaxvision.layers.convolution import (
     Conv,
     ConvTranspose,
@@ -18,7 +19,7 @@ from flaxvision.layers.convolution import (
     separable_conv,
 )
 from flaxvision.layers.neurons import RBF, digit_codes, heaviside, random_codes, sign
-from flaxvision.layers.normalization import BatchNorm, ConvNorm, local_response_norm
+from flaxvision.layers.normalization import BatchNorm, local_response_norm
 from flaxvision.layers.pooling import (
     TrainableAvgPool,
     adaptive_avg_pool,
@@ -48,6 +49,7 @@ __all__ = [
     "avg_pool",
     "capsule_lengths",
     "conv",
+    "conv_chain",
     "conv_transpose",
     "depthwise_avg_pool",
     "depthwise_conv",

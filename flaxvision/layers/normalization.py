@@ -1,7 +1,7 @@
-"""Batch normalization, the convolution that it follows, and local response normalization."""
+"""Batch normalization and local response normalization."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flaxvision.layers.convolution import Conv
 from flaxvision.layers.lowering import channel_sum, spread
 
 
@@ -35,6 +34,7 @@ class BatchNorm(nn.Module, kw_only=True):
         bias_init: Initializer of the shift.
         scale_init: Initializer of the factor.
         axis_name: The mapped axis over which the statistics are taken too, under `pmap`.
+        frozen: Normalize by the running statistics even in training, and pass no gradient to the scale and the bias.
     """
 
     use_running_average: bool | None = None
@@ -47,16 +47,19 @@ class BatchNorm(nn.Module, kw_only=True):
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros
     scale_init: Callable[..., jax.Array] = nn.initializers.ones
     axis_name: str | None = None
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
         """Maps `[..., C]` to `[..., C]`."""
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        use_running_average = use_running_average or self.frozen
         shape = x.shape[-1:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        scale, bias = lax.stop_gradient((scale, bias)) if self.frozen else (scale, bias)
         dtype = nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if use_running_average:
@@ -87,38 +90,6 @@ def _moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]
         moments = lax.pmean(moments, axis_name)
     mean, square = moments
     return mean, jnp.maximum(0.0, square - jnp.square(mean))  # rounding can make it negative
-
-
-class ConvNorm(nn.Module):
-    """A convolution without bias, a normalization, an activation.
-
-    The unit of the Inceptions and their relatives (Ioffe and Szegedy 2015, section 3.2: the normalization's shift makes
-    the bias superfluous). Its policy comes in two callables, made once at the top of a model.
-
-    Attributes:
-        features: Output channels.
-        kernel_size: Height and width of the window.
-        strides: Steps of the window.
-        padding: As in `layers.conv`.
-        conv: Makes the convolution, such as `partial(Conv, use_bias=False, dtype=dtype)`.
-        norm: Makes the normalization, such as `partial(BatchNorm, use_running_average=not train)`. By default it takes
-            the running statistics, and leaves them alone.
-        activation: What comes last.
-    """
-
-    features: int
-    kernel_size: Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: Any = "SAME"
-    conv: Callable[..., nn.Module] = functools.partial(Conv, use_bias=False)
-    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[N, H, W, C]` to `[N, H', W', features]`; the submodules are `conv` and `bn`."""
-        x = self.conv(self.features, self.kernel_size, strides=self.strides, padding=self.padding, name="conv")(x)
-        return self.activation(self.norm(name="bn")(x))
 
 
 def local_response_norm(

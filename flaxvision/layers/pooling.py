@@ -293,14 +293,14 @@ def _geometry(x, window_shape, strides, padding, ceil_mode) -> tuple[tuple[int, 
                 f"got {padding!r}"
             )
         asked = tuple((int(low), int(high)) for low, high in padding)
-    if any(n + sum(p) < k for n, k, p in zip(spatial, window, asked, strict=True)):
+    pads = asked
+    if ceil_mode:
+        pads = tuple(map(_ceil_pads, spatial, window, steps, asked))
+    if any(n + sum(p) < k for n, k, p in zip(spatial, window, pads, strict=True)):
         raise ValueError(
             f"window_shape {window} exceeds the input's extent {spatial} padded by {asked}; "
             "within a network, its image is too small"
         )
-    pads = asked
-    if ceil_mode:
-        pads = tuple(map(_ceil_pads, spatial, window, steps, asked))
     return window, steps, pads, asked
 
 

@@ -1,115 +1,67 @@
-"""One file per paper; importing this package registers every model."""
+"""The networks, one file per paper. Importing this package registers every model."""
 
-from flaxvision.models.alexnet import AlexNet, AlexNetBackbone, AlexNetDLI, AlexNetDLIBackbone
-from flaxvision.models.bn_inception import BNInception, BNInceptionBackbone, BNInceptionModule
-from flaxvision.models.capsnet import CapsNet, CapsuleDecoder
-from flaxvision.models.fashion_cnn import FashionCNN
-from flaxvision.models.googlenet import GoogLeNet, GoogLeNetAux, GoogLeNetBackbone, InceptionModule
-from flaxvision.models.inception_v3 import (
-    InceptionV3,
-    InceptionV3A,
-    InceptionV3Aux,
-    InceptionV3B,
-    InceptionV3Backbone,
-    InceptionV3C,
-    InceptionV3D,
-    InceptionV3E,
-)
-from flaxvision.models.inception_v4 import (
-    InceptionResNetReductionB,
-    InceptionResNetUnit,
-    InceptionResNetV2,
-    InceptionResNetV2Backbone,
-    InceptionV4,
-    InceptionV4A,
-    InceptionV4B,
-    InceptionV4Backbone,
-    InceptionV4C,
-    InceptionV4ReductionB,
-    ReductionA,
-)
-from flaxvision.models.lenet import LeNet5, LeNet5Modern
-from flaxvision.models.lenet_dli import LeNetDLI
-from flaxvision.models.mlp import MLP
-from flaxvision.models.mobilenet_v2 import InvertedResidual, MobileNetV2, MobileNetV2Backbone
-from flaxvision.models.perceptron import Perceptron, perceptron_update
-from flaxvision.models.resnet import (
-    BasicBlock,
-    Bottleneck,
-    CifarResNet,
-    CifarResNetBackbone,
-    ResNet,
-    ResNetBackbone,
-    pad_shortcut,
-)
-from flaxvision.models.senet import SEBasicBlock, SEBottleneck, SENet, SENetBackbone
-from flaxvision.models.squeezenet import Fire, SqueezeNet, SqueezeNetBackbone
-from flaxvision.models.vgg import VGG, VGGBackbone
-from flaxvision.models.xception import Xception, XceptionBackbone, XceptionBlock
-from flaxvision.models.zfnet import ZFNet, ZFNetBackbone
-
-__all__ = [
-    "MLP",
-    "VGG",
-    "AlexNet",
-    "AlexNetBackbone",
-    "AlexNetDLI",
-    "AlexNetDLIBackbone",
-    "BNInception",
-    "BNInceptionBackbone",
-    "BNInceptionModule",
-    "BasicBlock",
-    "Bottleneck",
-    "CapsNet",
-    "CapsuleDecoder",
-    "CifarResNet",
-    "CifarResNetBackbone",
-    "FashionCNN",
-    "Fire",
-    "GoogLeNet",
-    "GoogLeNetAux",
-    "GoogLeNetBackbone",
-    "InceptionModule",
-    "InceptionResNetReductionB",
-    "InceptionResNetUnit",
-    "InceptionResNetV2",
-    "InceptionResNetV2Backbone",
-    "InceptionV3",
-    "InceptionV3A",
-    "InceptionV3Aux",
-    "InceptionV3B",
-    "InceptionV3Backbone",
-    "InceptionV3C",
-    "InceptionV3D",
-    "InceptionV3E",
-    "InceptionV4",
-    "InceptionV4A",
-    "InceptionV4B",
-    "InceptionV4Backbone",
-    "InceptionV4C",
-    "InceptionV4ReductionB",
-    "InvertedResidual",
-    "LeNet5",
-    "LeNet5Modern",
-    "LeNetDLI",
-    "MobileNetV2",
-    "MobileNetV2Backbone",
-    "Perceptron",
-    "ReductionA",
-    "ResNet",
-    "ResNetBackbone",
-    "SEBasicBlock",
-    "SEBottleneck",
-    "SENet",
-    "SENetBackbone",
-    "SqueezeNet",
-    "SqueezeNetBackbone",
-    "VGGBackbone",
-    "Xception",
-    "XceptionBackbone",
-    "XceptionBlock",
-    "ZFNet",
-    "ZFNetBackbone",
-    "pad_shortcut",
-    "perceptron_update",
-]
+from flaxvision.models.alexnet import AlexNet as AlexNet
+from flaxvision.models.alexnet import AlexNetBackbone as AlexNetBackbone
+from flaxvision.models.alexnet import AlexNetDLI as AlexNetDLI
+from flaxvision.models.alexnet import AlexNetDLIBackbone as AlexNetDLIBackbone
+from flaxvision.models.backbone import Backbone as Backbone
+from flaxvision.models.backbone import Classifier as Classifier
+from flaxvision.models.bn_inception import BNInception as BNInception
+from flaxvision.models.bn_inception import BNInceptionBackbone as BNInceptionBackbone
+from flaxvision.models.bn_inception import BNInceptionModule as BNInceptionModule
+from flaxvision.models.capsnet import CapsNet as CapsNet
+from flaxvision.models.capsnet import CapsuleDecoder as CapsuleDecoder
+from flaxvision.models.fashion_cnn import FashionCNN as FashionCNN
+from flaxvision.models.googlenet import GoogLeNet as GoogLeNet
+from flaxvision.models.googlenet import GoogLeNetAux as GoogLeNetAux
+from flaxvision.models.googlenet import GoogLeNetBackbone as GoogLeNetBackbone
+from flaxvision.models.googlenet import InceptionModule as InceptionModule
+from flaxvision.models.inception_v3 import InceptionV3 as InceptionV3
+from flaxvision.models.inception_v3 import InceptionV3A as InceptionV3A
+from flaxvision.models.inception_v3 import InceptionV3Aux as InceptionV3Aux
+from flaxvision.models.inception_v3 import InceptionV3B as InceptionV3B
+from flaxvision.models.inception_v3 import InceptionV3Backbone as InceptionV3Backbone
+from flaxvision.models.inception_v3 import InceptionV3C as InceptionV3C
+from flaxvision.models.inception_v3 import InceptionV3D as InceptionV3D
+from flaxvision.models.inception_v3 import InceptionV3E as InceptionV3E
+from flaxvision.models.inception_v4 import InceptionResNetReductionB as InceptionResNetReductionB
+from flaxvision.models.inception_v4 import InceptionResNetUnit as InceptionResNetUnit
+from flaxvision.models.inception_v4 import InceptionResNetV2 as InceptionResNetV2
+from flaxvision.models.inception_v4 import InceptionResNetV2Backbone as InceptionResNetV2Backbone
+from flaxvision.models.inception_v4 import InceptionV4 as InceptionV4
+from flaxvision.models.inception_v4 import InceptionV4A as InceptionV4A
+from flaxvision.models.inception_v4 import InceptionV4B as InceptionV4B
+from flaxvision.models.inception_v4 import InceptionV4Backbone as InceptionV4Backbone
+from flaxvision.models.inception_v4 import InceptionV4C as InceptionV4C
+from flaxvision.models.inception_v4 import InceptionV4ReductionB as InceptionV4ReductionB
+from flaxvision.models.inception_v4 import ReductionA as ReductionA
+from flaxvision.models.lenet import LeNet5 as LeNet5
+from flaxvision.models.lenet import LeNet5Modern as LeNet5Modern
+from flaxvision.models.lenet_dli import LeNetDLI as LeNetDLI
+from flaxvision.models.mlp import MLP as MLP
+from flaxvision.models.mobilenet_v2 import InvertedResidual as InvertedResidual
+from flaxvision.models.mobilenet_v2 import MobileNetV2 as MobileNetV2
+from flaxvision.models.mobilenet_v2 import MobileNetV2Backbone as MobileNetV2Backbone
+from flaxvision.models.perceptron import Perceptron as Perceptron
+from flaxvision.models.perceptron import perceptron_update as perceptron_update
+from flaxvision.models.resnet import BasicBlock as BasicBlock
+from flaxvision.models.resnet import Bottleneck as Bottleneck
+from flaxvision.models.resnet import CifarResNet as CifarResNet
+from flaxvision.models.resnet import CifarResNetBackbone as CifarResNetBackbone
+from flaxvision.models.resnet import ResNet as ResNet
+from flaxvision.models.resnet import ResNetBackbone as ResNetBackbone
+from flaxvision.models.resnet import pad_shortcut as pad_shortcut
+from flaxvision.models.senet import SEBasicBlock as SEBasicBlock
+from flaxvision.models.senet import SEBottleneck as SEBottleneck
+from flaxvision.models.senet import SENet as SENet
+from flaxvision.models.senet import SENetBackbone as SENetBackbone
+from flaxvision.models.squeezenet import Fire as Fire
+from flaxvision.models.squeezenet import SqueezeNet as SqueezeNet
+from flaxvision.models.squeezenet import SqueezeNetBackbone as SqueezeNetBackbone
+from flaxvision.models.vgg import VGG as VGG
+from flaxvision.models.vgg import VGGBackbone as VGGBackbone
+from flaxvision.models.xception import Xception as Xception
+from flaxvision.models.xception import XceptionBackbone as XceptionBackbone
+from flaxvision.models.xception import XceptionBlock as XceptionBlock
+from flaxvision.models.zfnet import ZFNet as ZFNet
+from flaxvision.models.zfnet import ZFNetBackbone as ZFNetBackbone

@@ -1,53 +1,51 @@
-"""AlexNet, as printed and as three others define it.
+"""AlexNet, as published and in three other definitions.
 
 A. Krizhevsky, I. Sutskever, G. Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", NIPS 2012.
 
-`alexnet` is section 3.5 of the paper: the second, fourth and fifth convolution see only the maps of their own GPU, here
-two groups. `alexnet_ungrouped` is the same without the groups. `alexnet_tv` is the one tower of "One weird trick for
-parallelizing convolutional neural networks" (Krizhevsky 2014) as torchvision has it. `alexnet_dli` is the one of J.
-Krohn's book "Deep Learning Illustrated" (2019, chapter 10).
+`alexnet` is the network of section 3.5: the second, fourth and fifth convolution see only the maps of their own GPU,
+which are two groups here. `alexnet_ungrouped` is the same network without the groups. `alexnet_tv` is the single tower
+of "One weird trick for parallelizing convolutional neural networks" (Krizhevsky 2014), as defined by torchvision.
+`alexnet_dli` is the network of J. Krohn's book "Deep Learning Illustrated" (2019, chapter 10).
 
-Deviations of the first two from the paper: the local response normalization sees all maps of a layer, where two GPUs
-each saw their own; pools round their size up as Caffe's do, which changes nothing at 227 pixels and lets the 224 that
-the paper prints give the same 6x6 maps.
+Deviations of the first two from the paper: local response normalization sees all maps of a layer, whereas each of the
+paper's GPUs saw its own. Pools round their output size up, as in Caffe. This has no effect at 227 pixels, and 224
+pixels, the size that the paper gives, then yield the same 6x6 maps.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import BatchNorm, Conv, adaptive_avg_pool, local_response_norm, max_pool
-from flaxvision.models.backbone import Backbone, check_images, part_of
+from flaxvision.layers import Conv, adaptive_avg_pool, local_response_norm, max_pool
+from flaxvision.models.backbone import Backbone, Classifier, Dtype, Initializer, as_float32
 from flaxvision.registry import register
 
-Dtype = Any
 # size, alpha, beta and k of `local_response_norm`.
 LRN = tuple[int, float, float, float]
 
 
 class AlexNetBackbone(Backbone):
-    """The five convolutions, each with its ReLU; pools of 3 at steps of 2 lie between the stages.
+    """The five convolutions of AlexNet, each with its ReLU. Between the stages are 3x3 max-pools of stride 2.
 
-    The normalization comes after the first two ReLUs and before their pools (the paper's section 3.5).
+    The first two convolutions have a local response normalization after their ReLU (section 3.5). The stages are the
+    outputs of the first, second and fifth convolution, before their pools. The other fields are those of `Backbone`.
 
     Attributes:
-        features: Maps of the five convolutions.
-        groups: Groups of maps of the five convolutions that do not see each other.
-        first_padding: Zeros around the image; torchvision has 2.
-        lrn: Size, alpha, beta and k of `layers.local_response_norm`, or None for no normalization. The paper's figures
-            are the default; Caffe and torch divide alpha by the size, which is `(5, 2e-5, 0.75, k)`.
-        ceil_mode: Whether pools round their size up; torchvision's round it down.
-        torch_init: Kernels and biases as torch draws them, uniform within `1 / sqrt(fan_in)`. Otherwise the paper's
-            section 5: kernels with a deviation of 0.01, biases of 1 in the second, fourth and fifth convolution and in
-            the hidden dense layers, of 0 elsewhere.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        features: Output channels of the five convolutions.
+        groups: Groups of channels of the five convolutions.
+        first_padding: Padding of the first convolution; torchvision uses 2.
+        lrn: Size, alpha, beta and k of `layers.local_response_norm`, None for no normalization. The defaults are the
+            paper's. Caffe and torch divide alpha by the size: `(5, 2e-5, 0.75, k)` in these units.
+        ceil_mode: Whether pools round their output size up; torchvision rounds down.
+        torch_init: Whether to initialize kernels and biases as torch does, uniformly within `1 / sqrt(fan_in)`. The
+            default is the paper's section 5: kernels have a standard deviation of 0.01; biases are 1 in the second,
+            fourth and fifth convolution and in the hidden dense layers, and 0 elsewhere.
     """
 
     features: tuple[int, int, int, int, int] = (96, 256, 384, 384, 256)
@@ -56,19 +54,15 @@ class AlexNetBackbone(Backbone):
     lrn: LRN | None = (5, 1e-4, 0.75, 2.0)
     ceil_mode: bool = True
     torch_init: bool = False
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each stage."""
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
         return {"stage1": 4, "stage2": 8, "stage3": 16}
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        """Maps images `[N, H, W, C]` to the maps of the first, second and fifth convolution, before their pools."""
-        check_images(x)
-        del train
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the outputs of the first, second and fifth convolution, before their pools."""
 
         def conv(x, index, window, padding, strides=1):
             inputs = x.shape[-1] // self.groups[index]
@@ -79,160 +73,139 @@ class AlexNetBackbone(Backbone):
                 strides=strides,
                 padding=padding,
                 feature_group_count=self.groups[index],
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
                 name=f"conv{index + 1}",
                 **init,
+                **self.dtypes,
             )
             return nn.relu(layer(x))
 
-        def normalized(x):
+        def lrn(x):
             if self.lrn is None:
                 return x
             size, alpha, beta, k = self.lrn
             return local_response_norm(x, size=size, alpha=alpha, beta=beta, k=k)
 
         pool = functools.partial(max_pool, window_shape=3, strides=2, ceil_mode=self.ceil_mode)
-        stages = {"stage1": normalized(conv(x, 0, 11, self.first_padding, strides=4))}
-        stages["stage2"] = normalized(conv(pool(stages["stage1"]), 1, 5, 2))
-        x = conv(pool(stages["stage2"]), 2, 3, 1)
+        x = lrn(conv(x, 0, 11, self.first_padding, strides=4))
+        yield "stage1", x
+        x = lrn(conv(pool(x), 1, 5, 2))
+        yield "stage2", x
+        x = conv(pool(x), 2, 3, 1)
         x = conv(x, 3, 3, 1)
-        stages["stage3"] = conv(x, 4, 3, 1)
-        return stages
+        yield "stage3", conv(x, 4, 3, 1)
 
 
-class AlexNet(AlexNetBackbone):
-    """The backbone, its last pool and three dense layers.
+class AlexNet(Classifier):
+    """AlexNet: the last pool and three dense layers on an `AlexNetBackbone`.
 
-    Without `pooled_size` the maps are flattened as they come: parameters belong to one image size, 227 (or 224) as
-    published, at least 55.
+    Without `pooled_size` the maps are flattened at the size that they have. The parameters then fit one image size:
+    227 (or 224) pixels as published, 51 or more in general. The other fields are those of `Classifier`; by default the
+    kernels are initialized as `AlexNetBackbone.torch_init` says.
 
     Attributes:
-        num_classes: Outputs; 0 gives the `hidden_features` that the head sees.
         hidden_features: Units of the two hidden dense layers, fc6 and fc7.
-        dropout_rate: Of the dropout at the two hidden dense layers.
-        dropout_first: Drop what goes into the hidden layers (torchvision) instead of what comes out (the paper).
-        pooled_size: Average the last maps to this height and width, so that any image size of 63 or more will do.
+        dropout_rate: Rate of the dropout at the two hidden dense layers.
+        dropout_first: Whether to drop the inputs of the hidden layers (torchvision) or their outputs (the paper).
+        pooled_size: Height and width to which the last maps are averaged. With it the parameters fit every image size
+            from 63 pixels.
     """
 
-    num_classes: int = 1000
     hidden_features: int = 4096
     dropout_rate: float = 0.5
     dropout_first: bool = False
     pooled_size: int | None = None
 
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Builds the trunk."""
-        return part_of(self, AlexNetBackbone, name)
-
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:  # type: ignore[override]
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]` float32."""
-        x = self.make_backbone()(x, train=train)["stage3"]
-        x = max_pool(x, 3, 2, ceil_mode=self.ceil_mode)
+    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
+        backbone = self.backbone
+        x = max_pool(self.last_stage(features), 3, 2, ceil_mode=backbone.ceil_mode)
         if self.pooled_size is not None:
             x = adaptive_avg_pool(x, self.pooled_size)
         x = x.reshape((x.shape[0], -1))
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dropout = functools.partial(nn.Dropout(self.dropout_rate), deterministic=not train)
+
+        def dense(x, features, name, bias):
+            init = _initializers(backbone.torch_init, x.shape[-1], bias)
+            init |= {"kernel_init": self.kernel_init} if self.kernel_init else {}
+            return nn.Dense(features, name=name, **init, **backbone.dtypes)(x)
+
         for name in ("fc6", "fc7"):
-            init = _initializers(self.torch_init, x.shape[-1], bias=1.0)
-            dense = nn.Dense(self.hidden_features, name=name, **policy, **init)
-            x = nn.relu(dense(dropout(x))) if self.dropout_first else dropout(nn.relu(dense(x)))
-        if self.num_classes:
-            init = _initializers(self.torch_init, x.shape[-1], bias=0.0)
-            x = nn.Dense(self.num_classes, name="head", **policy, **init)(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            if self.dropout_first:
+                x = nn.relu(dense(dropout(x), self.hidden_features, name, bias=1.0))
+            else:
+                x = dropout(nn.relu(dense(x, self.hidden_features, name, bias=1.0)))
+        return as_float32(dense(x, self.num_classes, "head", bias=0.0) if self.num_classes else x)
 
 
 class AlexNetDLIBackbone(Backbone):
-    """Five VALID convolutions with ReLU; between the stages lie pools of 3 at steps of 2, each with a BatchNorm.
+    """Five unpadded convolutions with ReLU. Between the stages are 3x3 max-pools of stride 2, each with a BatchNorm.
+
+    The stages are the outputs of the first, second and fifth convolution, before their pools. The other fields are
+    those of `Backbone`.
 
     Attributes:
-        features: Maps of the five convolutions.
-        epsilon: Of the BatchNorms; Keras' default.
-        momentum: Of their running statistics; Keras' default.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-        axis_name: Of the devices over which BatchNorm averages under `pmap`.
+        features: Output channels of the five convolutions.
+        epsilon: Epsilon of BatchNorm; the default is Keras'.
+        momentum: Decay of BatchNorm's running statistics; the default is Keras'.
     """
 
     features: tuple[int, int, int, int, int] = (96, 256, 256, 384, 384)
     epsilon: float = 1e-3
     momentum: float = 0.99
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each stage."""
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
         return {"stage1": 4, "stage2": 8, "stage3": 16}
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        """Maps images `[N, H, W, C]` to the maps of the first, second and fifth convolution, before their pools."""
-        check_images(x)
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": nn.initializers.glorot_uniform()}
-        conv = functools.partial(Conv, padding="VALID", **policy)
-        norm = _batch_norm(self, train)
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the outputs of the first, second and fifth convolution, before their pools."""
+        conv = functools.partial(Conv, padding="VALID", kernel_init=nn.initializers.glorot_uniform(), **self.dtypes)
+        norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
         c1, c2, c3, c4, c5 = self.features
-        stages = {"stage1": nn.relu(conv(c1, (11, 11), strides=4, name="conv1")(x))}
-        x = norm(name="bn1")(max_pool(stages["stage1"], 3, 2))
-        stages["stage2"] = nn.relu(conv(c2, (5, 5), name="conv2")(x))
-        x = norm(name="bn2")(max_pool(stages["stage2"], 3, 2))
+        x = nn.relu(conv(c1, (11, 11), strides=4, name="conv1")(x))
+        yield "stage1", x
+        x = norm(name="bn1")(max_pool(x, 3, 2))
+        x = nn.relu(conv(c2, (5, 5), name="conv2")(x))
+        yield "stage2", x
+        x = norm(name="bn2")(max_pool(x, 3, 2))
         x = nn.relu(conv(c3, (3, 3), name="conv3")(x))
         x = nn.relu(conv(c4, (3, 3), name="conv4")(x))
-        stages["stage3"] = nn.relu(conv(c5, (3, 3), name="conv5")(x))
-        return stages
+        yield "stage3", nn.relu(conv(c5, (3, 3), name="conv5")(x))
 
 
-class AlexNetDLI(AlexNetDLIBackbone):
-    """The book's AlexNet: BatchNorm after each pool, no zeros around anything, dense layers with tanh.
+class AlexNetDLI(Classifier):
+    """AlexNet as in Krohn's book: a BatchNorm after each pool, no padding, and dense layers with tanh.
 
-    The maps are flattened as they come: parameters belong to one image size, 224 as published, at least 195.
+    The maps are flattened at the size that they have, so the parameters fit one image size: 224 pixels as published,
+    195 or more in general. The other fields are those of `Classifier`.
 
     Attributes:
-        num_classes: Outputs; 0 gives the `hidden_features` that the head sees. The book has the 17 Oxford flowers.
+        num_classes: Number of logits; 0 returns the features of fc7. The book classifies the 17 Oxford flowers.
         hidden_features: Units of the two hidden dense layers, fc6 and fc7.
-        dropout_rate: After each hidden dense layer.
+        dropout_rate: Rate of the dropout after each hidden dense layer.
     """
 
     num_classes: int = 17
     hidden_features: int = 4096
     dropout_rate: float = 0.5
-
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Builds the trunk."""
-        return part_of(self, AlexNetDLIBackbone, name)
+    kernel_init: Initializer | None = nn.initializers.glorot_uniform()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:  # type: ignore[override]
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]` float32."""
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": nn.initializers.glorot_uniform()}
-        x = self.make_backbone()(x, train=train)["stage3"]
-        x = _batch_norm(self, train)(name="bn3")(max_pool(x, 3, 2))
+    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
+        backbone = self.backbone
+        init = self.kernel_init or nn.initializers.glorot_uniform()
+        dense = functools.partial(nn.Dense, kernel_init=init, **backbone.dtypes)
+        norm = backbone.make_norm(train, epsilon=backbone.epsilon, momentum=backbone.momentum)
+        x = norm(name="bn3")(max_pool(self.last_stage(features), 3, 2))
         x = x.reshape((x.shape[0], -1))
         for name in ("fc6", "fc7"):
-            x = jnp.tanh(nn.Dense(self.hidden_features, name=name, **policy)(x))
+            x = jnp.tanh(dense(self.hidden_features, name=name)(x))
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, name="head", **policy)(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _batch_norm(module: AlexNetDLIBackbone, train: bool) -> Callable[..., nn.Module]:
-    return functools.partial(
-        BatchNorm,
-        use_running_average=not train,
-        momentum=module.momentum,
-        epsilon=module.epsilon,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        axis_name=module.axis_name,
-    )
+        return as_float32(dense(self.num_classes, name="head")(x) if self.num_classes else x)
 
 
 def _initializers(torch_init: bool, fan_in: int, bias: float) -> dict[str, Any]:
@@ -263,10 +236,20 @@ _ONE_TOWER = {
     "dropout_first": True,
     "pooled_size": 6,
 }
-register(AlexNet, "alexnet", paper=_PAPER, year=2012, input_size=(227, 227), params=60_965_224, **_IMAGENET)
+register(
+    AlexNet,
+    "alexnet",
+    backbone=AlexNetBackbone,
+    paper=_PAPER,
+    year=2012,
+    input_size=(227, 227),
+    params=60_965_224,
+    **_IMAGENET,
+)
 register(
     AlexNet,
     "alexnet_ungrouped",
+    backbone=AlexNetBackbone,
     defaults={"groups": (1, 1, 1, 1, 1)},
     paper=_PAPER,
     year=2012,
@@ -277,17 +260,18 @@ register(
 register(
     AlexNet,
     "alexnet_tv",
+    backbone=AlexNetBackbone,
     defaults=_ONE_TOWER,
     paper="Krizhevsky 2014, One weird trick for parallelizing convolutional neural networks",
     year=2014,
     input_size=(224, 224),
     params=61_100_840,
-    weights=("torchvision/IMAGENET1K_V1",),
     **_IMAGENET,
 )
 register(
     AlexNetDLI,
     "alexnet_dli",
+    backbone=AlexNetDLIBackbone,
     task="classification",
     paper="Krohn 2019, Deep Learning Illustrated, chapter 10",
     year=2019,

@@ -1,51 +1,232 @@
-"""What a family with a feature hierarchy shares: a backbone that returns its stages, and a head on top of it."""
+"""`Backbone` and `Classifier`, the interface of networks with a feature hierarchy.
+
+Every other file of `flaxvision.models` implements a published network. A network with a feature hierarchy is a
+`Backbone`, which maps images to a dict of stages, and a `Classifier`, which has a backbone and maps its stages to
+logits. `params["backbone"]` of a classifier is the parameters of its backbone.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-Module = TypeVar("Module", bound=nn.Module)
+from flaxvision.layers import BatchNorm, global_avg_pool
+
+Dtype = Any
+Initializer = Callable[..., jax.Array]
 
 
-class Backbone(nn.Module):
-    """A network that maps images `[N, H, W, C]` to a dict of feature maps.
+class Backbone(nn.Module, kw_only=True):
+    """Base class of networks that map images `[N, H, W, C]` to a dict of feature maps, the stages.
 
-    A family subclasses it with its fields and `__call__(x, *, train=False)`; its classifier subclasses that with
-    `num_classes`, makes its trunk with `part_of(self, ...)` and names it `backbone`, so that `params["backbone"]`
-    of the classifier is the parameters of the backbone alone.
+    A family adds its fields, `stage_strides` and `iter_stages`. The fields below are common to all families and are
+    keyword-only.
+
+    Attributes:
+        stages: Names of the stages to return, None for all. Layers after the last of them are neither computed nor
+            given parameters.
+        output_stride: Largest stride of the network (atrous convolution). A stage whose stride would exceed it keeps
+            its resolution, and its convolutions are dilated instead. The parameters stay the same. None leaves the
+            strides as published.
+        freeze_batch_norm: Whether BatchNorm normalizes by its running statistics in training too. Its statistics, scale
+            and bias then receive no update, as in torchvision's `FrozenBatchNorm2d`.
+        dtype: Dtype of the computation, None for that of the inputs and parameters.
+        param_dtype: Dtype of the parameters.
+        axis_name: Mapped axis over which BatchNorm averages its statistics under `pmap`.
+
+    Raises:
+        ValueError: `stages` names an unknown stage or none, or the family does not support the `output_stride`.
     """
+
+    stages: tuple[str, ...] | None = None
+    output_stride: int | None = None
+    freeze_batch_norm: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None
+
+    atrous_from: ClassVar[int | None] = None
+    """Smallest `output_stride` that the family supports, None if it supports no dilation."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        name, known = type(self).__name__, self.stage_strides
+        if self.stages is not None and (not self.stages or not set(self.stages) <= set(known)):
+            raise ValueError(f"stages must be one or more of {', '.join(known)} for {name}; got {self.stages!r}")
+        if self.output_stride is None:
+            return
+        if self.atrous_from is None:
+            raise ValueError(f"output_stride must be None for {name}; got {self.output_stride!r}")
+        supported = sorted({stride for stride in known.values() if stride >= self.atrous_from})
+        if self.output_stride not in supported:
+            raise ValueError(
+                f"output_stride must be None or one of {', '.join(map(str, supported))} for {name};"
+                f" got {self.output_stride!r}"
+            )
+
+    @property
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride, in pixels of the image, of every stage in the order of computation."""
+        raise NotImplementedError(f"{type(self).__name__} must define stage_strides")
+
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the name and the feature map of every stage, in the order of `stage_strides`.
+
+        `__call__` stops the iteration after the last stage that is wanted. Submodules are created inline, as in a
+        compact method.
+
+        Args:
+            x: Images `[N, H, W, C]`.
+            train: Whether BatchNorm uses and updates the statistics of the batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define iter_stages")
 
     @property
     def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each stage's map, finest first, by the output's keys (which jit sorts)."""
-        raise TypeError(f"{type(self).__name__} does not say the strides of its stages")
+        """Stride, in pixels of the image, of every stage that a call returns; finest first.
+
+        The order matters: jit sorts the keys of a dict.
+        """
+        limit = self.output_stride
+        return {
+            name: stride if limit is None else min(stride, limit)
+            for name, stride in self.stage_strides.items()
+            if self.stages is None or name in self.stages
+        }
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        """The fields `dtype` and `param_dtype`, as keyword arguments of a layer."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    @nn.nowrap
+    def make_norm(self, train: bool, *, epsilon: float, momentum: float) -> Callable[..., BatchNorm]:
+        """Returns a constructor of `BatchNorm` that applies the fields of this backbone.
+
+        Args:
+            train: Whether to normalize by the statistics of the batch, unless `freeze_batch_norm` is set.
+            epsilon: Added to the variance.
+            momentum: Decay of the running statistics.
+        """
+        return functools.partial(
+            BatchNorm,
+            use_running_average=not train,
+            frozen=self.freeze_batch_norm,
+            momentum=momentum,
+            epsilon=epsilon,
+            axis_name=self.axis_name,
+            **self.dtypes,
+        )
+
+    @nn.nowrap
+    def atrous_fields(self, reached: int, strides: int) -> dict[str, Any]:
+        """Returns the fields `strides`, `dilation` and `atrous` of a unit, as `output_stride` requires.
+
+        As in torchvision and TF-slim, the unit that loses its stride still has the dilation of its predecessors, and
+        those that follow have that dilation times the stride.
+
+        Args:
+            reached: Published stride of the input of the unit.
+            strides: Published strides of the unit.
+        """
+        limit = self.output_stride
+        dilation = 1 if limit is None else max(1, reached // limit)
+        return {"strides": strides, "dilation": dilation, "atrous": limit is not None and reached * strides > limit}
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
+        """Maps images `[N, H, W, C]` to a dict of feature maps `[N, H', W', C']`, one for each entry of `strides`.
+
+        Args:
+            images: Images `[N, H, W, C]`.
+            train: Whether BatchNorm uses and updates the statistics of the batch.
+
+        Raises:
+            ValueError: `images` is not of rank 4, or the images are too small for the network.
+        """
+        check_images(images)
+        wanted = list(self.strides)
+        features = {}
+        for name, x in self.iter_stages(images, train):
+            if name in wanted:
+                features[name] = x
+            if name == wanted[-1]:
+                break
+        return features
 
 
-def check_images(x: jax.Array) -> None:
-    """Refuses what is no batch of images: Linen's convolutions would take a single image for one.
+class Classifier(nn.Module):
+    """A backbone and a head: global average pool, dropout, linear layer.
+
+    `__call__` is `head` of `features`. Both halves can be called on their own:
+    `model.apply(variables, images, method="features")` and `model.apply(variables, features, method="head")`. A family
+    with another head overrides `head`. The head takes its dtypes from the backbone.
+
+    Attributes:
+        backbone: Maps images to a dict of stages.
+        num_classes: Number of logits; 0 returns the pooled features of the last stage instead.
+        dropout_rate: Rate of the dropout before the linear layer.
+        kernel_init: Initializer of the kernel of the linear layer, None for the default of the family.
+    """
+
+    backbone: Backbone
+    num_classes: int = 1000
+    dropout_rate: float = 0.0
+    kernel_init: Initializer | None = None
+
+    def features(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
+        """Maps images `[N, H, W, C]` to the stages of the backbone."""
+        return self.backbone(images, train=train)
+
+    @nn.compact
+    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """Maps the stages of the backbone to logits `[N, num_classes]`, float32 or wider."""
+        return self.linear(global_avg_pool(self.last_stage(features)), train=train)
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images `[N, H, W, C]` to logits `[N, num_classes]`, float32 or wider."""
+        return self.head(self.features(images, train=train), train=train)
+
+    @nn.nowrap
+    def last_stage(self, features: dict[str, jax.Array]) -> jax.Array:
+        """Returns the coarsest of the stages that the backbone was asked for."""
+        return features[list(self.backbone.strides)[-1]]
+
+    @nn.nowrap
+    def linear(self, x: jax.Array, *, train: bool, kernel_init: Initializer | None = None) -> jax.Array:
+        """Applies dropout and the linear layer `head` within the compact method that calls it.
+
+        Args:
+            x: Pooled features `[N, C]`.
+            train: Whether to drop features.
+            kernel_init: Default of the field `kernel_init`; None for `lecun_normal`.
+
+        Returns:
+            Logits `[N, num_classes]`, or `x` if `num_classes` is 0; float32 or wider.
+        """
+        if self.num_classes:
+            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+            init = self.kernel_init or kernel_init or nn.initializers.lecun_normal()
+            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **self.backbone.dtypes)(x)
+        return as_float32(x)
+
+
+def as_float32(x: jax.Array) -> jax.Array:
+    """Casts half precision to float32; wider types stay."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def check_images(images: jax.Array) -> None:
+    """Checks the rank of a batch of images. Linen's convolutions would accept a single image.
 
     Raises:
-        ValueError: `x` is not `[N, H, W, C]`.
+        ValueError: `images` is not of rank 4.
     """
-    if x.ndim != 4:
-        raise ValueError(f"x must be images [N, H, W, C], one image as x[None]; got the shape {x.shape}")
-
-
-def part_of(module: nn.Module, part: type[Module], name: str | None = "backbone", **fields) -> Module:
-    """Builds a `part` from the fields that it has in common with `module`.
-
-    Args:
-        module: The classifier.
-        part: The class of its backbone.
-        name: The submodule's name; None outside of a module.
-        **fields: Values for fields that shall differ.
-
-    Returns:
-        The part, bound to the module whose compact method calls this, if any.
-    """
-    shared = [f.name for f in dataclasses.fields(part) if f.init and f.name not in ("parent", "name")]
-    return part(**{k: getattr(module, k) for k in shared} | fields, name=name)
+    if images.ndim != 4:
+        raise ValueError(f"images must have the shape [N, H, W, C], one image images[None]; got {images.shape}")

@@ -1,22 +1,23 @@
-"""Inception with BatchNorm, and with squeeze-and-excitation.
+"""Inception with BatchNorm, and the same network with squeeze-and-excitation.
 
 S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-2015, figure 5: two 3x3 for each 5x5, modules 3c and 4e of stride 2, average pools but in the last module, no dropout.
+2015, figure 5: two 3x3 convolutions for each 5x5, modules 3c and 4e of stride 2, average pools in all modules but the
+last, no dropout.
 
-`bn_inception` is the network as its published weights have it (pretrained-models, pytorchcv): its convolutions keep
-biases, which BatchNorm makes superfluous: in training they get no gradient beyond rounding. `use_bias=False` drops
-them. `se_bn_inception` follows the SENet authors' prototxt "SE-BN-Inception" (Hu, Shen and Sun 2018): no biases, a
-squeeze-and-excitation block of reduction 16 after every module, those of stride 2 included. Both have Caffe's BatchNorm
-epsilon of 1e-5.
+`bn_inception` is the network of the published weights (pretrained-models, pytorchcv). Its convolutions have biases,
+which BatchNorm makes superfluous: in training their gradient is zero up to rounding. `use_bias=False` removes them.
+`se_bn_inception` follows the SENet authors' prototxt "SE-BN-Inception" (Hu, Shen and Sun 2018): no biases, and a
+squeeze-and-excitation block of reduction 16 after every module, including those of stride 2. Both use an epsilon of
+1e-5 in BatchNorm, as in Caffe.
 
-Deviations: the figure's first 7x7 convolution, of depth multiplier 8 on the three channels, is a plain one, as in all
-published weights; the last pool is global. Where a strided module meets an odd extent its pool pads as its
-convolutions do; Caffe's rule would give maps of different sizes there, and the two agree wherever Caffe's works.
+Deviations: the first 7x7 convolution is an ordinary one, as in all published weights, whereas the figure gives it a
+depth multiplier of 8. The last pool is global. Where a module of stride 2 receives an odd extent, its pool pads as its
+convolutions do. Caffe's rule would give branches of different sizes there; elsewhere the two rules agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,12 +25,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, avg_pool, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, check_images, part_of
-from flaxvision.models.googlenet import conv_chain, max_pool_ceil
+from flaxvision.layers import Conv, ConvNorm, SqueezeExcite, avg_pool, conv_chain, max_pool
+from flaxvision.models.backbone import Backbone, Classifier
 from flaxvision.registry import register
 
-Dtype = Any
 Unit = Callable[..., Any]
 
 # Figure 5: 1x1, 3x3 reduce, 3x3, double 3x3 reduce, double 3x3, pool projection; zeros in the modules of stride 2.
@@ -45,18 +44,18 @@ MODULES = {
     "inception5a": (352, 192, 320, 160, 224, 128),
     "inception5b": (352, 192, 320, 192, 224, 128),
 }
-_ENDS = {"inception3b": "stage2", "inception4d": "stage3", "inception5b": "stage4"}
+_STAGES = {"inception3b": "stage2", "inception4d": "stage3", "inception5b": "stage4"}
 
 
 class BNInceptionModule(nn.Module):
-    """The module of figure 5: 1x1, 3x3, double 3x3 and pooled branches side by side.
+    """Module of figure 5: 1x1, 3x3, double 3x3 and pooled branches in parallel.
 
-    Without a 1x1 branch (its width 0) it is the module of stride 2: 3x3, double 3x3 and a max-pool as it is.
+    Without a 1x1 branch (width 0) it is the module of stride 2: 3x3, double 3x3 and a max-pool without projection.
 
     Attributes:
-        features: 1x1, 3x3 reduce, 3x3, double 3x3 reduce, double 3x3, pool projection.
-        unit: Makes a convolution and what follows it: `partial(ConvNorm, conv=..., norm=...)`.
-        pool: `"avg"` or `"max"`, for the module of stride 1.
+        features: Widths: 1x1, 3x3 reduce, 3x3, double 3x3 reduce, double 3x3, pool projection.
+        unit: Makes a convolution with its activation, for example `partial(ConvNorm, conv=..., norm=...)`.
+        pool: Pool of the module of stride 1, `"avg"` or `"max"`.
     """
 
     features: tuple[int, int, int, int, int, int]
@@ -68,7 +67,7 @@ class BNInceptionModule(nn.Module):
         """Maps `[N, H, W, C]` to `[N, H, W, F]`, or to `[N, ceil(H / 2), ceil(W / 2), F]` at stride 2.
 
         Raises:
-            ValueError: Another `pool`.
+            ValueError: `pool` has another value.
         """
         if self.pool not in ("avg", "max"):
             raise ValueError(f"pool must be 'avg' or 'max'; got {self.pool!r}")
@@ -85,80 +84,54 @@ class BNInceptionModule(nn.Module):
 
 
 class BNInceptionBackbone(Backbone):
-    """Inception with BatchNorm without its head: `stem` (64 maps), `stage1` (192), `stage2` (320), ... `stage4` (1024).
+    """Inception with BatchNorm, without its head.
+
+    The stages are `stem` (64 channels), `stage1` (192), `stage2` (320), `stage3` (608) and `stage4` (1024). The other
+    fields are those of `Backbone`.
 
     Attributes:
         use_bias: Whether the convolutions have biases.
-        se_reduction: Channels per hidden unit of a squeeze-and-excitation block after every module; None for no blocks.
-        epsilon: Of BatchNorm.
-        momentum: Of BatchNorm's running statistics.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-        axis_name: Axis over which BatchNorm averages, under `pmap`.
+        se_reduction: Reduction of a squeeze-and-excitation block after every module, None for no blocks.
+        epsilon: Epsilon of BatchNorm.
+        momentum: Decay of BatchNorm's running statistics.
     """
 
     use_bias: bool = True
     se_reduction: int | None = None
     epsilon: float = 1e-5
     momentum: float = 0.9
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each map."""
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
         return {"stem": 2, "stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False):
-        """Maps images `[N, H, W, C]` to a dict of feature maps, finest first."""
-        check_images(x)
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(Conv, use_bias=self.use_bias, kernel_init=nn.initializers.he_uniform(), **policy)
-        norm = partial(
-            BatchNorm,
-            use_running_average=not train,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            axis_name=self.axis_name,
-            **policy,
-        )
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the output of the last layer at each stride."""
+        conv = partial(Conv, use_bias=self.use_bias, kernel_init=nn.initializers.he_uniform(), **self.dtypes)
+        norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
         unit = partial(ConvNorm, conv=conv, norm=norm)
-        maps = {}
-        x = maps["stem"] = conv_chain(unit, x, "conv1", (64, 7, 2))
-        x = maps["stage1"] = conv_chain(unit, max_pool_ceil(x, 3), "conv2", (64, 1), (192, 3))
-        x = max_pool_ceil(x, 3)
+        pool = partial(max_pool, window_shape=3, strides=2, ceil_mode=True)
+
+        x = conv_chain(unit, x, "conv1", (64, 7, 2))
+        yield "stem", x
+        x = conv_chain(unit, pool(x), "conv2", (64, 1), (192, 3))
+        yield "stage1", x
+        x = pool(x)
         for name, features in MODULES.items():
             x = BNInceptionModule(features, unit, "max" if name == "inception5b" else "avg", name=name)(x)
             if self.se_reduction:
-                x = SqueezeExcite(self.se_reduction, name=f"{name}_se", **policy)(x)
-            if name in _ENDS:
-                maps[_ENDS[name]] = x
-        return maps
+                x = SqueezeExcite(self.se_reduction, name=f"{name}_se", **self.dtypes)(x)
+            if name in _STAGES:
+                yield _STAGES[name], x
 
 
-class BNInception(BNInceptionBackbone):
-    """The classifier: `BNInceptionBackbone`, global average pool, dense.
+class BNInception(Classifier):
+    """Inception with BatchNorm: global average pool and linear layer on a `BNInceptionBackbone`.
 
-    Attributes:
-        num_classes: Outputs; 0 gives the 1024 pooled features.
+    The fields are those of `Classifier`.
     """
-
-    num_classes: int = 1000
-
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Builds the trunk."""
-        return part_of(self, BNInceptionBackbone, name)
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]`, float32 at least."""
-        x = global_avg_pool(self.make_backbone()(x, train=train)["stage4"])
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, name="head")(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 _IMAGENET = {
@@ -171,6 +144,7 @@ _IMAGENET = {
 register(
     BNInception,
     "bn_inception",
+    backbone=BNInceptionBackbone,
     paper="Ioffe and Szegedy 2015, Batch Normalization",
     year=2015,
     params=11_295_240,
@@ -179,6 +153,7 @@ register(
 register(
     BNInception,
     "se_bn_inception",
+    backbone=BNInceptionBackbone,
     defaults={"use_bias": False, "se_reduction": 16},
     paper="Hu, Shen and Sun 2018, Squeeze-and-Excitation Networks",
     year=2018,

@@ -1,21 +1,22 @@
-"""GoogLeNet, as printed and as torchvision has it.
+"""GoogLeNet, as published and as defined by torchvision.
 
 C. Szegedy et al., "Going Deeper with Convolutions", 2014, table 1 and figure 3. `googlenet` follows the paper: biases,
-5x5 branches, two local response normalizations, "SAME" padding (figure 3 marks it S), pools of 3x3, two auxiliary
-classifiers behind 4a and 4d. What the paper does not print is taken from its Caffe replication (BVLC GoogleNet): the
-normalizations' figures (Caffe's alpha of 1e-4 is divided by the size, 5), Caffe's "xavier" and biases of 0.2.
+5x5 branches, two local response normalizations, "SAME" padding (the S in figure 3), 3x3 pools, and two auxiliary
+classifiers on the outputs of 4a and 4d. Details that the paper omits are those of its Caffe replication (BVLC
+GoogleNet): the constants of the normalizations (Caffe divides alpha, 1e-4, by the size, 5), the "xavier" initialization
+and biases of 0.2.
 
-`googlenet_bn` is torchvision's `googlenet`, another network under the same name: BatchNorm in place of biases and
-response normalization, 3x3 where the paper has 5x5, symmetric padding, pools that round up, the last one 2x2, auxiliary
-classifiers that pool to 4x4 whatever the input, dropout 0.2.
+`googlenet_bn` is torchvision's `googlenet`, a different network of the same name: BatchNorm instead of biases and
+response normalization, 3x3 instead of 5x5 branches, symmetric padding, pools that round up, a last pool of 2x2,
+auxiliary classifiers that pool to 4x4 at every input size, and a dropout rate of 0.2.
 
-Deviation: the last pool is global, so that any size of image will do; at 224 pixels it is the paper's 7x7. The paper's
-auxiliary classifiers flatten their maps, so their size is fixed by the image that `init` sees.
+Deviation: the last pool is global, so that images of any size are accepted; at 224 pixels it is the paper's 7x7 pool.
+The paper's auxiliary classifiers flatten their maps, so their parameters fit the image size seen at `init`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,19 +25,18 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import (
-    BatchNorm,
     Conv,
     ConvNorm,
     adaptive_avg_pool,
     avg_pool,
+    conv_chain,
     global_avg_pool,
     local_response_norm,
     max_pool,
 )
-from flaxvision.models.backbone import Backbone, check_images, part_of
+from flaxvision.models.backbone import Backbone, Classifier, Dtype, Initializer, as_float32
 from flaxvision.registry import register
 
-Dtype = Any
 Unit = Callable[..., Any]
 
 # Table 1: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
@@ -51,50 +51,17 @@ MODULES = {
     "inception5a": (256, 160, 320, 32, 128, 128),
     "inception5b": (384, 192, 384, 48, 128, 128),
 }
-_ENDS = {"inception3b": "stage2", "inception4e": "stage3", "inception5b": "stage4"}
-_AUX = {"1": "inception4a", "2": "inception4d"}
-
-
-def conv_chain(unit: Unit, x: jax.Array, name: str, *layers: tuple) -> jax.Array:
-    """Applies convolutions one after the other, within the compact method that calls this.
-
-    Args:
-        unit: Makes one, such as `partial(ConvNorm, conv=..., norm=...)`.
-        x: `[N, H, W, C]`.
-        name: The submodules are `name_1`, `name_2`, ...; a single one is `name`.
-        *layers: `(features, kernel_size, strides, padding)` each, the last two optional: 1 and half the kernel on
-            every side. A kernel size may be a number.
-
-    Returns:
-        `[N, H', W', features]` of the last.
-    """
-    for i, (features, size, *rest) in enumerate(layers, start=1):
-        window = (size, size) if isinstance(size, int) else size
-        strides, padding = (*rest, *(1, [(k // 2, k // 2) for k in window])[len(rest) :])
-        x = unit(features, window, strides, padding, name=f"{name}_{i}" if len(layers) > 1 else name)(x)
-    return x
-
-
-def max_pool_ceil(x: jax.Array, window: int) -> jax.Array:
-    """Max-pool at stride 2 whose last window may hang over, Caffe's rule and torch's `ceil_mode`.
-
-    Args:
-        x: `[N, H, W, C]`.
-        window: 2 or 3; `x` may be one smaller.
-
-    Returns:
-        `[N, ceil((H - window) / 2) + 1, ..., C]`.
-    """
-    return max_pool(x, window, 2, [(0, (window - n) % 2) for n in x.shape[1:3]])
+_STAGES = {"inception3b": "stage2", "inception4e": "stage3", "inception5b": "stage4"}
+_AUX = {"1": "inception4a", "2": "inception4d"}  # the auxiliary classifiers and their inputs
 
 
 class InceptionModule(nn.Module):
-    """The inception module with dimension reductions (figure 2b): 1x1, 3x3, 5x5 and pooled branches side by side.
+    """Inception module with dimension reductions (figure 2b): 1x1, 3x3, 5x5 and pooled branches in parallel.
 
     Attributes:
         features: Widths as in table 1: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
-        unit: Makes a convolution and what follows it: `partial(ConvNorm, conv=..., norm=...)`.
-        wide_kernel: Size of the "5x5" branch's kernel; 3 in torchvision.
+        unit: Makes a convolution with its activation, for example `partial(ConvNorm, conv=..., norm=...)`.
+        wide_kernel: Kernel size of the "5x5" branch; 3 in torchvision.
     """
 
     features: tuple[int, int, int, int, int, int]
@@ -103,7 +70,7 @@ class InceptionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[N, H, W, C]` to `[N, H, W, F]`, F the sum of the four branches."""
+        """Maps `[N, H, W, C]` to `[N, H, W, F]`, F the sum of the four branches' widths."""
         f1, r3, f3, r5, f5, fp = self.features
         branches = [
             conv_chain(self.unit, x, "branch1x1", (f1, 1)),
@@ -115,17 +82,17 @@ class InceptionModule(nn.Module):
 
 
 class GoogLeNetAux(nn.Module):
-    """The auxiliary classifier (section 5): average pool, 1x1 convolution, dense 1024, dropout, dense.
+    """Auxiliary classifier (section 5): average pool, 1x1 convolution, dense layer of 1024, dropout, dense layer.
 
     Attributes:
-        num_classes: Outputs.
-        unit: Makes the convolution.
-        adaptive: Pool to 4x4 as torchvision does, not by 5x5 at stride 3 as the paper.
-        dropout_rate: After the hidden dense layer.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-        kernel_init: Initializer of the dense layers.
-        bias_init: Initializer of the hidden layer's bias.
+        num_classes: Number of logits.
+        unit: Makes the convolution with its activation.
+        adaptive: Whether to pool to 4x4, as torchvision does, or by 5x5 windows of stride 3, as in the paper.
+        dropout_rate: Rate of the dropout after the hidden dense layer.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
+        kernel_init: Initializer of the kernels of the dense layers.
+        bias_init: Initializer of the bias of the hidden dense layer.
     """
 
     num_classes: int
@@ -134,157 +101,146 @@ class GoogLeNetAux(nn.Module):
     dropout_rate: float = 0.7
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
-    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_uniform()
-    bias_init: Callable[..., jax.Array] = nn.initializers.constant(0.2)
+    kernel_init: Initializer = nn.initializers.lecun_uniform()
+    bias_init: Initializer = nn.initializers.constant(0.2)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps `[N, H, W, C]` to logits `[N, num_classes]`, float32 at least.
+        """Maps `[N, H, W, C]` to logits `[N, num_classes]`, float32 or wider.
 
         Raises:
             ValueError: The maps are smaller than the paper's 5x5 window.
         """
         if not self.adaptive and min(x.shape[1:3]) < 5:
-            raise ValueError(f"the auxiliary classifiers want maps of at least 5x5 (images of 65x65); got {x.shape}")
+            raise ValueError(
+                "maps of the auxiliary classifiers must be at least 5x5, which images of 65x65 pixels give;"
+                f" got {x.shape}"
+            )
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
         x = adaptive_avg_pool(x, 4) if self.adaptive else avg_pool(x, 5, 3)
         x = conv_chain(self.unit, x, "conv", (128, 1))
         x = nn.relu(dense(1024, bias_init=self.bias_init, name="dense")(x.reshape((x.shape[0], -1))))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        x = dense(self.num_classes, name="head")(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return as_float32(dense(self.num_classes, name="head")(x))
 
 
 class GoogLeNetBackbone(Backbone):
-    """GoogLeNet without its head: `stem` (64 maps) after the first convolution, `stage1` (192), ... `stage4` (1024).
+    """GoogLeNet without its head.
+
+    The stages are `stem` (64 channels), the output of the first convolution; `stage1` (192), the last maps at stride 4;
+    `stage2` (480), `stage3` (832) and `stage4` (1024); and `inception4a` (512) and `inception4d` (528), the inputs of
+    the auxiliary classifiers. The other fields are those of `Backbone`.
 
     Attributes:
-        batch_norm: torchvision's layers: BatchNorm for biases and response normalization, symmetric padding, pools that
-            round up, the last one 2x2.
-        wide_kernel: Size of the "5x5" branches' kernels: 5 in the paper, 3 in torchvision.
-        epsilon: Of BatchNorm.
-        momentum: Of BatchNorm's running statistics.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-        axis_name: Axis over which BatchNorm averages, under `pmap`.
-        taps: Inner modules whose outputs are wanted as well, such as `"inception4a"`.
+        batch_norm: Whether to use torchvision's layers: BatchNorm instead of biases and response normalization,
+            symmetric padding, and pools that round up, the last of them 2x2.
+        wide_kernel: Kernel size of the "5x5" branches: 5 in the paper, 3 in torchvision.
+        epsilon: Epsilon of BatchNorm.
+        momentum: Decay of BatchNorm's running statistics.
     """
 
     batch_norm: bool = False
     wide_kernel: int = 5
     epsilon: float = 1e-3
     momentum: float = 0.9
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
-    taps: tuple[str, ...] = ()
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each map."""
-        strides = {"stem": 2, "stage1": 4}
-        for name in MODULES:
-            stride = 2 ** int(name[-2])
-            strides |= {name: stride} if name in self.taps else {}
-            strides |= {_ENDS[name]: stride} if name in _ENDS else {}
-        return strides
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
+        modules = {"stage2": 8, "inception4a": 16, "inception4d": 16, "stage3": 16, "stage4": 32}
+        return {"stem": 2, "stage1": 4, **modules}
+
+    @property
+    def kernel_init(self) -> Initializer:
+        """Initializer of the kernels of the dense layers, and of the convolutions too."""
+        return nn.initializers.normal(0.01) if self.batch_norm else nn.initializers.lecun_uniform()
+
+    @property
+    def bias_init(self) -> Initializer:
+        """Initializer of the biases of the convolutions and of the auxiliary classifiers' hidden layers."""
+        return nn.initializers.zeros if self.batch_norm else nn.initializers.constant(0.2)
 
     @nn.nowrap
-    def unit(self, train: bool) -> Unit:
-        """Makes convolutions by this network's policy."""
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        if not self.batch_norm:
-            init = {"kernel_init": nn.initializers.lecun_uniform(), "bias_init": nn.initializers.constant(0.2)}
-            no_norm: Any = lambda name: lambda x: x
-            return partial(ConvNorm, conv=partial(Conv, **init, **policy), norm=no_norm)
-        conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.normal(0.01), **policy)
-        norm = partial(
-            BatchNorm,
-            use_running_average=not train,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            axis_name=self.axis_name,
-            **policy,
-        )
-        return partial(ConvNorm, conv=conv, norm=norm)
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False):
-        """Maps images `[N, H, W, C]` to a dict of feature maps, finest first.
-
-        Raises:
-            ValueError: `taps` names what is no module of table 1.
-        """
-        check_images(x)
-        if unknown := set(self.taps) - set(MODULES):
-            raise ValueError(f"taps must be among {', '.join(MODULES)}; got {', '.join(sorted(unknown))}")
-        unit = self.unit(train)
-        lrn = partial(local_response_norm, size=5, alpha=1e-4 / 5, beta=0.75, k=1.0)
-        maps = {}
+    def make_unit(self, train: bool) -> Unit:
+        """Returns a constructor of convolutions with their normalization and activation."""
+        conv = partial(Conv, kernel_init=self.kernel_init, **self.dtypes)
         if self.batch_norm:
-            pools = {"conv2": 3, "inception3a": 3, "inception4a": 3, "inception5a": 2}
-            x = maps["stem"] = conv_chain(unit, x, "conv1", (64, 7, 2))
-            x = max_pool_ceil(x, pools["conv2"])
-            x = maps["stage1"] = conv_chain(unit, x, "conv2", (64, 1), (192, 3))
+            norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
+            return partial(ConvNorm, conv=partial(conv, use_bias=False), norm=norm)
+        no_norm: Any = lambda name: lambda x: x
+        return partial(ConvNorm, conv=partial(conv, bias_init=self.bias_init), norm=no_norm)
+
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the stages and the inputs of the auxiliary classifiers."""
+        unit = self.make_unit(train)
+        if self.batch_norm:
+            padding, lrn = [(3, 3), (3, 3)], lambda x: x
+            pool = partial(max_pool, strides=2, ceil_mode=True)
         else:
-            x = maps["stem"] = conv_chain(unit, x, "conv1", (64, 7, 2, "SAME"))
-            x = lrn(max_pool(x, 3, 2, "SAME"))
-            x = maps["stage1"] = lrn(conv_chain(unit, x, "conv2", (64, 1), (192, 3)))
-            pools = {}
+            padding, lrn = "SAME", partial(local_response_norm, size=5, alpha=1e-4 / 5, beta=0.75, k=1.0)
+            pool = partial(max_pool, strides=2, padding="SAME")
+
+        x = conv_chain(unit, x, "conv1", (64, 7, 2, padding))
+        yield "stem", x
+        x = lrn(conv_chain(unit, lrn(pool(x, 3)), "conv2", (64, 1), (192, 3)))
+        yield "stage1", x
         for name, features in MODULES.items():
             if name.endswith("a"):
-                x = max_pool_ceil(x, pools[name]) if self.batch_norm else max_pool(x, 3, 2, "SAME")
-            x = maps[name] = InceptionModule(features, unit, self.wide_kernel, name=name)(x)
-            if name in _ENDS:
-                maps[_ENDS[name]] = x
-        return {name: maps[name] for name in self.strides}
+                x = pool(x, 2 if self.batch_norm and name == "inception5a" else 3)
+            x = InceptionModule(features, unit, self.wide_kernel, name=name)(x)
+            if name in _AUX.values():
+                yield name, x
+            if name in _STAGES:
+                yield _STAGES[name], x
 
 
-class GoogLeNet(GoogLeNetBackbone):
-    """The classifier: `GoogLeNetBackbone`, global average pool, dropout, dense.
+class GoogLeNet(Classifier):
+    """GoogLeNet: global average pool, dropout and linear layer on a `GoogLeNetBackbone`.
+
+    The other fields are those of `Classifier`.
 
     Attributes:
-        num_classes: Outputs; 0 gives the 1024 pooled features.
-        dropout_rate: Before the head: 0.4 in the paper, 0.2 in torchvision.
-        aux_heads: Whether to train two auxiliary classifiers, which sow their logits into `aux_logits` as `aux1`
-            (behind 4a) and `aux2` (behind 4d).
-        aux_dropout_rate: In the auxiliary classifiers.
+        dropout_rate: Rate of the dropout before the linear layer: 0.4 in the paper, 0.2 in torchvision.
+        aux_heads: Whether there are two auxiliary classifiers. They run in training only and sow their logits into the
+            collection `aux_logits` as `aux1` (from the output of 4a) and `aux2` (4d).
+        aux_dropout_rate: Rate of the dropout in the auxiliary classifiers.
     """
 
-    num_classes: int = 1000
     dropout_rate: float = 0.4
     aux_heads: bool = False
     aux_dropout_rate: float = 0.7
 
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone", **fields) -> nn.Module:
-        """Builds the trunk; `fields` are those that shall differ from this module's."""
-        return part_of(self, GoogLeNetBackbone, name, **fields)
-
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]`, float32 at least.
+    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """Maps the stages of the backbone to logits `[N, num_classes]`, float32 or wider.
 
         Raises:
-            ValueError: The image is too small for the paper's auxiliary classifiers.
+            ValueError: The image is too small for the paper's auxiliary classifiers, or the backbone does not return
+                their inputs.
         """
-        aux = self.aux_heads and self.num_classes and (train or self.is_initializing())
-        maps = self.make_backbone(taps=tuple(_AUX.values()) if aux else ())(x, train=train)
-        normal = nn.initializers.normal(0.01)
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        policy["kernel_init"] = normal if self.batch_norm else nn.initializers.lecun_uniform()
-        for number, tap in _AUX.items() if aux else ():
-            bias = nn.initializers.zeros if self.batch_norm else nn.initializers.constant(0.2)
-            fields = {"adaptive": self.batch_norm, "dropout_rate": self.aux_dropout_rate, "bias_init": bias, **policy}
-            head = GoogLeNetAux(self.num_classes, self.unit(train), name=f"aux_head{number}", **fields)
-            logits = head(maps[tap], train=train)
-            if not self.is_initializing():  # else they would stand among the variables, and the next be added to them
-                self.sow("aux_logits", f"aux{number}", logits)
-        x = global_avg_pool(maps["stage4"])
-        if self.num_classes:
-            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-            x = nn.Dense(self.num_classes, name="head", **policy)(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        backbone = self.backbone
+        init = self.kernel_init or backbone.kernel_init
+        if self.aux_heads and self.num_classes and (train or self.is_initializing()):
+            if not set(_AUX.values()) <= set(features):
+                raise ValueError(
+                    f"stages must include {' and '.join(_AUX.values())} if aux_heads is set; got {', '.join(features)}"
+                )
+            aux = partial(
+                GoogLeNetAux,
+                self.num_classes,
+                backbone.make_unit(train),
+                adaptive=backbone.batch_norm,
+                dropout_rate=self.aux_dropout_rate,
+                kernel_init=init,
+                bias_init=backbone.bias_init,
+                **backbone.dtypes,
+            )
+            for number, tap in _AUX.items():
+                logits = aux(name=f"aux_head{number}")(features[tap], train=train)
+                if not self.is_initializing():  # at init, the logits would become part of the variables
+                    self.sow("aux_logits", f"aux{number}", logits)
+        return self.linear(global_avg_pool(self.last_stage(features)), train=train, kernel_init=init)
 
 
 _PAPER = {
@@ -294,15 +250,23 @@ _PAPER = {
     "input_size": (224, 224),
     "channels": 3,
 }
-register(GoogLeNet, "googlenet", params=6_998_552, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), **_PAPER)
-# torchvision's weights want the image in [-1, 1]: its `transform_input` turns the usual normalization into that one.
+register(
+    GoogLeNet,
+    "googlenet",
+    backbone=GoogLeNetBackbone,
+    params=6_998_552,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    **_PAPER,
+)
+# torchvision's weights expect images in [-1, 1]: `transform_input` converts the usual normalization to that range.
 register(
     GoogLeNet,
     "googlenet_bn",
+    backbone=GoogLeNetBackbone,
     defaults={"batch_norm": True, "wide_kernel": 3, "dropout_rate": 0.2},
     params=6_624_904,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
-    weights=("torchvision/IMAGENET1K_V1",),
     **_PAPER,
 )

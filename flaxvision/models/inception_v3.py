@@ -1,21 +1,21 @@
 """Inception-v3.
 
 C. Szegedy, V. Vanhoucke, S. Ioffe, J. Shlens and Z. Wojna, "Rethinking the Inception Architecture for Computer Vision",
-2016, table 1 and figures 5, 6, 7 and 10. Modules are called as in the authors' release: 5b to 5d at 35x35, 6a to 6e at
+2016, table 1 and figures 5, 6, 7 and 10. Modules are named as in the authors' release: 5b to 5d at 35x35, 6a to 6e at
 17x17, 7a to 7c at 8x8.
 
-Deviations from the paper, all of them the authors' own release, which torchvision, timm and Keras follow: in the stem
-80 maps by a 1x1 convolution and a max-pool where table 1 has a strided convolution, the modules at 35x35 keep one 5x5
-branch where figure 5 has two 3x3, and the auxiliary classifier ends in a 5x5 convolution.
+Deviations from the paper. They are those of the authors' own release, which torchvision, timm and Keras follow: the
+stem has a 1x1 convolution of 80 channels and a max-pool where table 1 has a strided convolution, the modules at 35x35
+keep one 5x5 branch where figure 5 has two 3x3 convolutions, and the auxiliary classifier ends in a 5x5 convolution.
 
-The 3x3 average pools of torchvision and timm count their padding, Keras' (and the authors') do not:
+The 3x3 average pools of torchvision and timm count their padding; those of Keras and of the authors do not. See
 `count_include_pad`. `se_inception_v3` has a squeeze-and-excitation block (Hu, Shen and Sun 2018, section 3.3) after
-every module, reductions included; it has no published original.
+every module, including the reductions; no trained original was published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,26 +23,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, avg_pool, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, check_images, part_of
-from flaxvision.models.googlenet import conv_chain
+from flaxvision.layers import Conv, ConvNorm, SqueezeExcite, avg_pool, conv_chain, global_avg_pool, max_pool
+from flaxvision.models.backbone import Backbone, Classifier, Dtype, Initializer, as_float32
 from flaxvision.registry import register
 
-Dtype = Any
 Unit = Callable[..., Any]
 
 
 def avg_pool_3x3(x: jax.Array, count_include_pad: bool) -> jax.Array:
-    """The Inceptions' average pool, 3x3 at stride 1: `[N, H, W, C]` to the same shape."""
+    """Average pool of the Inception networks, 3x3 at stride 1: `[N, H, W, C]` to the same shape."""
     return avg_pool(x, 3, 1, "SAME", count_include_pad=count_include_pad)
 
 
 class InceptionV3A(nn.Module):
-    """The module at 35x35 (figure 5, but with one 5x5): 1x1, 5x5, double 3x3, average pool.
+    """Module at 35x35 (figure 5, but with one 5x5): 1x1, 5x5, double 3x3, average pool.
 
     Attributes:
         pool_features: Width of the pooled branch.
-        unit: Makes a convolution and what follows it: `partial(ConvNorm, conv=..., norm=...)`.
+        unit: Makes a convolution with its activation, for example `partial(ConvNorm, conv=..., norm=...)`.
         count_include_pad: Whether the pool counts its padding.
         features: Width of the 1x1 branch; 96 in Inception-ResNet-v2.
     """
@@ -65,10 +63,10 @@ class InceptionV3A(nn.Module):
 
 
 class InceptionV3B(nn.Module):
-    """The reduction from 35x35 to 17x17 (figure 10): 3x3, double 3x3, max-pool.
+    """Reduction from 35x35 to 17x17 (figure 10): 3x3, double 3x3, max-pool.
 
     Attributes:
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
     """
 
     unit: Unit
@@ -85,11 +83,11 @@ class InceptionV3B(nn.Module):
 
 
 class InceptionV3C(nn.Module):
-    """The module at 17x17 (figure 6): 7x7 convolutions in their factors 1x7 and 7x1.
+    """Module at 17x17 (figure 6): 7x7 convolutions factored into 1x7 and 7x1.
 
     Attributes:
         features: Width of the inner convolutions.
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
         count_include_pad: Whether the pool counts its padding.
     """
 
@@ -112,10 +110,10 @@ class InceptionV3C(nn.Module):
 
 
 class InceptionV3D(nn.Module):
-    """The reduction from 17x17 to 8x8: 3x3, 7x7 then 3x3, max-pool.
+    """Reduction from 17x17 to 8x8: 3x3, 7x7 then 3x3, max-pool.
 
     Attributes:
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
     """
 
     unit: Unit
@@ -132,10 +130,10 @@ class InceptionV3D(nn.Module):
 
 
 class InceptionV3E(nn.Module):
-    """The module at 8x8 (figure 7): 3x3 convolutions fork into 1x3 and 3x1.
+    """Module at 8x8 (figure 7): 3x3 convolutions fork into 1x3 and 3x1.
 
     Attributes:
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
         count_include_pad: Whether the pool counts its padding.
     """
 
@@ -159,13 +157,13 @@ class InceptionV3E(nn.Module):
 
 
 class InceptionV3Aux(nn.Module):
-    """The auxiliary classifier on the 17x17 maps (figure 8): pool, 1x1 and 5x5 convolutions, dense.
+    """Auxiliary classifier on the 17x17 maps (figure 8): pool, 1x1 and 5x5 convolutions, linear layer.
 
     Attributes:
-        num_classes: Outputs.
-        unit: Makes a convolution and what follows it.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        num_classes: Number of logits.
+        unit: Makes a convolution with its activation.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
     """
 
     num_classes: int
@@ -175,15 +173,15 @@ class InceptionV3Aux(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[N, H, W, C]` to logits `[N, num_classes]`, float32 at least.
+        """Maps `[N, H, W, C]` to logits `[N, num_classes]`, float32 or wider.
 
         Raises:
             ValueError: The maps are smaller than 17x17.
         """
         if min(x.shape[1:3]) < 17:
             raise ValueError(
-                "Inception-v3's auxiliary classifier wants maps of at least 17x17, which images of 299x299 give;"
-                f" got maps of {x.shape[1]}x{x.shape[2]}"
+                "maps of the auxiliary classifier must be at least 17x17, which images of 299x299 pixels give;"
+                f" got {x.shape[1]}x{x.shape[2]}"
             )
         x = conv_chain(self.unit, avg_pool(x, 5, 3), "conv1", (128, 1))
         small = partial(Conv, use_bias=False, kernel_init=nn.initializers.normal(0.01))
@@ -191,84 +189,80 @@ class InceptionV3Aux(nn.Module):
         x = global_avg_pool(conv_chain(partial(self.unit, conv=conv), x, "conv2", (768, 5, 1, "VALID")))
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.001), name="head", **policy)(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return as_float32(x)
 
 
-def inception_stem(unit: Unit, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The stem of Inception-v3 and of Inception-ResNet-v2, within the compact method that calls this.
+def check_extent(x: jax.Array) -> None:
+    """Checks that the images `x [N, H, W, C]` are large enough for the Inception networks.
+
+    Raises:
+        ValueError: The images have fewer than 75x75 pixels.
+    """
+    if min(x.shape[1:3]) < 75:
+        raise ValueError(f"images must be at least 75x75 pixels; got {x.shape[1]}x{x.shape[2]}")
+
+
+def inception_stem(unit: Unit, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+    """Stem of Inception-v3 and of Inception-ResNet-v2. Iterate within a compact method, which owns the submodules.
 
     Args:
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
         x: Images `[N, H, W, C]` of at least 75x75 pixels.
 
-    Returns:
-        64 maps at stride 2 and 192 at stride 4, before the pool that follows them.
+    Yields:
+        `"stem"` and its 64 channels at stride 2, then `"stage1"` and its 192 channels at stride 4, before the pool
+        that follows.
 
     Raises:
         ValueError: The images are smaller.
     """
-    if min(x.shape[1:3]) < 75:
-        raise ValueError(f"the Inceptions want images of at least 75x75 pixels; got {x.shape[1]}x{x.shape[2]}")
+    check_extent(x)
     x = conv_chain(unit, x, "conv1a", (32, 3, 2, "VALID"))
     x = conv_chain(unit, x, "conv2a", (32, 3, 1, "VALID"))
     x = conv_chain(unit, x, "conv2b", (64, 3))
-    y = conv_chain(unit, max_pool(x, 3, 2), "conv3b", (80, 1))
-    return x, conv_chain(unit, y, "conv4a", (192, 3, 1, "VALID"))
+    yield "stem", x
+    x = conv_chain(unit, max_pool(x, 3, 2), "conv3b", (80, 1))
+    yield "stage1", conv_chain(unit, x, "conv4a", (192, 3, 1, "VALID"))
 
 
 class InceptionV3Backbone(Backbone):
-    """Inception-v3 without its head: `stem` (64 maps), `stage1` (192), `stage2` (288), `stage3` (768), `stage4` (2048).
+    """Inception-v3 without its head, for images of 75x75 pixels or more.
+
+    The stages are `stem` (64 channels), `stage1` (192), `stage2` (288), `stage3` (768) and `stage4` (2048). The other
+    fields are those of `Backbone`.
 
     Attributes:
-        count_include_pad: Whether the 3x3 average pools count their padding: torchvision's do, Keras' don't.
-        se_reduction: Channels per hidden unit of a squeeze-and-excitation block after every module; None for no blocks.
-        epsilon: Of BatchNorm.
-        momentum: Of BatchNorm's running statistics: 0.9 in torchvision, 0.99 in Keras.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-        axis_name: Axis over which BatchNorm averages, under `pmap`.
+        count_include_pad: Whether the 3x3 average pools count their padding: yes in torchvision, no in Keras.
+        se_reduction: Reduction of a squeeze-and-excitation block after every module, None for no blocks.
+        epsilon: Epsilon of BatchNorm.
+        momentum: Decay of BatchNorm's running statistics: 0.9 in torchvision, 0.99 in Keras.
     """
 
     count_include_pad: bool = True
     se_reduction: int | None = None
     epsilon: float = 1e-3
     momentum: float = 0.9
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each map."""
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
         return {"stem": 2, "stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
 
     @nn.nowrap
-    def unit(self, train: bool) -> Unit:
-        """Makes convolutions by this network's policy."""
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.normal(0.1), **policy)
-        norm = partial(
-            BatchNorm,
-            use_running_average=not train,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            axis_name=self.axis_name,
-            **policy,
-        )
+    def make_unit(self, train: bool) -> Unit:
+        """Returns a constructor of convolutions with their normalization and activation."""
+        conv = partial(Conv, use_bias=False, kernel_init=nn.initializers.normal(0.1), **self.dtypes)
+        norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
         return partial(ConvNorm, conv=conv, norm=norm)
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False):
-        """Maps images `[N, H, W, C]` to a dict of feature maps, finest first.
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the last maps at each stride.
 
         Raises:
-            ValueError: Images of less than 75x75 pixels.
+            ValueError: The images have fewer than 75x75 pixels.
         """
-        check_images(x)
-        unit, pad = self.unit(train), self.count_include_pad
-        maps = {}
-        maps["stem"], maps["stage1"] = inception_stem(unit, x)
-        x = max_pool(maps["stage1"], 3, 2)
+        unit, pad = self.make_unit(train), self.count_include_pad
         modules = {
             "mixed5b": partial(InceptionV3A, 32, unit, pad),
             "mixed5c": partial(InceptionV3A, 64, unit, pad),
@@ -282,57 +276,55 @@ class InceptionV3Backbone(Backbone):
             "mixed7b": partial(InceptionV3E, unit, pad),
             "mixed7c": partial(InceptionV3E, unit, pad),
         }
-        ends = {"mixed5d": "stage2", "mixed6e": "stage3", "mixed7c": "stage4"}
+        stages = {"mixed5d": "stage2", "mixed6e": "stage3", "mixed7c": "stage4"}
+
+        stem = inception_stem(unit, x)
+        for stage, x in stem:
+            yield stage, x
+        x = max_pool(x, 3, 2)
         for name, module in modules.items():
             x = module(name=name)(x)
             if self.se_reduction:
-                policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-                x = SqueezeExcite(self.se_reduction, name=f"{name}_se", **policy)(x)
-            if name in ends:
-                maps[ends[name]] = x
-        return maps
+                x = SqueezeExcite(self.se_reduction, name=f"{name}_se", **self.dtypes)(x)
+            if name in stages:
+                yield stages[name], x
 
 
-class InceptionV3(InceptionV3Backbone):
-    """The classifier: `InceptionV3Backbone`, global average pool, dropout, dense.
+class InceptionV3(Classifier):
+    """Inception-v3: global average pool, dropout and linear layer on an `InceptionV3Backbone`.
+
+    The other fields are those of `Classifier`.
 
     Attributes:
-        num_classes: Outputs; 0 gives the 2048 pooled features.
-        dropout_rate: Before the head.
-        aux_heads: Whether to train the auxiliary classifier, which sows its logits into `aux_logits` as `aux1`. It
-            wants images of at least 299x299 pixels, at `init` too.
+        dropout_rate: Rate of the dropout before the linear layer.
+        aux_heads: Whether there is an auxiliary classifier. It runs in training only and sows its logits into the
+            collection `aux_logits` as `aux1`. It requires images of at least 299x299 pixels, at `init` too.
     """
 
-    num_classes: int = 1000
     dropout_rate: float = 0.5
+    kernel_init: Initializer | None = nn.initializers.normal(0.1)
     aux_heads: bool = False
 
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Builds the trunk."""
-        return part_of(self, InceptionV3Backbone, name)
-
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]`, float32 at least.
+    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """Maps the stages of the backbone to logits `[N, num_classes]`, float32 or wider.
 
         Raises:
-            ValueError: Images of less than 75x75 pixels, or 299x299 where there is an auxiliary classifier to train.
+            ValueError: There is an auxiliary classifier, and the image is smaller than 299x299 pixels or the backbone
+                does not return `stage3`.
         """
-        maps = self.make_backbone()(x, train=train)
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        backbone = self.backbone
         if self.aux_heads and self.num_classes and (train or self.is_initializing()):
-            logits = InceptionV3Aux(self.num_classes, self.unit(train), name="aux_head1", **policy)(maps["stage3"])
-            if not self.is_initializing():  # else they would stand among the variables, and the next be added to them
+            if "stage3" not in features:
+                raise ValueError(f"stages must include stage3 if aux_heads is set; got {', '.join(features)}")
+            aux = InceptionV3Aux(self.num_classes, backbone.make_unit(train), name="aux_head1", **backbone.dtypes)
+            logits = aux(features["stage3"])
+            if not self.is_initializing():  # at init, the logits would become part of the variables
                 self.sow("aux_logits", "aux1", logits)
-        x = global_avg_pool(maps["stage4"])
-        if self.num_classes:
-            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-            x = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.1), name="head", **policy)(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return self.linear(global_avg_pool(self.last_stage(features)), train=train)
 
 
-# All published weights want the image in [-1, 1]; torchvision's through its `transform_input`.
+# All published weights expect images in [-1, 1]; torchvision converts to that range by `transform_input`.
 _PUBLISHED = {
     "task": "classification",
     "paper": "Szegedy et al. 2016, Rethinking the Inception Architecture for Computer Vision",
@@ -342,6 +334,12 @@ _PUBLISHED = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
 }
-_TAGS = ("torchvision/IMAGENET1K_V1", "timm/tv_in1k", "keras/imagenet")
-register(InceptionV3, "inception_v3", params=23_834_568, weights=_TAGS, **_PUBLISHED)
-register(InceptionV3, "se_inception_v3", defaults={"se_reduction": 16}, params=25_496_188, **_PUBLISHED)
+register(InceptionV3, "inception_v3", backbone=InceptionV3Backbone, params=23_834_568, **_PUBLISHED)
+register(
+    InceptionV3,
+    "se_inception_v3",
+    backbone=InceptionV3Backbone,
+    defaults={"se_reduction": 16},
+    params=25_496_188,
+    **_PUBLISHED,
+)

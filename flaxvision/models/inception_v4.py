@@ -1,49 +1,48 @@
 """Inception-v4 and Inception-ResNet-v2.
 
 C. Szegedy, S. Ioffe, V. Vanhoucke and A. Alemi, "Inception-v4, Inception-ResNet and the Impact of Residual Connections
-on Learning", 2016, figures 3 to 9 for v4, 7 and 15 to 20 for Inception-ResNet-v2. Modules are called as in the authors'
+on Learning", 2016, figures 3 to 9 for v4, 7 and 15 to 20 for Inception-ResNet-v2. Modules are named as in the authors'
 release.
 
-Deviations from the paper, all of them the authors' own release of Inception-ResNet-v2, which timm and Keras follow: the
-stem is that of Inception-v3, one inception module (5b) precedes the residual units, whose maps are 320, 1088 and 2080;
-there are 10, 20 and 10 of them, the last neither scaled nor followed by ReLU, and a 1x1 convolution of 1536 maps comes
-before the pool.
+Deviations from the paper. They are those of the authors' own release of Inception-ResNet-v2, which timm and Keras
+follow: the stem is that of Inception-v3; an inception module (5b) precedes the residual units; the units have 320, 1088
+and 2080 channels, and there are 10, 20 and 10 of them; the last unit is neither scaled nor followed by ReLU; and a 1x1
+convolution of 1536 channels precedes the pool.
 
 Average pools do not count their padding. `se_inception_resnet_v2` has squeeze-and-excitation blocks (Hu, Shen and Sun
-2018, section 3.3): after the modules and, in the residual units, on the residual before it is added, as their figure 3
-has it for residual networks. It has no published original.
+2018, section 3.3) after the modules and on the residual of each unit before the addition, as in figure 3 of that paper.
+No trained original was published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import BatchNorm, Conv, ConvNorm, SqueezeExcite, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, check_images, part_of
-from flaxvision.models.googlenet import conv_chain
-from flaxvision.models.inception_v3 import InceptionV3A, avg_pool_3x3, inception_stem
+from flaxvision.layers import Conv, ConvNorm, SqueezeExcite, conv_chain, max_pool
+from flaxvision.models.backbone import Backbone, Classifier
+from flaxvision.models.inception_v3 import InceptionV3A, avg_pool_3x3, check_extent, inception_stem
 from flaxvision.registry import register
 
-Dtype = Any
 Unit = Callable[..., Any]
 
-# The residual branches at 35x35 (figure 16), 17x17 (17) and 8x8 (19), and the factor of the residual.
+# Branches of the residual units at 35x35 (figure 16), 17x17 (17) and 8x8 (19), and the scale of the residual.
 BLOCK35 = (("branch1x1", (32, 1)), ("branch3x3", (32, 1), (32, 3)), ("branch3x3dbl", (32, 1), (48, 3), (64, 3))), 0.17
 BLOCK17 = (("branch1x1", (192, 1)), ("branch7x7", (128, 1), (160, (1, 7)), (192, (7, 1)))), 0.1
 BLOCK8 = (("branch1x1", (192, 1)), ("branch3x3", (192, 1), (224, (1, 3)), (256, (3, 1)))), 0.2
 
 
 class InceptionV4A(nn.Module):
-    """The module at 35x35 (figure 4): 1x1, 3x3, double 3x3, average pool, 96 maps each.
+    """Module at 35x35 (figure 4): 1x1, 3x3, double 3x3, average pool, 96 channels each.
 
     Attributes:
-        unit: Makes a convolution and what follows it: `partial(ConvNorm, conv=..., norm=...)`.
+        unit: Makes a convolution with its activation, for example `partial(ConvNorm, conv=..., norm=...)`.
     """
 
     unit: Unit
@@ -61,10 +60,10 @@ class InceptionV4A(nn.Module):
 
 
 class InceptionV4B(nn.Module):
-    """The module at 17x17 (figure 5): 7x7 convolutions in their factors 1x7 and 7x1.
+    """Module at 17x17 (figure 5): 7x7 convolutions factored into 1x7 and 7x1.
 
     Attributes:
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
     """
 
     unit: Unit
@@ -84,10 +83,10 @@ class InceptionV4B(nn.Module):
 
 
 class InceptionV4C(nn.Module):
-    """The module at 8x8 (figure 6): 3x3 convolutions fork into 1x3 and 3x1.
+    """Module at 8x8 (figure 6): 3x3 convolutions fork into 1x3 and 3x1.
 
     Attributes:
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
     """
 
     unit: Unit
@@ -110,14 +109,14 @@ class InceptionV4C(nn.Module):
 
 
 class ReductionA(nn.Module):
-    """The reduction from 35x35 to 17x17 (figure 7), of both networks by table 1's letters.
+    """Reduction of both networks from 35x35 to 17x17 (figure 7), with the letters of table 1.
 
     Attributes:
-        k: Width of the 1x1 before the double 3x3.
-        l: Width of its first 3x3.
-        m: Width of its second.
-        n: Width of the single 3x3.
-        unit: Makes a convolution and what follows it.
+        k: Width of the 1x1 convolution before the double 3x3.
+        l: Width of the first convolution of the double 3x3.
+        m: Width of the second convolution of the double 3x3.
+        n: Width of the single 3x3 convolution.
+        unit: Makes a convolution with its activation.
     """
 
     k: int
@@ -138,10 +137,10 @@ class ReductionA(nn.Module):
 
 
 class InceptionV4ReductionB(nn.Module):
-    """Inception-v4's reduction from 17x17 to 8x8 (figure 8).
+    """Reduction of Inception-v4 from 17x17 to 8x8 (figure 8).
 
     Attributes:
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
     """
 
     unit: Unit
@@ -158,10 +157,10 @@ class InceptionV4ReductionB(nn.Module):
 
 
 class InceptionResNetReductionB(nn.Module):
-    """Inception-ResNet-v2's reduction from 17x17 to 8x8 (figure 18).
+    """Reduction of Inception-ResNet-v2 from 17x17 to 8x8 (figure 18).
 
     Attributes:
-        unit: Makes a convolution and what follows it.
+        unit: Makes a convolution with its activation.
     """
 
     unit: Unit
@@ -179,15 +178,15 @@ class InceptionResNetReductionB(nn.Module):
 
 
 class InceptionResNetUnit(nn.Module):
-    """`relu(x + scale * conv1x1(branches(x)))`: figures 16, 17, 19 and, for the scale, 20.
+    """Residual unit `relu(x + scale * conv1x1(branches(x)))`: figures 16, 17 and 19; figure 20 for the scale.
 
     Attributes:
-        branches: `(name, layer, layer, ...)` each, a layer as in `conv_chain`; such as `BLOCK35[0]`.
+        branches: `(name, layer, layer, ...)` of each branch, with layers as in `conv_chain`; for example `BLOCK35[0]`.
         scale: Factor of the residual.
-        unit: Makes a convolution and what follows it.
-        conv: Makes the 1x1 convolution, with a bias and without normalization, that restores the width.
-        se: Makes what weighs the residual's channels, such as `partial(SqueezeExcite, 16)`.
-        activation: What comes last.
+        unit: Makes a convolution with its activation.
+        conv: Makes the 1x1 convolution that restores the width; it has a bias and no normalization.
+        se: Makes the block that reweights the channels of the residual, for example `partial(SqueezeExcite, 16)`.
+        activation: Applied last.
     """
 
     branches: tuple[tuple, ...]
@@ -207,99 +206,100 @@ class InceptionResNetUnit(nn.Module):
         return self.activation(x + self.scale * y)
 
 
+class _Layers(NamedTuple):
+    unit: Unit
+    conv: Callable[..., Any]
+    se: Callable[..., Any] | None
+
+
 class InceptionV4Backbone(Backbone):
-    """Inception-v4 without its head: `stem` (64 maps), `stage1` (192), 384, 1024 and `stage4` (1536).
+    """Inception-v4 without its head, for images of 75x75 pixels or more.
+
+    The stages are `stem` (64 channels), `stage1` (192), `stage2` (384), `stage3` (1024) and `stage4` (1536). The other
+    fields are those of `Backbone`.
 
     Attributes:
-        se_reduction: Channels per hidden unit of a squeeze-and-excitation block after every module; None for no blocks.
-        epsilon: Of BatchNorm.
-        momentum: Of BatchNorm's running statistics: 0.9 in timm, 0.99 in Keras.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-        axis_name: Axis over which BatchNorm averages, under `pmap`.
+        stage_sizes: Number of modules at 35x35, 17x17 and 8x8, without the reductions.
+        se_reduction: Reduction of a squeeze-and-excitation block after every module, None for no blocks.
+        epsilon: Epsilon of BatchNorm.
+        momentum: Decay of BatchNorm's running statistics: 0.9 in timm, 0.99 in Keras.
     """
 
+    stage_sizes: tuple[int, int, int] = (4, 7, 3)
     se_reduction: int | None = None
     epsilon: float = 1e-3
     momentum: float = 0.9
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each map."""
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
         return {"stem": 2, "stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
 
     @nn.nowrap
-    def policy(self, train: bool) -> tuple[Unit, Callable[..., Any], Callable[..., Any] | None]:
-        """The network's unit, its plain convolution and its squeeze-and-excitation block."""
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(Conv, kernel_init=nn.initializers.he_normal(), **policy)
-        norm = partial(
-            BatchNorm,
-            use_running_average=not train,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            axis_name=self.axis_name,
-            **policy,
-        )
+    def make_layers(self, train: bool) -> _Layers:
+        """Returns constructors of a unit, of a convolution and of a squeeze-and-excitation block."""
+        conv = partial(Conv, kernel_init=nn.initializers.he_normal(), **self.dtypes)
+        norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
         unit = partial(ConvNorm, conv=partial(conv, use_bias=False), norm=norm)
-        return unit, conv, partial(SqueezeExcite, self.se_reduction, **policy) if self.se_reduction else None
+        se = partial(SqueezeExcite, self.se_reduction, **self.dtypes) if self.se_reduction else None
+        return _Layers(unit, conv, se)
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False):
-        """Maps images `[N, H, W, C]` to a dict of feature maps, finest first.
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the last maps at each stride.
 
         Raises:
-            ValueError: Images of less than 75x75 pixels.
+            ValueError: The images have fewer than 75x75 pixels.
         """
-        check_images(x)
-        if min(x.shape[1:3]) < 75:
-            raise ValueError(f"the Inceptions want images of at least 75x75 pixels; got {x.shape[1]}x{x.shape[2]}")
-        unit, _, se = self.policy(train)
-        maps = {}
+        check_extent(x)
+        unit, _, se = self.make_layers(train)
+        reductions = {6: partial(ReductionA, 192, 224, 256, 384), 7: InceptionV4ReductionB}
+        modules = {5: InceptionV4A, 6: InceptionV4B, 7: InceptionV4C}
+
+        def mixed(x, name, module):
+            x = module(unit=unit, name=name)(x)
+            return se(name=f"{name}_se")(x) if se else x
+
         x = conv_chain(unit, x, "conv1a", (32, 3, 2, "VALID"))
         x = conv_chain(unit, x, "conv2a", (32, 3, 1, "VALID"))
-        x = maps["stem"] = conv_chain(unit, x, "conv2b", (64, 3))
-        # Figure 3: filter concatenations in the stem.
+        x = conv_chain(unit, x, "conv2b", (64, 3))
+        yield "stem", x
+        # Figure 3 concatenates parallel branches in the stem too.
         x = jnp.concatenate([max_pool(x, 3, 2), conv_chain(unit, x, "mixed3a", (96, 3, 2, "VALID"))], axis=-1)
         y = conv_chain(unit, x, "mixed4a_branch3x3", (64, 1), (96, 3, 1, "VALID"))
         z = conv_chain(unit, x, "mixed4a_branch7x7x3", (64, 1), (64, (1, 7)), (64, (7, 1)), (96, 3, 1, "VALID"))
-        x = maps["stage1"] = jnp.concatenate([y, z], axis=-1)
+        x = jnp.concatenate([y, z], axis=-1)
+        yield "stage1", x
         x = jnp.concatenate([conv_chain(unit, x, "mixed5a", (192, 3, 2, "VALID")), max_pool(x, 3, 2)], axis=-1)
-        modules = {
-            **dict.fromkeys(["mixed5b", "mixed5c", "mixed5d", "mixed5e"], InceptionV4A),
-            "mixed6a": partial(ReductionA, 192, 224, 256, 384),
-            **dict.fromkeys([f"mixed6{letter}" for letter in "bcdefgh"], InceptionV4B),
-            "mixed7a": InceptionV4ReductionB,
-            **dict.fromkeys(["mixed7b", "mixed7c", "mixed7d"], InceptionV4C),
-        }
-        ends = {"mixed5e": "stage2", "mixed6h": "stage3", "mixed7d": "stage4"}
-        for name, module in modules.items():
-            x = module(unit=unit, name=name)(x)
-            x = se(name=f"{name}_se")(x) if se else x
-            if name in ends:
-                maps[ends[name]] = x
-        return maps
+        for (group, module), size in zip(modules.items(), self.stage_sizes, strict=True):
+            if group in reductions:
+                x = mixed(x, f"mixed{group}a", reductions[group])
+            for letter in string.ascii_lowercase[1 : size + 1]:
+                x = mixed(x, f"mixed{group}{letter}", module)
+            yield f"stage{group - 3}", x
 
 
 class InceptionResNetV2Backbone(InceptionV4Backbone):
-    """Inception-ResNet-v2 without its head, `stem` (64 maps), `stage1` (192), 320, 1088 and `stage4` (1536).
+    """Inception-ResNet-v2 without its head, for images of 75x75 pixels or more.
 
-    The fields are those of `InceptionV4Backbone`.
+    The stages are `stem` (64 channels), `stage1` (192), `stage2` (320), `stage3` (1088) and `stage4` (1536). The other
+    fields are those of `InceptionV4Backbone`.
+
+    Attributes:
+        stage_sizes: Number of residual units at 35x35, 17x17 and 8x8.
     """
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False):
-        """Maps images `[N, H, W, C]` to a dict of feature maps, finest first.
+    stage_sizes: tuple[int, int, int] = (10, 20, 10)
+
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the last maps at each stride.
 
         Raises:
-            ValueError: Images of less than 75x75 pixels.
+            ValueError: The images have fewer than 75x75 pixels.
         """
-        check_images(x)
-        unit, conv, se = self.policy(train)
-        maps = {}
+        unit, conv, se = self.make_layers(train)
+        size35, size17, size8 = self.stage_sizes
 
         def mixed(x, name, module):
             x = module(unit=unit, name=name)(x)
@@ -307,61 +307,39 @@ class InceptionResNetV2Backbone(InceptionV4Backbone):
 
         def blocks(x, name, block, count):
             for i in range(1, count + 1):
-                x = InceptionResNetUnit(block[0], block[1], unit, conv, se, name=f"{name}_{i}")(x)
+                x = InceptionResNetUnit(*block, unit, conv, se, name=f"{name}_{i}")(x)
             return x
 
-        maps["stem"], maps["stage1"] = inception_stem(unit, x)
-        x = mixed(
-            max_pool(maps["stage1"], 3, 2),
-            "mixed5b",
-            partial(InceptionV3A, pool_features=64, count_include_pad=False, features=96),
-        )
-        x = maps["stage2"] = blocks(x, "block35", BLOCK35, 10)
+        stem = inception_stem(unit, x)
+        for stage, x in stem:
+            yield stage, x
+        x = max_pool(x, 3, 2)
+        x = mixed(x, "mixed5b", partial(InceptionV3A, pool_features=64, count_include_pad=False, features=96))
+        x = blocks(x, "block35", BLOCK35, size35)
+        yield "stage2", x
         x = mixed(x, "mixed6a", partial(ReductionA, 256, 256, 384, 384))
-        x = maps["stage3"] = blocks(x, "block17", BLOCK17, 20)
-        x = blocks(mixed(x, "mixed7a", InceptionResNetReductionB), "block8", BLOCK8, 9)
-        x = InceptionResNetUnit(BLOCK8[0], 1.0, unit, conv, se, lambda y: y, name="block8_10")(x)
-        maps["stage4"] = conv_chain(unit, x, "conv7b", (1536, 1))
-        return maps
+        x = blocks(x, "block17", BLOCK17, size17)
+        yield "stage3", x
+        x = mixed(x, "mixed7a", InceptionResNetReductionB)
+        x = blocks(x, "block8", BLOCK8, size8 - 1)
+        x = InceptionResNetUnit(BLOCK8[0], 1.0, unit, conv, se, lambda y: y, name=f"block8_{size8}")(x)
+        yield "stage4", conv_chain(unit, x, "conv7b", (1536, 1))
 
 
-class InceptionV4(InceptionV4Backbone):
-    """The classifier: `InceptionV4Backbone`, global average pool, dropout, dense.
+class InceptionV4(Classifier):
+    """Inception-v4: global average pool, dropout and linear layer on an `InceptionV4Backbone`.
+
+    The other fields are those of `Classifier`.
 
     Attributes:
-        num_classes: Outputs; 0 gives the 1536 pooled features.
-        dropout_rate: Before the head; figures 9 and 15 keep 0.8.
+        dropout_rate: Rate of the dropout before the linear layer; figures 9 and 15 keep 0.8.
     """
 
-    num_classes: int = 1000
     dropout_rate: float = 0.2
-
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Builds the trunk."""
-        return part_of(self, InceptionV4Backbone, name)
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]`, float32 at least.
-
-        Raises:
-            ValueError: Images of less than 75x75 pixels.
-        """
-        x = global_avg_pool(self.make_backbone()(x, train=train)["stage4"])
-        if self.num_classes:
-            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-            x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, name="head")(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class InceptionResNetV2(InceptionV4):
-    """The classifier on `InceptionResNetV2Backbone`; fields and call are those of `InceptionV4`."""
-
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Builds the trunk."""
-        return part_of(self, InceptionResNetV2Backbone, name)
+    """Inception-ResNet-v2: the head of `InceptionV4` on an `InceptionResNetV2Backbone`."""
 
 
 _PUBLISHED = {
@@ -373,7 +351,25 @@ _PUBLISHED = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
 }
-register(InceptionV4, "inception_v4", params=42_679_816, weights=("timm/tf_in1k",), **_PUBLISHED)
-_TAGS = ("timm/tf_in1k", "keras/imagenet")
-register(InceptionResNetV2, "inception_resnet_v2", params=55_843_464, weights=_TAGS, **_PUBLISHED)
-register(InceptionResNetV2, "se_inception_resnet_v2", defaults={"se_reduction": 16}, params=65_092_718, **_PUBLISHED)
+register(
+    InceptionV4,
+    "inception_v4",
+    backbone=InceptionV4Backbone,
+    params=42_679_816,
+    **_PUBLISHED,
+)
+register(
+    InceptionResNetV2,
+    "inception_resnet_v2",
+    backbone=InceptionResNetV2Backbone,
+    params=55_843_464,
+    **_PUBLISHED,
+)
+register(
+    InceptionResNetV2,
+    "se_inception_resnet_v2",
+    backbone=InceptionResNetV2Backbone,
+    defaults={"se_reduction": 16},
+    params=65_092_718,
+    **_PUBLISHED,
+)

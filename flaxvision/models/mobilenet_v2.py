@@ -3,30 +3,28 @@
 M. Sandler, A. Howard, M. Zhu, A. Zhmoginov, L.-C. Chen, "MobileNetV2: Inverted residuals and linear bottlenecks", CVPR
 2018, table 2.
 
-The definition is torchvision's: zeros on both sides alike, BatchNorm's epsilon 1e-5, kernels drawn by He's rule over
-their outputs, dropout before the classifier. The authors' network in TensorFlow and Keras pads as "SAME", at the end
-first where the step is 2, and has epsilon 1e-3: `padding="SAME", epsilon=1e-3, momentum=0.999`.
+The definition is torchvision's: symmetric padding, an epsilon of 1e-5 in BatchNorm, He initialization by fan-out, and
+dropout before the classifier. The authors' network in TensorFlow and Keras pads as "SAME", which pads only the end at
+stride 2, and has an epsilon of 1e-3: `padding="SAME", epsilon=1e-3, momentum=0.999`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from flaxvision.layers import BatchNorm, Conv, DepthwiseConv, global_avg_pool
-from flaxvision.models.backbone import Backbone, check_images, part_of
+from flaxvision.layers import BatchNorm, Conv, DepthwiseConv
+from flaxvision.models.backbone import Backbone, Classifier, Initializer
 from flaxvision.registry import register
 
-Dtype = Any
 Padding = str | tuple[tuple[int, int], ...]
 
 SYMMETRIC = ((1, 1), (1, 1))
-# Table 2 by resolution: expansion factor, output channels, repetitions and the step of the first of each row.
+# Table 2 by resolution: expansion factor, output channels, repetitions, and stride of the first block of each row.
 BLOCKS = {
     "stem": ((1, 16, 1, 1),),
     "stage1": ((6, 24, 2, 2),),
@@ -39,30 +37,34 @@ _he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def rounded(channels: float) -> int:
-    """The multiple of 8 next to `channels`, at least 8 and not below 90 % of it."""
+    """Returns the multiple of 8 nearest to `channels` that is at least 8 and not below 90 % of `channels`."""
     near = max(8, int(channels + 4) // 8 * 8)
     return near + 8 if near < 0.9 * channels else near
 
 
 class InvertedResidual(nn.Module):
-    """The bottleneck residual block (section 3.4, table 1): expand by 1x1, filter each channel by 3x3, project by 1x1.
+    """Inverted residual block (section 3.4, table 1): 1x1 expansion, 3x3 depthwise convolution, 1x1 projection.
 
-    ReLU6 after the first two, none after the projection; the input is added where the shape stays.
+    ReLU6 follows the first two and nothing follows the projection. The input is added where the shape stays the same.
 
     Attributes:
         features: Output channels.
-        expansion: Channels inside per input channel; 1 leaves the expanding convolution out.
-        strides: Step of the depthwise convolution, 1 or 2.
-        padding: Of the depthwise convolution.
+        expansion: Hidden channels per input channel; 1 omits the expansion.
+        strides: Strides of the depthwise convolution, 1 or 2.
+        padding: Padding of the depthwise convolution, before dilation.
+        dilation: Dilation of the depthwise convolution.
+        atrous: Whether to keep the resolution, with 1 in place of `strides`.
         conv: Makes a convolution without bias.
         depthwise: Makes a depthwise convolution without bias.
-        norm: Makes a normalization; in training hand in `partial(BatchNorm, use_running_average=False)`.
+        norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.
     """
 
     features: int
     expansion: int = 6
     strides: int = 1
     padding: Padding = SYMMETRIC
+    dilation: int = 1
+    atrous: bool = False
     conv: Callable[..., nn.Module] = functools.partial(Conv, use_bias=False)
     depthwise: Callable[..., nn.Module] = functools.partial(DepthwiseConv, use_bias=False)
     norm: Callable[..., nn.Module] = functools.partial(BatchNorm, use_running_average=True)
@@ -70,117 +72,86 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[N, H, W, C]` to `[N, ceil(H / strides), ceil(W / strides), features]`."""
+        rate, padding = self.dilation, self.padding
+        if not isinstance(padding, str):
+            padding = tuple((rate * low, rate * high) for low, high in padding)
+        window = {"strides": 1 if self.atrous else self.strides, "padding": padding, "kernel_dilation": rate}
         channels, y = x.shape[-1], x
         if self.expansion != 1:
             y = self.conv(self.expansion * channels, (1, 1), name="expand_conv")(y)
             y = nn.relu6(self.norm(name="expand_bn")(y))
-        y = self.depthwise((3, 3), strides=self.strides, padding=self.padding, name="depthwise_conv")(y)
+        y = self.depthwise((3, 3), **window, name="depthwise_conv")(y)
         y = nn.relu6(self.norm(name="depthwise_bn")(y))
         y = self.norm(name="project_bn")(self.conv(self.features, (1, 1), name="project_conv")(y))
         return x + y if self.strides == 1 and channels == self.features else y
 
 
 class MobileNetV2Backbone(Backbone):
-    """A 3x3 convolution, 17 bottleneck blocks and a 1x1 convolution.
+    """MobileNetV2 without its head: a 3x3 convolution, 17 inverted residual blocks and a 1x1 convolution.
+
+    The stages have 16, 24, 32, 96 and 1280 channels. The other fields are those of `Backbone`.
 
     Attributes:
-        width_multiplier: Scales the channels, to multiples of 8; the last convolution's are never fewer than 1280.
-        padding: Of the 3x3 convolutions: one zero on every side (torchvision), or "SAME" (TensorFlow, Keras).
-        epsilon: Of BatchNorm: 1e-5 (torchvision), 1e-3 (TensorFlow, Keras).
+        width_multiplier: Factor of the channels, which are rounded to multiples of 8. The last convolution has at least
+            1280 channels.
+        padding: Padding of the 3x3 convolutions: symmetric (torchvision) or "SAME" (TensorFlow, Keras).
+        epsilon: Epsilon of BatchNorm: 1e-5 (torchvision), 1e-3 (TensorFlow, Keras).
         momentum: Decay of BatchNorm's running statistics: 0.9 (torchvision), 0.999 (Keras).
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-        axis_name: The mapped axis over which BatchNorm takes its statistics, under `pmap`.
     """
 
     width_multiplier: float = 1.0
     padding: Padding = SYMMETRIC
     epsilon: float = 1e-5
     momentum: float = 0.9
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
+
+    atrous_from: ClassVar[int | None] = 2
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each stage."""
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
         return {stage: 2 ** (i + 1) for i, stage in enumerate(BLOCKS)}
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        """Maps images `[N, H, W, C]` to the last map of each stage: of 16, 24, 32, 96 and 1280 channels."""
-        check_images(x)
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = functools.partial(Conv, use_bias=False, kernel_init=_he_fan_out, **policy)
-        depthwise = functools.partial(DepthwiseConv, use_bias=False, kernel_init=_he_fan_out, **policy)
-        norm = functools.partial(
-            BatchNorm,
-            use_running_average=not train,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            axis_name=self.axis_name,
-            **policy,
-        )
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the last maps at each stride."""
+        conv = functools.partial(Conv, use_bias=False, kernel_init=_he_fan_out, **self.dtypes)
+        depthwise = functools.partial(DepthwiseConv, use_bias=False, kernel_init=_he_fan_out, **self.dtypes)
+        norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
+        unit = functools.partial(InvertedResidual, padding=self.padding, conv=conv, depthwise=depthwise, norm=norm)
+
         stem = conv(rounded(32 * self.width_multiplier), (3, 3), strides=2, padding=self.padding, name="stem_conv")
         x = nn.relu6(norm(name="stem_bn")(stem(x)))
-        stages = {}
+        reached = 2
         for stage, rows in BLOCKS.items():
-            number = 1
-            for expansion, channels, repetitions, strides in rows:
-                for i in range(repetitions):
-                    x = InvertedResidual(
-                        rounded(channels * self.width_multiplier),
-                        expansion,
-                        strides if i == 0 else 1,
-                        self.padding,
-                        conv,
-                        depthwise,
-                        norm,
-                        name=f"{stage}_block{number}",
-                    )(x)
-                    number += 1
-            stages[stage] = x
-        x = conv(rounded(1280 * max(1.0, self.width_multiplier)), (1, 1), name="stage4_conv")(x)
-        stages["stage4"] = nn.relu6(norm(name="stage4_bn")(x))
-        return stages
+            blocks = [(*row[:2], row[3] if i == 0 else 1) for row in rows for i in range(row[2])]
+            for number, (expansion, channels, strides) in enumerate(blocks, start=1):
+                fields = self.atrous_fields(reached, strides)
+                features = rounded(channels * self.width_multiplier)
+                x = unit(features, expansion, **fields, name=f"{stage}_block{number}")(x)
+                reached *= strides
+            if stage == "stage4":
+                x = conv(rounded(1280 * max(1.0, self.width_multiplier)), (1, 1), name="stage4_conv")(x)
+                x = nn.relu6(norm(name="stage4_bn")(x))
+            yield stage, x
 
 
-class MobileNetV2(MobileNetV2Backbone):
-    """The backbone, the mean over its last map, dropout and a linear classifier.
+class MobileNetV2(Classifier):
+    """MobileNetV2: global average pool, dropout and linear layer on a `MobileNetV2Backbone`.
+
+    The other fields are those of `Classifier`.
 
     Attributes:
-        num_classes: Outputs; 0 gives the 1280 means.
-        dropout_rate: Before the classifier.
+        dropout_rate: Rate of the dropout before the linear layer.
     """
 
-    num_classes: int = 1000
     dropout_rate: float = 0.2
-
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Makes the trunk alone, of the same fields."""
-        return part_of(self, MobileNetV2Backbone, name)
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:  # type: ignore[override]
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]` float32."""
-        x = global_avg_pool(self.make_backbone()(x, train=train)["stage4"])
-        if self.num_classes:
-            x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-            head = nn.Dense(
-                self.num_classes,
-                kernel_init=nn.initializers.normal(0.01),
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name="head",
-            )
-            x = head(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    kernel_init: Initializer | None = nn.initializers.normal(0.01)
 
 
 register(
     MobileNetV2,
     "mobilenet_v2",
+    backbone=MobileNetV2Backbone,
     task="classification",
     paper="Sandler et al. 2018, MobileNetV2: Inverted residuals and linear bottlenecks",
     year=2018,
@@ -189,5 +160,4 @@ register(
     params=3_504_872,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    weights=("torchvision/IMAGENET1K_V1", "torchvision/IMAGENET1K_V2", "timm/ra_in1k", "keras/imagenet"),
 )

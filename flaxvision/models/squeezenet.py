@@ -3,27 +3,25 @@
 F. Iandola, S. Han, M. Moskewicz, K. Ashraf, W. Dally, K. Keutzer, "SqueezeNet: AlexNet-level accuracy with 50x fewer
 parameters and <0.5MB model size", arXiv:1602.07360, table 1.
 
-The definition is torchvision's. The authors' Caffe network has one row of zeros around the input of its last
-convolution (`classifier_padding=1`), so that the mean over the map includes a border of the biases' ReLUs, and sees 227
-pixels instead of 224. Kernels start as torchvision's.
+The definition and the initialization are torchvision's. The authors' Caffe network takes images of 227 instead of 224
+pixels and pads the input of its last convolution by one (`classifier_padding=1`), so that the global average includes a
+border that depends on the biases alone.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import Conv, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, check_images, part_of
+from flaxvision.models.backbone import Backbone, Classifier, Dtype, Initializer, as_float32
 from flaxvision.registry import register
 
-Dtype = Any
-
-# Table 1: s1x1 and e1x1 = e3x3 of fire2 to fire9, by the pools between them.
+# Table 1: s1x1 and e1x1 = e3x3 of fire2 to fire9, grouped by the pools between them.
 FIRES = (
     ((16, 64), (16, 64), (32, 128)),
     ((32, 128), (48, 192), (48, 192), (64, 256)),
@@ -32,13 +30,13 @@ FIRES = (
 
 
 class Fire(nn.Module):
-    """The fire module (section 3.2): a 1x1 convolution to few maps, then 1x1 and 3x3 ones side by side.
+    """Fire module (section 3.2): a 1x1 convolution to few channels, then 1x1 and 3x3 convolutions in parallel.
 
     Attributes:
-        squeeze_features: Maps of the squeeze layer.
-        expand_features: Maps of each of the two expand layers; the output has twice as many.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        squeeze_features: Channels of the squeeze layer.
+        expand_features: Channels of each of the two expand layers; the output has twice as many.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
     """
 
     squeeze_features: int
@@ -48,7 +46,7 @@ class Fire(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[N, H, W, C]` to `[N, H, W, 2 * expand_features]`, those of the 1x1 filters first."""
+        """Maps `[N, H, W, C]` to `[N, H, W, 2 * expand_features]`, the output of the 1x1 convolution first."""
         conv = functools.partial(
             Conv,
             dtype=self.dtype,
@@ -62,92 +60,69 @@ class Fire(nn.Module):
 
 
 class SqueezeNetBackbone(Backbone):
-    """One convolution and eight fire modules, with pools of 3 at steps of 2 between the stages.
+    """One convolution and eight fire modules. Between the stages are 3x3 max-pools of stride 2 that round up.
+
+    The other fields are those of `Backbone`.
 
     Attributes:
-        stem_features: Maps of the first convolution.
-        fires: For each stage, for each fire module: maps of the squeeze layer and of each expand layer.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        stem_features: Channels of the first convolution.
+        fires: For each stage, the channels of the squeeze layer and of each expand layer of its fire modules.
     """
 
     stem_features: int = 96
     fires: tuple[tuple[tuple[int, int], ...], ...] = FIRES
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each stage."""
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
         return {"stem": 2} | {f"stage{i}": 2 ** (i + 1) for i in range(1, len(self.fires) + 1)}
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        """Maps images `[N, H, W, C]`, 21x21 or more, to the first convolution's maps and the last of each stage."""
-        check_images(x)
-        del train
-        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the output of the first convolution and of the last module of each stage, for images from 21x21."""
         init = nn.initializers.he_uniform()
-        conv1 = Conv(
-            self.stem_features, (7, 7), strides=2, padding="VALID", kernel_init=init, name="stem_conv", **policy
-        )
-        x = nn.relu(conv1(x))
-        stages, number = {"stem": x}, 2
+        conv = functools.partial(Conv, padding="VALID", kernel_init=init, **self.dtypes)
+        x = nn.relu(conv(self.stem_features, (7, 7), strides=2, name="stem_conv")(x))
+        yield "stem", x
+        number = 2
         for stage, fires in enumerate(self.fires, start=1):
-            x = _pooled(x)
+            x = max_pool(x, 3, 2, ceil_mode=True)
             for squeeze, expand in fires:
-                x = Fire(squeeze, expand, name=f"fire{number}", **policy)(x)
+                x = Fire(squeeze, expand, name=f"fire{number}", **self.dtypes)(x)
                 number += 1
-            stages[f"stage{stage}"] = x
-        return stages
+            yield f"stage{stage}", x
 
 
-class SqueezeNet(SqueezeNetBackbone):
-    """The backbone, dropout, a 1x1 convolution to the classes with ReLU, and the mean over the map.
+class SqueezeNet(Classifier):
+    """SqueezeNet: dropout, a 1x1 convolution to the classes, ReLU and global average pool on a `SqueezeNetBackbone`.
+
+    Its logits are never negative. The other fields are those of `Classifier`.
 
     Attributes:
-        num_classes: Outputs; 0 gives the means of the last fire module's maps.
-        dropout_rate: Before the last convolution.
-        classifier_padding: Zeros around its input; the authors' Caffe network has 1.
+        dropout_rate: Rate of the dropout before the last convolution.
+        classifier_padding: Padding of the last convolution; 1 in the authors' Caffe network.
     """
 
-    num_classes: int = 1000
     dropout_rate: float = 0.5
+    kernel_init: Initializer | None = nn.initializers.normal(0.01)
     classifier_padding: int = 0
 
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Builds the trunk."""
-        return part_of(self, SqueezeNetBackbone, name)
-
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:  # type: ignore[override]
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]` float32, none of them negative."""
-        x = self.make_backbone()(x, train=train)[f"stage{len(self.fires)}"]
+    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """Maps the stages of the backbone to logits `[N, num_classes]`; to the pooled features if there are none."""
+        x = self.last_stage(features)
         if self.num_classes:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-            head = Conv(
-                self.num_classes,
-                (1, 1),
-                padding=self.classifier_padding,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=nn.initializers.normal(0.01),
-                name="head",
-            )
-            x = nn.relu(head(x))
-        x = global_avg_pool(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _pooled(x: jax.Array) -> jax.Array:
-    # Caffe's rounding up, written as padding, which also pools a map of 2x2.
-    return max_pool(x, 3, 2, padding=[(0, 1 - n % 2) for n in x.shape[1:3]])
+            init = self.kernel_init or nn.initializers.normal(0.01)
+            conv = functools.partial(Conv, kernel_init=init, **self.backbone.dtypes)
+            x = nn.relu(conv(self.num_classes, (1, 1), padding=self.classifier_padding, name="head")(x))
+        return as_float32(global_avg_pool(x))
 
 
 register(
     SqueezeNet,
     "squeezenet1_0",
+    backbone=SqueezeNetBackbone,
     task="classification",
     paper="Iandola et al. 2016, SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size",
     year=2016,
@@ -156,5 +131,4 @@ register(
     params=1_248_424,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    weights=("torchvision/IMAGENET1K_V1",),
 )

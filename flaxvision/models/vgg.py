@@ -2,47 +2,43 @@
 
 K. Simonyan, A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015, table 1:
 columns A (`vgg11`), B (`vgg13`), D (`vgg16`) and E (`vgg19`). The `_bn` variants are torchvision's, with a BatchNorm
-after every convolution; `vgg16_dli` is the one of J. Krohn's book "Deep Learning Illustrated" (2019, chapter 10), with
-a BatchNorm after every pool.
+after every convolution. `vgg16_dli` is the network of J. Krohn's book "Deep Learning Illustrated" (2019, chapter 10),
+with a BatchNorm after every pool.
 
-Deviations from the paper: an image of another size than 224 has its last maps averaged to 7x7, as in torchvision;
-`dense_evaluation` is the paper's section 3.2. Kernels start as torchvision's (the paper starts from a trained
-network A).
+Deviations from the paper: for images of another size than 224 pixels, the last maps are averaged to 7x7, as in
+torchvision; `dense_evaluation` follows the paper's section 3.2 instead. Kernels are initialized as in torchvision,
+whereas the paper initializes them from a trained network A.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import BatchNorm, Conv, adaptive_avg_pool, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, check_images, part_of
+from flaxvision.layers import Conv, adaptive_avg_pool, global_avg_pool, max_pool
+from flaxvision.models.backbone import Backbone, Classifier, as_float32
 from flaxvision.registry import register
 
-Dtype = Any
-
-# The last maps, after five pools, of an image of 224 pixels.
+# Height and width of the maps after the five pools, for an image of 224 pixels.
 _POOLED = 7
 
 
 class VGGBackbone(Backbone):
-    """Stages of 3x3 convolutions with ReLU; between the stages lie pools of 2.
+    """Stages of 3x3 convolutions with ReLU. Between the stages are 2x2 max-pools.
+
+    The stages are the outputs of their last convolutions, before the pools. The other fields are those of `Backbone`.
 
     Attributes:
-        stage_sizes: Convolutions of each stage.
-        features: Maps of each stage.
-        norm: `"conv"` for a BatchNorm between each convolution and its ReLU; `"pool"` for one after each pool, and for
-            Keras' initializers; None for none.
-        epsilon: Of the BatchNorms.
-        momentum: Of their running statistics.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-        axis_name: Of the devices over which BatchNorm averages under `pmap`.
+        stage_sizes: Number of convolutions in each stage.
+        features: Channels of each stage.
+        norm: `"conv"` for a BatchNorm between each convolution and its ReLU, `"pool"` for one after each pool together
+            with the initializers of Keras, None for no normalization.
+        epsilon: Epsilon of BatchNorm.
+        momentum: Decay of BatchNorm's running statistics.
     """
 
     stage_sizes: tuple[int, ...] = (2, 2, 3, 3, 3)
@@ -50,96 +46,79 @@ class VGGBackbone(Backbone):
     norm: str | None = None
     epsilon: float = 1e-5
     momentum: float = 0.9
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels of the image per step of each stage."""
+    def stage_strides(self) -> dict[str, int]:
+        """Published stride of each stage, in pixels of the image."""
         return {f"stage{i + 1}": 2**i for i in range(len(self.stage_sizes))}
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        """Maps images `[N, H, W, C]` to the last maps of each stage, before its pool.
+    @nn.nowrap
+    def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the output of the last convolution of each stage.
 
         Raises:
-            ValueError: `norm` is none of its values.
+            ValueError: `norm` has another value.
         """
-        check_images(x)
         if self.norm not in (None, "conv", "pool"):
             raise ValueError(f"norm must be None, 'conv' or 'pool'; got {self.norm!r}")
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        conv = functools.partial(
-            Conv,
-            kernel_size=(3, 3),
-            padding=1,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.glorot_uniform() if self.norm == "pool" else init,
-        )
-        norm = _batch_norm(self, train)
-        stages: dict[str, jax.Array] = {}
+        init = nn.initializers.glorot_uniform() if self.norm == "pool" else init
+        conv = functools.partial(Conv, kernel_size=(3, 3), padding=1, kernel_init=init, **self.dtypes)
+        norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
         for stage, (size, features) in enumerate(zip(self.stage_sizes, self.features, strict=True), start=1):
-            if stages:
+            if stage > 1:
                 x = max_pool(x, 2)
                 x = norm(name=f"pool{stage - 1}_bn")(x) if self.norm == "pool" else x
             for i in range(1, size + 1):
                 x = conv(features, name=f"stage{stage}_conv{i}")(x)
                 x = norm(name=f"stage{stage}_bn{i}")(x) if self.norm == "conv" else x
                 x = nn.relu(x)
-            stages[f"stage{stage}"] = x
-        return stages
+            yield f"stage{stage}", x
 
 
-class VGG(VGGBackbone):
-    """The backbone, its last pool and three dense layers. Wants images of 32 pixels or more.
+class VGG(Classifier):
+    """VGG: the last pool and three dense layers on a `VGGBackbone`. Images must have 32 pixels or more.
+
+    The other fields are those of `Classifier`.
 
     Attributes:
-        num_classes: Outputs; 0 gives the `hidden_features` that the head sees.
         hidden_features: Units of the two hidden dense layers, fc6 and fc7.
-        dropout_rate: After each hidden dense layer.
-        dense_evaluation: What becomes of an image whose last maps exceed 7x7, from 256 pixels on. False averages them
-            to 7x7, as torchvision. True moves the dense layers over them as if they were convolutions and averages what
-            they give: the paper's section 3.2, and timm. The parameters are the same.
+        dropout_rate: Rate of the dropout after each hidden dense layer.
+        dense_evaluation: How to handle last maps larger than 7x7, which images from 256 pixels have. False averages
+            the maps to 7x7, as in torchvision. True applies the dense layers at every position, as convolutions, and
+            averages their outputs: section 3.2 of the paper, and timm. The parameters are the same.
     """
 
-    num_classes: int = 1000
     hidden_features: int = 4096
     dropout_rate: float = 0.5
     dense_evaluation: bool = False
 
-    @nn.nowrap
-    def make_backbone(self, name: str | None = "backbone") -> nn.Module:
-        """Builds the trunk."""
-        return part_of(self, VGGBackbone, name)
-
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:  # type: ignore[override]
-        """Maps images `[N, H, W, C]` to logits `[N, num_classes]` float32."""
-        last = len(self.stage_sizes)
-        x = max_pool(self.make_backbone()(x, train=train)[f"stage{last}"], 2)
-        if self.norm == "pool":
-            x = _batch_norm(self, train)(name=f"pool{last}_bn")(x)
+    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
+        backbone = self.backbone
+        x = max_pool(self.last_stage(features), 2)
+        if backbone.norm == "pool":
+            norm = backbone.make_norm(train, epsilon=backbone.epsilon, momentum=backbone.momentum)
+            last = list(backbone.strides)[-1]
+            x = norm(name=f"{last.replace('stage', 'pool')}_bn")(x)
         h, w = (max(_POOLED, n) if self.dense_evaluation else _POOLED for n in x.shape[1:3])
         if (h, w) != x.shape[1:3]:
             x = adaptive_avg_pool(x, (h, w))
         x = _windows(x, _POOLED)
-        init = nn.initializers.glorot_uniform() if self.norm == "pool" else nn.initializers.normal(0.01)
-        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init)
+        init = nn.initializers.glorot_uniform() if backbone.norm == "pool" else nn.initializers.normal(0.01)
+        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init or init, **backbone.dtypes)
         for name in ("fc6", "fc7"):
             x = nn.relu(dense(self.hidden_features, name=name)(x))
             if name == "fc7":
-                # Dropout acts on what the head sees, be it one window or the mean of many.
+                # Before dropout, so that the positions of a dense evaluation share one mask.
                 x = global_avg_pool(x)
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-        if self.num_classes:
-            x = dense(self.num_classes, name="head")(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return as_float32(dense(self.num_classes, name="head")(x) if self.num_classes else x)
 
 
 def _windows(x: jax.Array, size: int) -> jax.Array:
-    """Every square window of `x [N, H, W, C]`, flattened: `[N, H - size + 1, W - size + 1, size * size * C]`."""
+    """Flattens every square window of `x [N, H, W, C]`: `[N, H - size + 1, W - size + 1, size * size * C]`."""
     n, h, w, c = x.shape
     if (h, w) == (size, size):
         return x.reshape((n, 1, 1, size * size * c))
@@ -150,19 +129,7 @@ def _windows(x: jax.Array, size: int) -> jax.Array:
     )
 
 
-def _batch_norm(module: VGGBackbone, train: bool) -> Callable[..., nn.Module]:
-    return functools.partial(
-        BatchNorm,
-        use_running_average=not train,
-        momentum=module.momentum,
-        epsilon=module.epsilon,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        axis_name=module.axis_name,
-    )
-
-
-# Table 1 of the paper: convolutions of each stage. Then parameters without and with BatchNorm.
+# Table 1 of the paper: convolutions of each stage. Below, parameters without and with BatchNorm.
 STAGE_SIZES = {
     "vgg11": (1, 1, 2, 2, 2),
     "vgg13": (2, 2, 2, 2, 2),
@@ -175,10 +142,6 @@ _PARAMS = {
     "vgg16": (138_357_544, 138_365_992),
     "vgg19": (143_667_240, 143_678_248),
 }
-_WEIGHTS = {
-    "vgg16": ("torchvision/IMAGENET1K_V1", "torchvision/IMAGENET1K_FEATURES", "timm/tv_in1k", "keras/imagenet"),
-    "vgg19": ("torchvision/IMAGENET1K_V1", "timm/tv_in1k", "keras/imagenet"),
-}
 _SHARED = {"task": "classification", "input_size": (224, 224), "channels": 3}
 _PAPER = "Simonyan, Zisserman 2015, Very Deep Convolutional Networks for Large-Scale Image Recognition"
 for _name, _sizes in STAGE_SIZES.items():
@@ -186,11 +149,11 @@ for _name, _sizes in STAGE_SIZES.items():
         register(
             VGG,
             _name + _suffix,
+            backbone=VGGBackbone,
             defaults={"stage_sizes": _sizes, "norm": _norm},
             paper=_PAPER,
             year=2015,
             params=_params,
-            weights=_WEIGHTS.get(_name + _suffix, ("torchvision/IMAGENET1K_V1", "timm/tv_in1k")),
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             **_SHARED,
@@ -198,6 +161,7 @@ for _name, _sizes in STAGE_SIZES.items():
 register(
     VGG,
     "vgg16_dli",
+    backbone=VGGBackbone,
     defaults={"norm": "pool", "epsilon": 1e-3, "momentum": 0.99, "num_classes": 17},
     paper="Krohn 2019, Deep Learning Illustrated, chapter 10",
     year=2019,

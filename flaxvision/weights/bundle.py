@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxvision import atomic
-from flaxvision.manifest import plain
+from flaxvision.manifest import json_value
 from flaxvision.registry import create_model
 from flaxvision.weights.convert import Variables, check, flat, nested, shapes_of
 from flaxvision.weights.files import read, sha256_of
@@ -91,7 +91,7 @@ def save(
         },
         "metadata": dict(metadata or {}),
     }
-    card = plain(card, "card")
+    card = json_value(card, "card")
     # Both files are complete on the disk before the first one is moved to its place. A crash between the two moves
     # leaves a card whose hash does not match, so reading fails safely.
     with atomic.replacing(card_of(path)) as card_partial, atomic.replacing(path) as partial:
@@ -153,7 +153,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{path} has no card: {card_path} is missing; copy both files") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{card_path} is damaged: {type(error).__name__} {error}") from error
+        raise ValueError(f"{card_path} is damaged: {type(error).__name__} {error}; copy the bundle again") from error
     if stored["format"] != FORMAT:
         raise ValueError(f"format of {card_path} must be {FORMAT}; got {stored['format']!r}")
     own = {"overrides": overrides, "input_size": _hashable(stored["input_size"]), "class_names": _hashable(names)}
@@ -182,7 +182,7 @@ def read_bundle(path: str | os.PathLike[str]) -> tuple[Variables, dict[str, Any]
         raise FileNotFoundError(f"path must be an existing file; got {path}")
     card = read_card(path)
     if (found := sha256_of(path)) != card["sha256"]:
-        raise ValueError(f"{path} or its card is damaged: the sha256 must be {card['sha256']}; got {found}")
+        raise ValueError(f"{path} or its card is damaged: its sha256 is {found}, not {card['sha256']}; copy both")
     leaves = read(path)
     try:
         model = create_model(card["model"], **card["overrides"])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flaxvision.registry import create_model, model_info
+from flaxvision.registry import create_model, model_fields, model_info
 from flaxvision.weights.layout import Layout
 from flaxvision.weights.names import layouts
 from flaxvision.weights.slots import Shape, canonical, matches, slots_of
@@ -153,8 +153,8 @@ def require_fields(name: str, wanted: Mapping[str, Any], overrides: Mapping[str,
         ValueError: Fields are neither the model's own nor overridden; all are listed with their values.
         TypeError: The model has no such field.
     """
-    own = create_model(name)
-    left = {key: value for key, value in wanted.items() if key not in overrides and field_of(own, key) != value}
+    own = model_fields(create_model(name))
+    left = {key: value for key, value in wanted.items() if key not in overrides and own[key] != value}
     if left:
         values = ", ".join(f"{key}={value!r}" for key, value in left.items())
         given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
@@ -162,13 +162,6 @@ def require_fields(name: str, wanted: Mapping[str, Any], overrides: Mapping[str,
             f"overrides must include {values} for {network}; got {given or 'none'}; flaxvision.weights.fields returns"
             " the fields of a source, and flaxvision.weights.load_model sets them"
         )
-
-
-def field_of(model: nn.Module, field: str) -> Any:
-    """Returns the value of a field of a model or of its backbone."""
-    if hasattr(model, field):
-        return getattr(model, field)
-    return getattr(model.backbone, field)
 
 
 def layout_of(name: str, source: str) -> Layout:

@@ -69,7 +69,9 @@ def _reading(path: Path, kind: str, *errors: type[BaseException]) -> Iterator[No
         yield
     except errors as error:
         brief = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{path} is damaged or not a valid {kind} file: {type(error).__name__} {brief}") from error
+        raise ValueError(
+            f"{path} is damaged or not a valid {kind} file: {type(error).__name__} {brief}; get it again"
+        ) from error
 
 
 def _safetensors(path: Path) -> Tensors:
@@ -104,10 +106,12 @@ def _torch(path: Path) -> Tensors:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), error)
-        raise ValueError(f"{path} is damaged or holds more than tensors: {reason}") from error
+        raise ValueError(f"{path} is damaged or holds more than tensors: {reason}; save a state_dict") from error
     except Exception as error:  # torch raises errors of many types
         brief = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{path} is damaged or not a valid torch file: {type(error).__name__} {brief}") from error
+        raise ValueError(
+            f"{path} is damaged or not a valid torch file: {type(error).__name__} {brief}; get it again"
+        ) from error
     for entry in ("state_dict", "model"):
         if isinstance(stored, dict) and isinstance(stored.get(entry), dict):
             stored = stored[entry]
@@ -119,7 +123,9 @@ def _torch(path: Path) -> Tensors:
         or tensor.is_quantized
     ]
     if others:
-        raise ValueError(f"{path} is not a state_dict: {', '.join(others)} are not dense tensors with names")
+        raise ValueError(
+            f"{path} is not a state_dict: {', '.join(others)} are not dense tensors with names; save a state_dict"
+        )
     prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
     known = (torch.float16, torch.float32, torch.float64)  # NumPy has no other floating point types
     return {

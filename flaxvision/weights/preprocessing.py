@@ -108,4 +108,6 @@ def _from_card(path: str | os.PathLike[str], stored: dict[str, Any]) -> Preproce
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
         return Preprocessing(**values)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the card of {path} holds an invalid evaluation transform: {error}") from error
+        raise ValueError(
+            f"the card of {path} holds an invalid evaluation transform: {error}; convert the weights again"
+        ) from error

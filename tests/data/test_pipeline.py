@@ -4,6 +4,8 @@ import json
 import threading
 import time
 
+import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,9 +55,8 @@ def test_batches_hold_matching_rows():
     batches = data.train_batches(numbered(10), 4, seed=0)
     for batch in take(batches, 5):
         assert set(batch) == {"image", "label"}
-        assert batch["image"].shape == (4, 2, 2, 1)
-        assert batch["image"].dtype == np.uint8
-        assert batch["label"].dtype == np.int32
+        chex.assert_shape([batch["image"], batch["label"]], [(4, 2, 2, 1), (4,)])
+        chex.assert_type([batch["image"], batch["label"]], [np.uint8, np.int32])
         assert (batch["image"] == batch["label"][:, None, None, None]).all()
 
 
@@ -120,10 +121,8 @@ def test_processes_together_see_the_global_batch(process_count, transform):
         take(data.train_batches(source, 8, process_index=p, process_count=process_count, **options), 9, start=2)
         for p in range(process_count)
     ]
-    for step, expected in enumerate(whole):
-        for key in expected:
-            together = np.concatenate([part[step][key] for part in parts])
-            np.testing.assert_array_equal(together, expected[key])
+    together = [jax.tree.map(lambda *rows: np.concatenate(rows), *batches) for batches in zip(*parts, strict=True)]
+    chex.assert_trees_all_equal(together, whole)
 
 
 def test_a_transform_draws_anew_for_every_example_and_epoch_and_resumes():

@@ -34,7 +34,7 @@ def test_a_prepared_set_is_read_into_memory(tfds_dir):
     assert len(data.load("tiny_pictures", "test", data_dir=tfds_dir)) == 4
     data.validate(source, channels=3)
     assert source.fingerprint == data.load("tiny_pictures", "train", data_dir=tfds_dir).fingerprint
-    assert "tensorflow" not in sys.modules
+    assert not {"tensorflow", "grain"} & {*sys.modules}
 
 
 def test_splits_in_tfds_words(tfds_dir):
@@ -143,7 +143,7 @@ def test_mnist_is_prepared_from_its_original_files(tmp_path, monkeypatch):
             order = np.argsort(source.label)
             np.testing.assert_array_equal(source.label[order], label)
             np.testing.assert_array_equal(source.image[order, :, :, 0], image)
-    assert "tensorflow" not in sys.modules
+    assert not {"tensorflow", "grain"} & {*sys.modules}
 
 
 def test_a_wrong_original_file_is_refused(tmp_path):
@@ -187,4 +187,4 @@ def test_real_sets_are_prepared_from_their_original_files(tmp_path, name, mean):
     assert abs(source.image.mean() - mean) < 1e-3
     assert sorted(map(bytes, source.image)) == sorted(map(bytes, original.image))
     assert np.bincount(source.label).tolist() == np.bincount(original.label).tolist()
-    assert "tensorflow" not in sys.modules
+    assert not {"tensorflow", "grain"} & {*sys.modules}

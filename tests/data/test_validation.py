@@ -40,12 +40,20 @@ def with_pixel(value, dtype=np.float32):
         (toy(noise((6, 0, 4, 3))), {}, "no side of 0"),
         (toy(with_pixel(np.nan)), {}, "image must be finite; got nan in 'toy' at index 2500"),
         (toy(with_pixel(-np.inf)), {}, "image must be finite; got -inf in 'toy' at index 2500"),
-        (toy(label=np.array([0, 1, 2, 0, 3, 1]), classes="abc"), {}, "label must lie .* 0 and 2 .* got 3 .* at index 4"),
+        (
+            toy(label=np.array([0, 1, 2, 0, 3, 1]), classes="abc"),
+            {},
+            "label must lie .* 0 and 2 .* got 3 .* at index 4",
+        ),
         (toy(label=np.array([0, 1, -1, 0, 1, 1])), {}, "got -1 in 'toy' at index 2"),
         (toy(), {"num_classes": 2}, r"label must lie between 0 and 1 \(2 classes\); got 2"),
         (toy(label=np.arange(6) / 2), {}, "label must be integer class indices; got float64"),
         (toy(label=np.eye(6, dtype=int)), {}, r"label must be one integer class index; got shape \[6\]"),
-        (toy(label=np.arange(5) % 3), {}, r"label must have one row for each of the 6 images of 'toy'; got shape \[5\]"),
+        (
+            toy(label=np.arange(5) % 3),
+            {},
+            r"label must have one row for each of the 6 images .*; got shape \[5\]",
+        ),
         (toy(), {"task": "sorting"}, "task must be one of classification, multilabel, .*; got 'sorting'"),
     ],
 )
@@ -77,7 +85,10 @@ def test_other_sources_are_sampled():
         ({**good, "image": np.full((4, 4, 3), np.nan)}, r"image must be finite; got nan in 'listed\[3\]'"),
         ({**good, "image": noise((4, 4))}, r"image must be \[H, W, C\]"),
         ({**good, "image": noise((4, 4, 1))}, r"image must have 3 channels; got 1 channels in 'listed\[3\]'"),
-        ({"image": good["image"]}, r"an example must hold 'label' for classification; got \['image'\] in 'listed\[3\]'"),
+        (
+            {"image": good["image"]},
+            r"must hold 'label' for classification; got \['image'\] in 'listed\[3\]'",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             data.validate(Listed([good, good, good, bad]), channels=3)
@@ -117,15 +128,27 @@ def test_every_task_has_its_targets(task):
         ("regression", {"label": np.array([0.5])}, r"label must have shape \[3\] as in the first example; got \[1\]"),
         ("regression", {"label": np.array("x")}, r"label must be a number or numbers \[D\]; got <U1 of shape \[\]"),
         ("segmentation", {"label": np.full((4, 6), 2)}, r"label must lie between 0 and 1 .* or be 255; got 2"),
-        ("segmentation", {"label": np.zeros((4, 5), int)}, r"label must have the image's \[4, 6\] pixels; got \[4, 5\]"),
+        (
+            "segmentation",
+            {"label": np.zeros((4, 5), int)},
+            r"must have the image's \[4, 6\] pixels; got \[4, 5\]",
+        ),
         ("segmentation", {"label": np.zeros((4, 6))}, "label must be integer class indices; got float64"),
         ("detection", {"boxes": np.zeros((3, 5))}, r"boxes must be \[M, 4\]; got shape \[3, 5\]"),
         ("detection", {"labels": np.array([0, 1])}, r"labels must have one entry for each of the 3 boxes; got .*\[2\]"),
         ("detection", {"labels": np.array([0, 2, 0])}, r"labels must lie between 0 and 1 .*; got 2"),
         ("detection", {"valid": np.array([1, 0.5, 0])}, r"valid must be 0 or 1; got 0\.5"),
         ("detection", {"valid": np.ones(3)}, r"boxes must be xyxy .*; got \[nan, 0\.0"),
-        ("detection", {"boxes": BOXES["boxes"][:, [2, 1, 0, 3]]}, r"boxes must be xyxy with 0 <= x1 < x2 <= 6 and 0 <= y1"),
-        ("detection", {"boxes": BOXES["boxes"] * 2}, r"<= y1 < y2 <= 4; got \[0\.0, 0\.0, 12\.0, 8\.0\] in 'listed\[1\]'"),
+        (
+            "detection",
+            {"boxes": BOXES["boxes"][:, [2, 1, 0, 3]]},
+            r"boxes must be xyxy with 0 <= x1 < x2 <= 6",
+        ),
+        (
+            "detection",
+            {"boxes": BOXES["boxes"] * 2},
+            r"y1 < y2 <= 4; got \[0\.0, 0\.0, 12\.0, 8\.0\] in .*1",
+        ),
     ],
 )
 def test_faults_of_every_task_are_named(task, change, message):

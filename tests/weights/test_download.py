@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that behaves badly in every way."""
+"""Tests of downloads from a local server that fails in every way."""
 
 import base64
 import dataclasses
@@ -22,7 +22,7 @@ MD5 = hashlib.md5(BODY)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves BODY; `faults` says, request by request, what goes wrong."""
+    """Serves BODY. `faults` lists what goes wrong, one entry per request."""
 
     daemon_threads = True
 
@@ -121,7 +121,7 @@ def test_a_server_without_ranges_starts_anew(server, tmp_path):
 
 
 def test_a_file_that_changes_between_two_attempts(server, tmp_path):
-    """If-Range keeps the two halves of two files apart."""
+    """If-Range prevents a mixture of two files."""
     server.faults = ["drop"]
     other = bytes(len(BODY))
     answer = Handler.do_GET
@@ -196,7 +196,7 @@ def test_without_a_digest_a_file_of_unknown_origin_is_not_trusted(server, tmp_pa
 
 
 def test_a_doubtful_file_stays_until_it_is_replaced(server, tmp_path):
-    """Another process may be between putting the file there and writing what vouches for it."""
+    """Another process may have written the file and not yet its digest."""
     path = get(server, tmp_path, None)
     path.with_name("weights.pth.sha256").unlink()
     server.faults = [404]
@@ -258,7 +258,7 @@ def test_arguments():
 
 
 class Hub:
-    """Stands in for the hub's library: its cache names a large file by the SHA-256 that the hub states."""
+    """Replaces the hub's library, which names the blob of a large file by the SHA-256 that the hub states."""
 
     def __init__(self, body=BODY, name=None):
         self.body, self.name, self.calls = body, name or hashlib.sha256(BODY).hexdigest(), []
@@ -319,7 +319,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
 
 
 def test_a_tag_is_fetched_and_loaded(server, tmp_path, monkeypatch):
-    """From the tag to the variables, with a server in the publisher's place."""
+    """Loads a tag from a local server instead of the publisher's."""
     shapes = shapes_of("squeezenet1_0", fv.create_model("squeezenet1_0"))
     slots = slots_of(layout_of("squeezenet1_0", "torchvision"), shapes)
     tensors = {slot.name: np.full(slot.shape, 0.5, np.float32) for slot in slots}

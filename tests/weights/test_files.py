@@ -1,4 +1,4 @@
-"""Files of tensors: formats and damage."""
+"""Tests of the tensor files: formats and damage."""
 
 import os
 import pickle
@@ -83,7 +83,7 @@ def test_a_damaged_npz(tmp_path, tensors):
 
 
 def test_an_npz_whose_headers_lie(tmp_path):
-    """More memory than there is, no end of brackets, a password: one kind of error."""
+    """Headers that ask for too much memory, endless brackets and passwords give the same error."""
     path = tmp_path / "a.npz"
     for header in (
         b"{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,)}",
@@ -104,7 +104,7 @@ def test_an_npz_whose_headers_lie(tmp_path):
 
 
 class Bomb:
-    """Says so when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (os.environ["FLAXVISION_BOMB"],)
@@ -175,7 +175,7 @@ def test_h5_of_keras_2(tmp_path):
 
 
 def test_h5_with_the_oldest_names(tmp_path):
-    """As keras.applications' VGG has them: `block1_conv1_W_1:0`; the ranks and the order say what is what."""
+    """Names like `block1_conv1_W_1:0` in the VGG of keras.applications; ranks and order tell the variables apart."""
     tensors = keras_tensors()
     old = {"kernel": "W", "bias": "b"}
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -217,7 +217,7 @@ def test_a_damaged_h5(tmp_path):
 
 
 def test_h5_that_points_to_other_files(tmp_path):
-    """HDF5 can take an array from any file of the disk: such a file is not read."""
+    """HDF5 can refer to any file on the disk; such references are not followed."""
     (tmp_path / "secret").write_bytes(np.arange(12, dtype=np.float32).tobytes())
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = np.ones(3)

@@ -1,4 +1,4 @@
-"""The tables of published weights and of class names."""
+"""Tests of the tables of published weights and of the class names."""
 
 from pathlib import Path
 

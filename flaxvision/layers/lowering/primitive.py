@@ -87,7 +87,7 @@ def call(form: Form, *operands: jax.Array) -> Any:
     Returns:
         What `form.plain` returns: an array, or a tuple of arrays.
     """
-    # A `shard_map` that checks wants all operands to vary over the same axes; the cast's transpose is the sum over them.
+    # A `shard_map` that checks wants all operands to vary over the same axes. The transpose of the cast is a sum.
     union = frozenset().union(*(jax.typeof(x).mat.varying for x in operands))
     results = form_p.bind(*(_varying(x, union) for x in operands), form=form)
     return results[0] if len(results) == 1 else tuple(results)
