@@ -255,6 +255,7 @@ class Training(Part):
         seconds = time.perf_counter() - start
         records = fv.train.read_records(metrics) if metrics is not None and metrics.exists() else []
         measured = [r for r in records if r.get("split") != "train"]
+        rates = [r["images_per_second"] for r in records if "images_per_second" in r]
         print("\n".join(tail))
         found = {
             "command": self.command,
@@ -262,7 +263,10 @@ class Training(Part):
             "printed": tail[-4:],
             "passed": tail[-1] == "exit status 0",
         }
-        yield found | {"metrics": measured[-1] if measured else None, "records": len(records)}
+        yield found | {
+            "metrics": measured[-1] if measured else None,
+            "images_per_s": float(np.median(rates)) if rates else None,
+        }
 
 
 @contextlib.contextmanager
