@@ -55,7 +55,8 @@ def shape_of(image: Array, channels: int | None = None) -> tuple[int, int, int]:
         )
     if channels is not None and image.shape[-1] != channels:
         raise ValueError(f"image must have {channels} channels (red, green, blue); got {image.shape[-1]} channels")
-    return image.shape
+    height, width, depth = image.shape
+    return height, width, depth
 
 
 def per_channel(name: str, value: PerChannel, image: Array) -> Array:
