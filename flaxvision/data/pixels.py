@@ -14,7 +14,7 @@ def to_float(image: Array) -> Array:
     """Converts uint8 [..., H, W, C] to float32 in [0, 1] (divided by 255); floats are only cast to float32.
 
     Raises:
-        TypeError: Another dtype, whose range is unknown.
+        TypeError: The dtype is another one; the range of its values is unknown.
     """
     image = jnp.asarray(image)
     if image.dtype == jnp.uint8:
