@@ -1,22 +1,23 @@
-"""How fast the batches of `flaxvision.data.train_batches` come, beside the same batches by Grain.
+"""Measures the throughput of `flaxvision.data.train_batches` and of the same batches made by Grain.
 
     pip install grain
-    python benchmarks/input_pipeline.py --output benchmarks/results/input_pipeline.jsonl
+    python -m benchmarks.input_pipeline --output benchmarks/results/input_pipeline.jsonl
 
 Three sources: scikit-learn's digits (8x8x1) and 50,000 arrays of CIFAR-10's size, both in memory, and a folder of JPEG
 files that are decoded and resized to 224x224. Four pipelines:
 
 * ours: `train_batches`.
-* grain: `MapDataset.source(source).seed(0).shuffle().repeat().batch(B)`, read by Grain's threads. Another order.
-* grain_indices: the same for the indices alone, and a `map` that gathers a batch; for arrays only. Another order.
-* grain_threads: our positions in a `MapDataset.map` that gathers a batch, read by Grain's threads. The same order.
+* grain: `MapDataset.source(source).seed(0).shuffle().repeat().batch(B)`, read by the threads of Grain.
+* grain_indices: the same for the indices only, with a `map` that gathers a batch. For arrays only.
+* grain_threads: a `MapDataset.map` that reads a whole batch of `train_batches`, run by the threads of Grain.
+
+The order of the examples is that of `train_batches` in `ours` and `grain_threads`, and Grain's in the other two.
 
 The pipelines are interleaved. In each round a pipeline starts at step 1,000,000, as a run that resumes does. `first_ms`
-is the time to its first batch; `images_per_s` counts the batches after it; `cpu_ms` is the processor time of a batch,
-over all threads. Nothing consumes the batches. The figures are medians with quartiles over the rounds.
+is the time to its first batch, `images_per_s` counts the batches after it, and `cpu_ms` is the processor time of a
+batch, summed over all threads. The batches are not used. The figures are medians with quartiles over the rounds.
 """
 
-import json
 import os
 import statistics
 import sys
@@ -31,9 +32,10 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
-from machine import cores, describe
 from PIL import Image
 
+from benchmarks import machine
+from benchmarks.machine import cores
 from flaxvision import data
 
 START = 1_000_000
@@ -146,43 +148,45 @@ def quartiles(name: str, values: list[float]) -> dict[str, float]:
     return {key: float(f"{v:.4g}") for key, v in {name: median, f"{name}_q1": q1, f"{name}_q3": q3}.items()}
 
 
+def compare(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
+    """Times all pipelines on one source, interleaved, and yields a record for each."""
+    names = [name for name in PIPELINES if hasattr(case.source, "gather") or name != "grain_indices"]
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for k in range(rounds + 1):
+        for name in names:
+            figure = measure(PIPELINES[name], case)
+            if k:  # the first round imports, and reads files that are not cached yet
+                figures[name].append(figure)
+    for name in names:
+        record: dict[str, Any] = {"benchmark": "input_pipeline", "case": case.name, "pipeline": name}
+        record |= {"batch_size": case.batch_size, "batches": case.batches, "rounds": rounds}
+        for key in ("images_per_s", "cpu_ms", "first_ms"):
+            record |= quartiles(key, [figure[key] for figure in figures[name]])
+        yield record
+
+
 def main(config: Config) -> int:
-    """Times every pipeline on every source; returns the process's exit status."""
+    """Times every pipeline on every source; returns the exit status of the process."""
     if config.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {config.rounds}")
-    if config.output:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
+    machine.check_output(config.output)
     try:
         import grain as pg
     except ImportError:
-        raise ValueError("the benchmark compares with Grain, which is not installed; pip install grain") from None
-    machine = describe(jax.devices()[0])
+        raise ValueError("Grain is not installed; pip install grain") from None
+    where = machine.describe(jax.devices()[0]) | {"grain": pg.__version__, "quick": config.quick}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(config, Path(folder)):
-            if config.only not in case.name:
-                continue
-            in_memory = hasattr(case.source, "gather")
-            pipelines = [name for name in PIPELINES if in_memory or name != "grain_indices"]
-            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
-            for k in range(config.rounds + 1):
-                for name in pipelines:
-                    figures = measure(PIPELINES[name], case)
-                    if k:  # the first round imports, and reads files that are not cached yet
-                        rounds[name].append(figures)
-            for name, figures in rounds.items():
-                line: dict[str, Any] = {"benchmark": "input_pipeline", "case": case.name, "pipeline": name}
-                line |= {"batch_size": case.batch_size, "batches": case.batches, "rounds": config.rounds}
-                for key in ("images_per_s", "cpu_ms", "first_ms"):
-                    line |= quartiles(key, [figure[key] for figure in figures])
+            for record in compare(case, config.rounds) if config.only in case.name else ():
                 print(
-                    f"{case.name:32} {name:14} {line['images_per_s']:10.0f} images/s "
-                    f"{line['cpu_ms']:8.3f} ms of processor time a batch, first after {line['first_ms']:.1f} ms",
+                    f"{case.name:32} {record['pipeline']:14} {record['images_per_s']:10.0f} images/s, "
+                    f"{record['cpu_ms']:.3f} ms of processor time per batch, first batch after "
+                    f"{record['first_ms']:.1f} ms",
                     flush=True,
                 )
                 if config.output:
-                    line |= machine | {"grain": pg.__version__, "load_after": round(os.getloadavg()[0], 2)}
-                    with config.output.open("a") as file:
-                        file.write(json.dumps(line | {"quick": config.quick}) + "\n")
+                    load = round(os.getloadavg()[0], 2)
+                    machine.append(config.output, record | where | {"load_after": load})
     return 0
 
 

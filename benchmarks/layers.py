@@ -1,18 +1,18 @@
-"""Every layer of flaxvision against the plain Linen or lax form: forward, and forward with all gradients.
+"""Times every layer of flaxvision against plain Linen or lax: forward, and forward with all gradients.
 
-    python benchmarks/layers.py                                               # about ten minutes on 2 cores
-    python benchmarks/layers.py --output benchmarks/results/layers.jsonl      # appends one JSON line per case
-    python benchmarks/layers.py --quick --only pool                           # a few small cases
+    python -m benchmarks.layers                                               # about ten minutes on 2 cores
+    python -m benchmarks.layers --output benchmarks/results/layers.jsonl      # appends one JSON line per case
+    python -m benchmarks.layers --against ../other-checkout                   # this checkout against another one
+    python -m benchmarks.layers --quick --only pool                           # a few small cases
 
-The two forms of a case run by turns, so that whatever else the machine does meets both; the figures are medians.
-Where a ratio is over 1, flaxvision is faster.
+The two forms of a case take turns, so other load on the machine affects both. The figures are medians with quartiles.
+A ratio is the other form's time divided by ours: above 1, flaxvision is faster. With `--against` it is the other
+checkout's time divided by this one's.
 """
 
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,16 @@ import jax
 import jax.numpy as jnp
 import tyro
 from jax import lax
-from machine import describe
 
+from benchmarks import against, machine, timing
+from benchmarks.timing import Contender
 from flaxvision import layers
 
+MODES = ("forward", "train")
 
-class PlainTrainableAvgPool(nn.Module):
-    """`layers.TrainableAvgPool` of 2x2 in Linen's words."""
+
+class LinenTrainableAvgPool(nn.Module):
+    """`layers.TrainableAvgPool` of 2x2 written with Linen."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,35 +45,46 @@ class PlainTrainableAvgPool(nn.Module):
 
 @dataclass(frozen=True)
 class Config:
-    """Time the layers against their plain forms."""
+    """Time the layers of flaxvision."""
 
     quick: bool = False
-    """Batch 1 and few repetitions: a check that everything runs."""
+    """Batch 1 and three repetitions, to check that everything runs."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """A .jsonl file to which one line per case is appended."""
+    """File of JSON lines that the records are appended to, one per case."""
+    against: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Root of another checkout of flaxvision; its layers are timed instead of the plain forms."""
     only: str = ""
-    """Run only the cases whose name contains this."""
+    """Only time the cases with this text in their name."""
     seconds: float = 4.0
-    """Time to spend on the repetitions of a case; there are at least three."""
+    """Time to spend on the repetitions of a case; there are at least three, unless one takes longer than that."""
+    steps: int = 15
+    """Most repetitions of a case."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of ours, the plain form with the same variables, and the input's shape."""
+    """One comparison.
+
+    Attributes:
+        name: Name of the case.
+        shape: Shape of the input.
+        ours: Module or function of flaxvision.
+        reference: The plain Linen or lax form, with the same variables.
+    """
 
     name: str
     shape: tuple[int, ...]
     ours: Any
-    plain: Any
+    reference: Any
 
 
 def pool(fn: Callable[..., jax.Array], window: int, stride: int, padding: str) -> Callable[..., jax.Array]:
-    """A pooling function of ours or of Linen's with its window."""
+    """Binds the window of a pooling function."""
     return lambda x: fn(x, (window, window), strides=(stride, stride), padding=padding)
 
 
 def normed(norm: type[nn.Module]) -> Callable[[jax.Array], jax.Array]:
-    """A batch normalization in training, with its ReLU."""
+    """Batch normalization in training mode, followed by a ReLU."""
     layer = norm(use_running_average=False)
 
     def apply(x):
@@ -82,7 +96,7 @@ def normed(norm: type[nn.Module]) -> Callable[[jax.Array], jax.Array]:
 
 
 def cases() -> Iterator[Case]:
-    """Sizes that networks have: LeNet, VGG, ResNet, ResNeXt, MobileNet, U-Net and DCGAN."""
+    """Cases with the sizes of LeNet, VGG, ResNet, ResNeXt, MobileNet, U-Net and DCGAN."""
     both = lambda name, shape, *args, **kwargs: Case(
         name, shape, layers.Conv(*args, **kwargs), nn.Conv(*args, **kwargs)
     )
@@ -132,16 +146,16 @@ def cases() -> Iterator[Case]:
     for window, stride, padding in ((2, 2, "VALID"), (3, 2, "SAME"), (3, 1, "SAME")):
         name = f"{window}x{window} stride {stride}"
         for kind in ("max", "avg"):
-            ours, plain = (getattr(m, f"{kind}_pool") for m in (layers, nn))
+            ours, reference = (getattr(m, f"{kind}_pool") for m in (layers, nn))
             how = (window, stride, padding)
-            yield Case(f"{kind} pool {name}", (8, 56, 56, 128), pool(ours, *how), pool(plain, *how))
+            yield Case(f"{kind} pool {name}", (8, 56, 56, 128), pool(ours, *how), pool(reference, *how))
     for shape in ((8, 112, 112, 64), (8, 56, 56, 256), (8, 14, 14, 256), (8, 7, 7, 512)):
         yield Case(f"batch norm {shape[1]} {shape[3]}", shape, normed(layers.BatchNorm), normed(nn.BatchNorm))
     yield from others()
 
 
 def others() -> Iterator[Case]:
-    """The layers that Linen lacks, against the shortest way to write them."""
+    """Cases of the layers that Linen lacks, against their shortest form."""
     shape = (8, 56, 56, 120)
     pooled = lambda x, f: f(x.reshape((*x.shape[:-1], -1, 3)), axis=-1)
     yield Case("depthwise max pool 3", shape, lambda x: layers.depthwise_max_pool(x, 3), lambda x: pooled(x, jnp.max))
@@ -153,7 +167,7 @@ def others() -> Iterator[Case]:
     )
     squares = lambda x: 4 * nn.avg_pool(x * x, (2, 2), (2, 2))
     yield Case("l2 norm pool 2x2", shape, lambda x: layers.l2_norm_pool(x, 2), lambda x: jnp.sqrt(squares(x)))
-    yield Case("trainable avg pool 2x2", shape, layers.TrainableAvgPool(), PlainTrainableAvgPool())
+    yield Case("trainable avg pool 2x2", shape, layers.TrainableAvgPool(), LinenTrainableAvgPool())
     neighbours = lambda x: lax.reduce_window(x * x, 0.0, lax.add, (1, 1, 1, 5), (1, 1, 1, 1), "SAME")
     yield Case(
         "local response norm 5",
@@ -166,80 +180,101 @@ def others() -> Iterator[Case]:
     yield Case("rbf 84-1000", (128, 84), layers.RBF(1000, codes=codes), lambda x: (difference(x) ** 2).sum(-1))
 
 
-def functions(layer: Any, x: jax.Array, variables: Any) -> tuple[Callable, Callable]:
-    """The layer's forward pass, and its forward pass with the gradients of variables and input."""
+def functions(layer: Any) -> dict[str, Callable[..., Any]]:
+    """Returns the layer's forward pass, and its forward pass with the gradients of variables and input."""
     forward = layer.apply if isinstance(layer, nn.Module) else lambda _, x: layer(x)
 
     def train(variables: Any, x: jax.Array, gradient: jax.Array) -> Any:
         y, pull = jax.vjp(forward, variables, x)
         return y, pull(gradient)
 
-    return lambda variables, x, gradient: forward(variables, x), train
+    return {"forward": lambda variables, x, gradient: forward(variables, x), "train": train}
 
 
-def medians(compiled: list[Callable], args: tuple, seconds: float, most: int) -> list[float]:
-    """Milliseconds of each function, run by turns."""
-    times: list[list[float]] = [[] for _ in compiled]
-    start = time.perf_counter()
-    while len(times[0]) < 3 or (time.perf_counter() - start < seconds and len(times[0]) < most):
-        for fn, record in zip(compiled, times, strict=True):
-            before = time.perf_counter()
-            jax.block_until_ready(fn(*args))
-            record.append((time.perf_counter() - before) * 1e3)
-            if record[0] > 5e3:  # one run of some plain forms is a long time
-                break
-        if any(record[0] > 5e3 for record in times if record):
-            for fn, record in zip(compiled, times, strict=True):
-                if not record:
-                    before = time.perf_counter()
-                    jax.block_until_ready(fn(*args))
-                    record.append((time.perf_counter() - before) * 1e3)
-            break
-    return [statistics.median(record) for record in times]
-
-
-def measure(case: Case, config: Config) -> dict[str, Any]:
-    """Time one case; the record that is printed and stored."""
-    shape = (1, *case.shape[1:]) if config.quick else case.shape
+def contender(layer: Any, mode: str, shape: tuple[int, ...]) -> Contender:
+    """Compiles one mode of a layer, "forward" or "train", for an input shape."""
     x = jax.random.normal(jax.random.key(0), shape)
-    variables = [m.init(jax.random.key(1), x) if isinstance(m, nn.Module) else {} for m in (case.ours, case.plain)]
+    variables = layer.init(jax.random.key(1), x) if isinstance(layer, nn.Module) else {}
+    fns = functions(layer)
+    gradient = jax.tree.map(jnp.ones_like, jax.eval_shape(fns["forward"], variables, x, x))
+    compiled = jax.jit(fns[mode]).lower(variables, x, gradient).compile()
+    return Contender(partial(compiled, variables, x, gradient))
+
+
+def prepare(case: str, mode: str, quick: bool) -> Contender:
+    """Makes the contender of a worker of `--against`."""
+    found = next(c for c in cases() if c.name == case)
+    return contender(found.ours, mode, input_shape(found, quick))
+
+
+def input_shape(case: Case, quick: bool) -> tuple[int, ...]:
+    """Returns the shape of a case's input; `--quick` has a batch of 1."""
+    return (1, *case.shape[1:]) if quick else case.shape
+
+
+def measure(case: Case, config: Config, workers: dict[str, against.Worker] | None = None) -> dict[str, Any]:
+    """Times one case.
+
+    Args:
+        case: The layer.
+        config: How long to time it.
+        workers: The processes of the two checkouts, for `--against`.
+
+    Returns:
+        The record: `case`, `input`, and for each mode what `timing.summary` returns.
+    """
+    shape = input_shape(case, config.quick)
     record: dict[str, Any] = {"case": case.name, "input": shape}
-    forms = [functions(m, x, v) for m, v in zip((case.ours, case.plain), variables, strict=True)]
-    for k, mode in enumerate(("forward", "train")):
-        compiled = []
-        for form, v in zip(forms, variables, strict=True):
-            gradient = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), jax.eval_shape(form[0], v, x, x))
-            ready = jax.jit(form[k]).lower(v, x, gradient).compile()
-            compiled.append(partial(ready, v, x, gradient))
-        for fn in compiled[: 1 if mode == "train" else 2]:
-            jax.block_until_ready(fn())
-        ours, plain = medians(compiled, (), 0.2 if config.quick else config.seconds / 2, 3 if config.quick else 15)
-        record |= {f"{mode}_ms": round(ours, 3), f"{mode}_plain_ms": round(plain, 3)}
-        record[f"{mode}_ratio"] = round(plain / ours, 2)
+    for mode in MODES:
+        if workers:
+            request = {"case": case.name, "mode": mode, "quick": config.quick}
+            contenders: dict[str, Contender] = {name: against.Remote(w, **request) for name, w in workers.items()}
+        else:
+            layers_by_name = {"flaxvision": case.ours, "reference": case.reference}
+            contenders = {name: contender(layer, mode, shape) for name, layer in layers_by_name.items()}
+        for each in contenders.values():
+            each.warm_up(1)
+        timing.take_turns(list(contenders.values()), 3 if config.quick else config.steps, seconds=config.seconds / 2)
+        record[mode] = timing.summary(contenders)
     return record
 
 
 def main(config: Config) -> None:
-    """Print a table; append the records to the output file."""
-    where = {"benchmark": "layers"} | describe(jax.devices()[0])
-    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    """Prints a table, and appends the records to the output file.
+
+    Raises:
+        ValueError: No case's name contains `only`, or the output is a recorded result and the commit is not clean.
+        RuntimeError: A worker of `--against` failed.
+    """
+    machine.check_output(config.output)
     chosen = [case for case in cases() if config.only in case.name]
     if not chosen:
-        sys.exit(f"no case's name contains {config.only!r}")
-    columns = f"{'forward':>9s} {'plain':>9s} {'ratio':>6s} {'train':>9s} {'plain':>9s} {'ratio':>6s}"
-    print(f"{'case':32s} {'input':>20s} {columns}")
-    for case in chosen:
-        record = measure(case, config)
-        cells = "".join(
-            f" {record[f'{m}_ms']:9.2f} {record[f'{m}_plain_ms']:9.2f} {record[f'{m}_ratio']:6.2f}"
-            for m in ("forward", "train")
+        raise ValueError(
+            f"--only must be part of a case's name ({', '.join(c.name for c in cases())}); got {config.only!r}"
         )
-        print(f"{case.name:32s} {'x'.join(map(str, record['input'])):>20s}{cells}", flush=True)
-        if config.output is not None:
-            config.output.parent.mkdir(parents=True, exist_ok=True)
-            with config.output.open("a") as file:
-                file.write(json.dumps(record | where | {"quick": config.quick}) + "\n")
+    where = {"benchmark": "layers", "quick": config.quick} | machine.describe(jax.devices()[0])
+    if config.against:
+        where["against"] = {"commit": machine.commit(config.against)}
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    other = "against" if config.against else "reference"
+    print(
+        f"{'case':32}{'input':>20}" + "".join(f"{mode:>10}{other:>11}{'ratio':>8}{'quartiles':>17}" for mode in MODES)
+    )
+    with against.workers(config.against, "benchmarks.layers") if config.against else nullcontext() as workers:
+        for case in chosen:
+            record = machine.rounded(measure(case, config, workers))
+            print(f"{case.name:32}{'x'.join(map(str, record['input'])):>20}", end="")
+            for mode in MODES:
+                ours, theirs, ratio = record[mode]["flaxvision"], record[mode][other], record[mode]["speedup"][other]
+                quartiles = f"[{ratio['q1']:.2f}, {ratio['q3']:.2f}]"
+                print(f"{ours['ms']:10.2f}{theirs['ms']:11.2f}{ratio['ratio']:8.2f}{quartiles:>17}", end="")
+            print(flush=True)
+            if config.output is not None:
+                machine.append(config.output, record | where)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    try:
+        main(tyro.cli(Config, description=__doc__, prog="python -m benchmarks.layers"))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

@@ -1,12 +1,11 @@
-"""How long `create_model` and `jax.eval_shape` of its `init` take: what a model costs before anything is compiled.
+"""Times `create_model` and `jax.eval_shape` of `init`: the cost of a model before anything is compiled.
 
-    python benchmarks/tracing.py                                                  # every classifier, three times
-    python benchmarks/tracing.py --models 'inception*' --output benchmarks/results/tracing.jsonl
+    python -m benchmarks.tracing                                                  # every classifier, three times
+    python -m benchmarks.tracing --models 'inception*' --output benchmarks/results/tracing.jsonl
 
-Every repetition starts with empty caches; the figure is the median.
+Each repetition starts with empty caches. The figure is the median.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -17,28 +16,30 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import tyro
-from machine import describe
 
 import flaxvision as fv
-from flaxvision.layers import lowering
+from benchmarks import machine
 
 
 @dataclass(frozen=True)
 class Config:
-    """Time the tracing of models."""
+    """Time the tracing of registered models."""
 
     models: str = "*"
-    """A shell pattern of registry names."""
+    """Shell pattern of registry names."""
     repetitions: int = 3
-    """Times that each is traced."""
+    """Repetitions of each model."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """A .jsonl file to which one line per model is appended."""
+    """File of JSON lines that the records are appended to, one per model."""
 
 
 def seconds(name: str) -> float:
-    """The time of one tracing with empty caches."""
+    """Returns the time of one tracing with empty caches."""
     jax.clear_caches()
-    lowering._checked.cache_clear()
+    for module in [m for key, m in sys.modules.items() if key.startswith("flaxvision.layers")]:
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):  # a functools cache, which JAX does not know of
+                value.cache_clear()
     info = fv.model_info(name)
     x = jax.ShapeDtypeStruct((1, *info.input_size, info.channels), jnp.float32)
     start = time.perf_counter()
@@ -46,29 +47,30 @@ def seconds(name: str) -> float:
     return time.perf_counter() - start
 
 
-def main(config: Config) -> int:
-    """Times every model; returns the process's exit status."""
-    names = fv.list_models(config.models)
+def main(config: Config) -> None:
+    """Times every model, and appends the records to the output file.
+
+    Raises:
+        ValueError: A setting is out of range, or the output is a recorded result and the commit is not clean.
+    """
     if config.repetitions < 1:
         raise ValueError(f"--repetitions must be at least 1; got {config.repetitions}")
-    if config.output:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
+    names = fv.list_models(config.models)
     if not names:
-        raise ValueError(f"no model has a name like {config.models!r}; see flaxvision.list_models()")
-    seconds(names[0])  # what is imported and looked up once
-    machine = describe(jax.devices()[0])
+        raise ValueError(f"--models must match a name of flaxvision.list_models(); got {config.models!r}")
+    machine.check_output(config.output)
+    seconds(names[0])  # fills what is imported or looked up only once
+    where = machine.describe(jax.devices()[0])
     for name in names:
         times = [seconds(name) for _ in range(config.repetitions)]
         print(f"{name:24} {statistics.median(times):6.2f} s", flush=True)
         if config.output:
-            line = {"benchmark": "tracing", "model": name, "seconds": [round(t, 3) for t in times], **machine}
-            with config.output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    return 0
+            record = {"benchmark": "tracing", "model": name, "seconds": [round(t, 3) for t in times], **where}
+            machine.append(config.output, record)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
+        main(tyro.cli(Config, description=__doc__, prog="python -m benchmarks.tracing"))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -79,7 +79,6 @@ def register(
     if name in _MODELS:
         raise ValueError(f"name must not be registered already; got {name!r}")
     defaults = defaults or {}
-    info.pop("weights", None)  # the tables of published weights list the tags
     _MODELS[name] = _Entry(module, backbone, ModelInfo(name=name, defaults=tuple(defaults.items()), **info))
 
 

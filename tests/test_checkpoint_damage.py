@@ -56,7 +56,9 @@ def remove(path, generator):
     path.unlink()
 
 
-@pytest.mark.parametrize(("harm", "rounds"), [(flip, 4), (truncate, 1), (remove, 1)])
+@pytest.mark.parametrize(
+    ("harm", "rounds"), [(flip, 1), pytest.param(flip, 4, marks=pytest.mark.slow), (truncate, 1), (remove, 1)]
+)
 def test_damage_to_any_file_is_harmless_or_found(tmp_path, caplog, harm, rounds):
     save_three(tmp_path / "good")
     generator = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Everything that is imported is declared in pyproject.toml, and everything that is declared is imported."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -76,10 +77,11 @@ def imports_of(path):
     return found
 
 
+@functools.cache
 def foreign_imports():
     """Folder and module of every import that is neither the standard library's nor this repository's."""
     paths = [(folder, path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    own = {path.stem for _, path in paths} | {"flaxvision", "parity"}
+    own = {*FOLDERS, *(path.stem for folder, path in paths if folder == "experiments")}
     used = {(folder, module): path for folder, path in paths for module in imports_of(path)}
     return {key: path for key, path in used.items() if key[1] not in own and key[1] not in sys.stdlib_module_names}
 

@@ -266,7 +266,6 @@ register(
     year=2014,
     input_size=(224, 224),
     params=61_100_840,
-    weights=("torchvision/IMAGENET1K_V1",),
     **_IMAGENET,
 )
 register(

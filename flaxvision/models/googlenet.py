@@ -268,6 +268,5 @@ register(
     params=6_624_904,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
-    weights=("torchvision/IMAGENET1K_V1",),
     **_PAPER,
 )

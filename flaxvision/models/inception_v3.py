@@ -334,8 +334,7 @@ _PUBLISHED = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
 }
-_TAGS = ("torchvision/IMAGENET1K_V1", "timm/tv_in1k", "keras/imagenet")
-register(InceptionV3, "inception_v3", backbone=InceptionV3Backbone, params=23_834_568, weights=_TAGS, **_PUBLISHED)
+register(InceptionV3, "inception_v3", backbone=InceptionV3Backbone, params=23_834_568, **_PUBLISHED)
 register(
     InceptionV3,
     "se_inception_v3",

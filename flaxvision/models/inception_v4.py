@@ -356,16 +356,13 @@ register(
     "inception_v4",
     backbone=InceptionV4Backbone,
     params=42_679_816,
-    weights=("timm/tf_in1k",),
     **_PUBLISHED,
 )
-_TAGS = ("timm/tf_in1k", "keras/imagenet")
 register(
     InceptionResNetV2,
     "inception_resnet_v2",
     backbone=InceptionResNetV2Backbone,
     params=55_843_464,
-    weights=_TAGS,
     **_PUBLISHED,
 )
 register(

@@ -160,5 +160,4 @@ register(
     params=3_504_872,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    weights=("torchvision/IMAGENET1K_V1", "torchvision/IMAGENET1K_V2", "timm/ra_in1k", "keras/imagenet"),
 )

@@ -250,17 +250,16 @@ _PAPER = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
-_V1, _V2, _KERAS = "torchvision/IMAGENET1K_V1", "torchvision/IMAGENET1K_V2", "keras/imagenet"
 
-# Table 1 of the paper: units of each stage, bottleneck, parameters, published weights.
+# Table 1 of the paper: units of each stage, bottleneck, parameters.
 _IMAGENET = {
-    "resnet18": ((2, 2, 2, 2), False, 11_689_512, (_V1, "timm/a1_in1k", "timm/tv_in1k")),
-    "resnet34": ((3, 4, 6, 3), False, 21_797_672, (_V1, "timm/a1_in1k", "timm/tv_in1k")),
-    "resnet50": ((3, 4, 6, 3), True, 25_557_032, (_V1, _V2, "timm/a1_in1k", "timm/tv_in1k", _KERAS)),
-    "resnet101": ((3, 4, 23, 3), True, 44_549_160, (_V1, _V2, "timm/a1h_in1k", "timm/tv_in1k", _KERAS)),
-    "resnet152": ((3, 8, 36, 3), True, 60_192_808, (_V1, _V2, "timm/a1h_in1k", "timm/tv_in1k", _KERAS)),
+    "resnet18": ((2, 2, 2, 2), False, 11_689_512),
+    "resnet34": ((3, 4, 6, 3), False, 21_797_672),
+    "resnet50": ((3, 4, 6, 3), True, 25_557_032),
+    "resnet101": ((3, 4, 23, 3), True, 44_549_160),
+    "resnet152": ((3, 8, 36, 3), True, 60_192_808),
 }
-for _name, (_sizes, _bottleneck, _params, _weights) in _IMAGENET.items():
+for _name, (_sizes, _bottleneck, _params) in _IMAGENET.items():
     register(
         ResNet,
         _name,
@@ -268,7 +267,6 @@ for _name, (_sizes, _bottleneck, _params, _weights) in _IMAGENET.items():
         defaults={"stage_sizes": _sizes, "bottleneck": _bottleneck},
         input_size=(224, 224),
         params=_params,
-        weights=_weights,
         **_PAPER,
     )
 

@@ -232,5 +232,4 @@ for _name, (_sizes, _bottleneck, _more, _params) in _VARIANTS.items():
         params=_params,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
-        weights=("timm/in1k",),
     )

@@ -131,5 +131,4 @@ register(
     params=1_248_424,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    weights=("torchvision/IMAGENET1K_V1",),
 )

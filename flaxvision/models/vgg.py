@@ -142,10 +142,6 @@ _PARAMS = {
     "vgg16": (138_357_544, 138_365_992),
     "vgg19": (143_667_240, 143_678_248),
 }
-_WEIGHTS = {
-    "vgg16": ("torchvision/IMAGENET1K_V1", "torchvision/IMAGENET1K_FEATURES", "timm/tv_in1k", "keras/imagenet"),
-    "vgg19": ("torchvision/IMAGENET1K_V1", "timm/tv_in1k", "keras/imagenet"),
-}
 _SHARED = {"task": "classification", "input_size": (224, 224), "channels": 3}
 _PAPER = "Simonyan, Zisserman 2015, Very Deep Convolutional Networks for Large-Scale Image Recognition"
 for _name, _sizes in STAGE_SIZES.items():
@@ -158,7 +154,6 @@ for _name, _sizes in STAGE_SIZES.items():
             paper=_PAPER,
             year=2015,
             params=_params,
-            weights=_WEIGHTS.get(_name + _suffix, ("torchvision/IMAGENET1K_V1", "timm/tv_in1k")),
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             **_SHARED,

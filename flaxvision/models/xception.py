@@ -165,5 +165,4 @@ register(
     params=22_855_952,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
-    weights=("keras/imagenet", "timm/tf_in1k"),
 )

@@ -27,7 +27,10 @@ PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+    import flaxvision  # works without an installation too
+
+    found = {p: importlib.metadata.version(p) for p in PACKAGES if p != "flaxvision"}
+    return {"python": platform.python_version(), "flaxvision": flaxvision.__version__} | found
 
 
 def commit() -> str | None:

@@ -1,19 +1,14 @@
 """benchmarks/input_pipeline.py runs and writes a line per source and pipeline."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks import input_pipeline as module
 
 
 @pytest.mark.reference
-def test_a_line_per_source_and_pipeline(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = importlib.import_module("input_pipeline")
+def test_a_line_per_source_and_pipeline(tmp_path):
     output = tmp_path / "new" / "results.jsonl"
     assert module.main(module.Config(rounds=2, quick=True, output=output)) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()]
@@ -23,5 +18,3 @@ def test_a_line_per_source_and_pipeline(tmp_path, monkeypatch):
             assert 0 < line[f"{name}_q1"] <= line[name] <= line[f"{name}_q3"]
         assert line["grain"]
         assert line["commit"]
-    for name in ("input_pipeline", "machine"):
-        sys.modules.pop(name, None)

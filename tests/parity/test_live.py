@@ -1,8 +1,8 @@
-"""Every model beside every library that has it, live: `pytest -m reference tests/parity`, hours on one core."""
+"""Every model beside every library that has it: `pytest -m reference tests/parity`. It takes hours on one core."""
 
-import comparison
-import parity
 import pytest
+
+from parity import comparison, ledger
 
 pytestmark = pytest.mark.reference
 
@@ -11,7 +11,7 @@ def label(pair):
     return f"{pair.source}-{pair.model}{'-aux' if pair.aux else ''}"
 
 
-@pytest.mark.parametrize("pair", parity.pairs(), ids=label)
+@pytest.mark.parametrize("pair", ledger.pairs(), ids=label)
 def test_forward(pair):
     result = comparison.forward(pair)
     assert result["params_ours"] + result["params_folded"] == result["params_theirs"]
@@ -20,7 +20,7 @@ def test_forward(pair):
     assert result.get("forward_aux", 0) <= comparison.FORWARD_TOLERANCE
 
 
-@pytest.mark.parametrize("pair", parity.pairs(), ids=label)
+@pytest.mark.parametrize("pair", ledger.pairs(), ids=label)
 def test_training(pair):
     result = comparison.training(pair, trajectory=not pair.aux)
     errors = {name: value for name, value in result.items() if name.startswith(("gradient", "drift"))}

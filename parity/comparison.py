@@ -1,8 +1,8 @@
-"""One of our models beside a library's, with the same drawn weights: forward, gradients, a training trajectory.
+"""Compares one of our models with a library's, given the same weights: forward, gradients and a training trajectory.
 
-Errors are relative, `||ours - theirs|| / ||theirs||`, over all elements at once. The forward passes are float32, the
-gradients and the trajectory float64 on both sides: in float32 a ReLU or a max-pool that tips over on one side alone
-changes single elements of the gradient by several per cent.
+Errors are relative, `||ours - theirs|| / ||theirs||`, over all elements at once. The forward passes are in float32, the
+gradients and the trajectory in float64 on both sides. In float32, a ReLU or a max-pool that rounds to the other side in
+one library changes single elements of the gradient by several per cent.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import functools
 import math
 from typing import Any
 
-import drawing
 import jax
 import jax.numpy as jnp
-import libraries
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 import flaxvision as fv
 from flaxvision.weights.convert import layout_of
+from parity import drawing, libraries
 
 Tensors = dict[str, np.ndarray]
 Size = tuple[int, int]
@@ -35,13 +34,13 @@ class Pair:
     """A model, and the library that it is compared with.
 
     Attributes:
-        model: The registry name.
+        model: Registry name.
         source: The library.
-        size: Height and width of the images of the forward passes.
-        training_size: Of those of the gradients and the trajectory.
-        aux: Compare in training the auxiliary classifiers too.
-        classes: Of the classifier.
-        batch: Images at a time.
+        size: Height and width of the images for the forward passes.
+        training_size: Height and width of the images for the gradients and the trajectory.
+        aux: Include the auxiliary classifiers in training.
+        classes: Number of classes.
+        batch: Batch size.
     """
 
     model: str
@@ -53,35 +52,35 @@ class Pair:
     batch: int = 2
 
     def images(self, name: str, size: Size | None = None) -> np.ndarray:
-        """Images by name, of the forward passes' size if no other is given."""
+        """Draws a batch of images by name; the default size is that of the forward passes."""
         return drawing.draw_images(name, (self.batch, *(size or self.size), 3))
 
     def batches(self) -> list[libraries.Batch]:
-        """The images and labels of the trajectory: two batches in turn."""
+        """Returns the images and labels of the trajectory, two batches in turn."""
         images = [self.images(f"images {i}", self.training_size) for i in range(2)]
         labels = [drawing.draw_labels(f"labels {i}", self.batch, self.classes) for i in range(2)]
         return [(images[step % 2], labels[step % 2]) for step in range(STEPS)]
 
     def theirs(self, *, double: bool = False) -> Any:
-        """The library's network."""
+        """Builds the library's network."""
         size = self.training_size if double else self.size
         return libraries.build(self.source, self.model, size, classes=self.classes, double=double, aux=self.aux)
 
     def ours(self) -> Any:
-        """Our module."""
+        """Builds our module."""
         return fv.create_model(self.model, **self._fields)
 
     def variables(self, tensors: Tensors) -> dict[str, Any]:
-        """The library's tensors as our variables, `params` and, where there are any, `batch_stats`."""
+        """Converts the library's tensors to our variables, `params` and `batch_stats` (possibly empty)."""
         variables = fv.weights.convert(self.model, tensors, source=self.source, **self._fields)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     def frozen(self, params: Any) -> set[str]:
-        """Paths of our parameters that the library lacks: constants there."""
+        """Returns the paths of those of our parameters that are constants in the library."""
         return {path for path in _flat(params) if any(fnmatch.fnmatchcase(path, p) for p in self._layout.constant)}
 
     def folded(self, tensors: Tensors) -> int:
-        """How many of the library's parameters others absorb in the conversion."""
+        """Returns how many of the library's parameters the conversion folds into others."""
         left = self._layout.adapt(dict(tensors)) if self._layout.adapt else tensors
         return sum(value.size for value in tensors.values()) - sum(value.size for value in left.values())
 
@@ -105,13 +104,13 @@ class Pair:
 
 
 def error(ours: Any, theirs: Any) -> float:
-    """`||ours - theirs|| / ||theirs||` over arrays or equal trees of them."""
+    """Returns `||ours - theirs|| / ||theirs||` over arrays, or over trees of the same structure."""
     a, b = (jax.tree.leaves(tree) for tree in (ours, theirs))
     return _apart(a, b) / _norm(b)
 
 
 def weights(pair: Pair, theirs: Any) -> tuple[dict[str, tuple[float, float]], Tensors]:
-    """Draws the library's tensors, with statistics that suit its activations; gives both."""
+    """Draws the library's tensors with statistics that suit its activations, and returns the statistics and tensors."""
     theirs.load(drawing.draw(theirs.shapes))
     size = pair.training_size if theirs.double else pair.size
     statistics = theirs.statistics(pair.images("calibration", size))
@@ -119,11 +118,11 @@ def weights(pair: Pair, theirs: Any) -> tuple[dict[str, tuple[float, float]], Te
 
 
 def forward(pair: Pair) -> dict[str, Any]:
-    """Compares the logits in float32, in evaluation and in training.
+    """Compares the logits in float32, in evaluation and in training mode.
 
     Returns:
-        `version`, `params_theirs`, `params_ours` and `params_folded` (theirs that others of ours absorb),
-        `forward_eval`, `forward_train`, and `forward_aux` (the worst auxiliary classifier) where the pair has them.
+        `version`, `params_theirs`, `params_ours` and `params_folded` (theirs that the conversion folds into others),
+        `forward_eval`, `forward_train`, and for pairs with auxiliary classifiers `forward_aux`, the largest error.
     """
     theirs = pair.theirs()
     _, tensors = weights(pair, theirs)
@@ -149,7 +148,7 @@ def forward(pair: Pair) -> dict[str, Any]:
 
 
 def outputs(model: Any, variables: dict[str, Any], images: np.ndarray, train: bool = False) -> libraries.Outputs:
-    """Our logits, auxiliary ones too."""
+    """Returns our logits and those of the auxiliary classifiers."""
     apply = jax.jit(lambda v, x: model.apply(v, x, train=train, mutable=["batch_stats", "aux_logits"]))
     logits, changed = apply(variables, images)
     aux = {name: np.asarray(value[0]) for name, value in changed.get("aux_logits", {}).items()}
@@ -159,16 +158,16 @@ def outputs(model: Any, variables: dict[str, Any], images: np.ndarray, train: bo
 def training(pair: Pair, *, trajectory: bool = True) -> dict[str, Any]:
     """Compares gradients, and `STEPS` steps of SGD with momentum, in float64 with batch statistics.
 
-    The learning rate makes the first step lessen the loss by 5 % to first order.
+    The learning rate is such that, to first order, the first step reduces the loss by 5 %.
 
     Returns:
-        `gradient`, `gradient_worst` (of any one tensor, those with next to no gradient aside), `loss_first`,
-        `loss_last`, and the drift over the trajectory: `drift_loss` (the worst step), `drift_params` and
-        `drift_statistics`, both as shares of the way that they went.
+        `gradient`, `gradient_worst` (the largest error of one tensor; tensors with almost no gradient count little),
+        `loss_first`, `loss_last`, and the drift over the trajectory: `drift_loss` (the worst step), `drift_params` and
+        `drift_statistics`, both relative to the distance from their start.
     """
     batches = pair.batches()
     theirs = pair.theirs(double=True)
-    # The images of the drawing are float32 numbers; so are the weights. The arithmetic is float64.
+    # Images and weights are float32 numbers; the arithmetic is float64.
     start = {name: value.astype(np.float64) for name, value in weights(pair, theirs)[1].items()}
     theirs.load(start)
     loss, tensors = theirs.gradients(batches[0])
@@ -209,7 +208,7 @@ def training(pair: Pair, *, trajectory: bool = True) -> dict[str, Any]:
 
 
 class _Trainer:
-    """SGD with momentum on our side, one compiled step for the gradient and the trajectory."""
+    """SGD with momentum for our model. One compiled step serves the gradient and the trajectory."""
 
     def __init__(self, pair: Pair, variables: dict[str, Any], frozen: set[str]):
         self._model, self._frozen = pair.ours(), frozen
@@ -254,7 +253,7 @@ def _cross_entropy(logits: jax.Array, labels: np.ndarray) -> jax.Array:
 
 
 def _drift(ours: Any, theirs: Any, start: Any) -> float:
-    """How far apart two states are, as a share of the way from their start."""
+    """Returns the distance of two states, relative to the distance from their start."""
     a, b, c = (jax.tree.leaves(tree) for tree in (ours, theirs, start))
     return _apart(a, b) / _apart(b, c)
 
@@ -262,7 +261,7 @@ def _drift(ours: Any, theirs: Any, start: Any) -> float:
 def _worst(ours: Any, theirs: Any) -> float:
     a, b = _flat(ours), _flat(theirs)
     norms = {path: _norm([value]) for path, value in b.items()}
-    # A bias before a BatchNorm has no gradient but rounding.
+    # The gradient of a bias before a BatchNorm is nothing but rounding error.
     least = 1e-6 * max(norms.values())
     return max(_apart([a[path]], [b[path]]) / max(norms[path], least) for path in b)
 
@@ -271,11 +270,11 @@ def _flat(tree: Any) -> dict[str, Any]:
     return flatten_dict(tree, sep="/")
 
 
-# One leaf at a time: a VGG has 1.1 GB of float64.
+# One leaf at a time, because a VGG has 1.1 GB of float64 parameters.
 def _norm(arrays: list[Any]) -> float:
     return math.sqrt(sum(float(np.linalg.norm(np.asarray(value, np.float64))) ** 2 for value in arrays))
 
 
 def _apart(a: list[Any], b: list[Any]) -> float:
-    assert [np.shape(x) for x in a] == [np.shape(y) for y in b]  # broadcast, a difference could vanish
+    assert [np.shape(x) for x in a] == [np.shape(y) for y in b]  # broadcasting could hide a difference
     return math.sqrt(sum(_norm([np.asarray(x, np.float64) - y]) ** 2 for x, y in zip(a, b, strict=True)))

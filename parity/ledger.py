@@ -1,12 +1,12 @@
 """The parity ledger: every model beside every library that has it, with the same weights.
 
-    python benchmarks/parity.py                                       # all that the ledger lacks; hours on one core
-    python benchmarks/parity.py --models 'resnet*' --sources timm     # a part
-    python benchmarks/parity.py --report                              # only writes the table anew
+    python -m parity                                       # all pairs that the ledger lacks; hours on one core
+    python -m parity --models 'resnet*' --sources timm     # some of them
+    python -m parity --report                              # only writes the table again
 
-Wants `pip install -e ".[reference]" pytorchcv`. Each pair appends a JSON line to benchmarks/results/parity.jsonl as it
-finishes, and benchmarks/results/parity.md is written from all lines; a pair that has a line is left out unless --again.
-`benchmarks/comparison.py` says what is compared, `benchmarks/drawing.py` where the weights come from.
+Needs `pip install -e ".[reference]" pytorchcv`; run it from the root of the checkout. Each pair appends a JSON line to
+parity/ledger.jsonl as it finishes, and parity/ledger.md is written from all lines. A pair that has a line is skipped
+unless `--again` is given. `comparison.py` describes what is compared, and `drawing.py` how the weights are drawn.
 """
 
 from __future__ import annotations
@@ -22,34 +22,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import comparison
 import jax
-import libraries
-import machine
 import numpy as np
 import tyro
 
 import flaxvision as fv
+from benchmarks import machine
+from parity import comparison, libraries
 
-RESULTS = Path(__file__).parent / "results" / "parity.jsonl"
+RESULTS = Path(__file__).with_name("ledger.jsonl")
 LIBRARIES = ("torchvision", "timm", "keras", "pytorchcv")
 
-# Where the architecture or the library wants other sizes than `comparison.Pair`'s; the first pattern that fits holds.
+# Sizes, where the architecture or the library needs others than `comparison.Pair`'s defaults. The first match counts.
 _SIZES: dict[tuple[str, str], dict[str, Any]] = {
-    ("vgg*", "keras"): {"size": (224, 250), "training_size": (224, 225), "batch": 1},  # its VGGs have no adaptive pool
+    ("vgg*", "keras"): {"size": (224, 250), "training_size": (224, 225), "batch": 1},  # no adaptive pool in its VGGs
     ("vgg*", "*"): {"size": (67, 81), "training_size": (49, 67)},
     ("alexnet_tv", "*"): {"size": (97, 131), "training_size": (79, 97)},
     ("alexnet*", "*"): {"size": (227, 229), "training_size": (227, 229)},  # the dense layers fix the size
     ("zfnet", "*"): {"size": (224, 225), "training_size": (224, 225)},
     ("bn_inception", "*"): {"size": (223, 224), "training_size": (223, 224)},  # its last pool is 7x7
-    ("*inception*", "*"): {"size": (139, 171), "training_size": (107, 139)},  # unpadded: maps shrink fast
+    ("*inception*", "*"): {"size": (139, 171), "training_size": (107, 139)},  # no padding: maps shrink fast
     ("xception", "*"): {"training_size": (75, 97)},
 }
 _AUX_SIZES = {"googlenet_bn": (65, 97), "inception_v3": (299, 315)}
 
 _FAMILIES = ("alexnet", "zfnet", "vgg", "googlenet", "bn_inception", "inception", "resnet", "xception", "se")
 
-# Columns of the table: title, key, tolerance.
+# Columns of the table: title, key and tolerance.
 _COLUMNS = (
     ("forward, eval", "forward_eval", comparison.FORWARD_TOLERANCE),
     ("forward, train", "forward_train", comparison.FORWARD_TOLERANCE),
@@ -63,37 +62,39 @@ _COLUMNS = (
 
 _TEXT = """# Parity: the same weights, the same numbers
 
-{models} models beside the libraries that have them, {count} comparisons, written by `benchmarks/parity.py`:
+{models} models beside the libraries that have them, {count} comparisons. The table is written by
 
     pip install -e ".[reference]" pytorchcv
-    python benchmarks/parity.py
+    python -m parity
 
-The weights are drawn by the names of the library's tensors, running statistics too (`benchmarks/drawing.py`), loaded
-there, and converted by `flaxvision.weights.convert`. Errors are relative, `||ours - theirs|| / ||theirs||`:
+The weights, running statistics included, are drawn from the names of the library's tensors (`parity/drawing.py`),
+loaded there, and converted by `flaxvision.weights.convert`. Errors are relative, `||ours - theirs|| / ||theirs||`:
 
-| | worst of all | tolerance |
+| | largest error | tolerance |
 | --- | --- | --- |
 {summary}
 
 {failures}{lacking}
 
-* **forward**: logits in float32, with running statistics (eval) and with those of the batch (train).
-* **gradient**: of the cross-entropy (auxiliary heads weigh {aux}), all parameters as one vector, batch statistics,
-  float64 on both sides. **worst tensor's gradient**: the same of the one tensor that differs most.
-* **loss, parameters, statistics**: the drift over {steps} steps of SGD with momentum {momentum} on two batches in turn,
-  BatchNorm in training, float64: the worst step's loss; the parameters and the running statistics at the end, as a
-  share of the way that they went from their start. The learning rate lessens the loss by 5 % a step to first order.
-  torch's running variances are unbiased, ours biased: theirs are multiplied by (n - 1) / n for the comparison.
-* Dropout is off on both sides. Images are small, of odd and unequal sides where the architecture permits; every line
-  of [parity.jsonl](parity.jsonl) says which. Networks with auxiliary heads are compared once more with them, without a
-  trajectory.
-* **parameters**: trainable ones, ours and theirs alike. `+ n`: Keras' ResNets have n biases of convolutions in front of
-  a BatchNorm more, which change nothing but its mean and are converted into that.
-* Where libraries differ under one name, `flaxvision.weights.fields(name, source)` makes our network theirs.
+* **forward**: logits in float32, with the running statistics (eval) and with those of the batch (train).
+* **gradient**: gradient of the cross-entropy in float64 with batch statistics, all parameters as one vector. Auxiliary
+  heads have the weight {aux}. **worst tensor's gradient**: the largest error of a single tensor.
+* **loss, parameters, statistics**: the drift over {steps} steps of SGD with momentum {momentum} on two alternating
+  batches in float64, with BatchNorm in training mode. For the loss it is that of the worst step. For the parameters and
+  the running statistics it is the distance at the end, divided by the distance from their start. The learning rate is
+  such that, to first order, a step reduces the loss by 5 %. torch's running variances are unbiased and ours are biased:
+  theirs are multiplied by (n - 1) / n for the comparison.
+* Dropout is off on both sides. Images are small, with odd and unequal sides where the architecture permits; every line
+  of [ledger.jsonl](ledger.jsonl) gives the size. Networks with auxiliary heads are compared once more with them,
+  without a trajectory.
+* **parameters**: the number of trainable parameters, equal on both sides. `+ n`: Keras' ResNets have n more, the
+  biases of convolutions followed by a BatchNorm. They only shift its mean, and the conversion folds them into it.
+* Where libraries define a network differently under one name, `flaxvision.weights.fields(name, source)` gives the
+  fields that make our network equal to theirs.
 
 {table}
 
-Against {versions}.
+Libraries: {versions}.
 
 Comparisons by flaxvision's commit, oldest first: {commits}.
 
@@ -103,24 +104,24 @@ Machine: {machine}; {hours:.1f} hours, shared with other work.
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Write the parity ledger."""
+    """Compare models with other libraries and record the errors."""
 
     models: str = "*"
-    """A shell pattern of registry names."""
+    """Shell pattern of registry names."""
     sources: tuple[str, ...] = LIBRARIES
     """Libraries to compare with."""
     forward_only: bool = False
-    """Print the forward errors alone and write nothing."""
+    """Only print the errors of the forward pass; write nothing."""
     again: bool = False
-    """Pairs that the ledger has, too."""
+    """Compare pairs again that the ledger has already."""
     report: bool = False
-    """Compare nothing, only write the table."""
+    """Only write the table; compare nothing."""
     output: Path = RESULTS
-    """File of JSON lines; the table lies beside it, with the ending .md."""
+    """File of JSON lines. The table is written beside it, with the suffix .md."""
 
 
 def pairs(models: str = "*", sources: Iterable[str] = LIBRARIES) -> list[comparison.Pair]:
-    """Every model with every library that has it, and once more with auxiliary classifiers."""
+    """Returns every model with every library that has it, and once more with auxiliary classifiers if it has them."""
     if unknown := set(sources) - set(LIBRARIES):
         raise ValueError(f"sources must be among {', '.join(LIBRARIES)}; got {', '.join(sorted(unknown))}")
     found = []
@@ -133,12 +134,12 @@ def pairs(models: str = "*", sources: Iterable[str] = LIBRARIES) -> list[compari
             if source == "torchvision" and (size := _AUX_SIZES.get(model)):
                 found.append(comparison.Pair(model, source, size=size, training_size=size, aux=True))
     if not found:
-        raise ValueError(f"no model of {', '.join(sources)} has a name like {models!r}")
+        raise ValueError(f"models must match a network that {' or '.join(sources)} has; got {models!r}")
     return found
 
 
 def failures(line: dict[str, Any]) -> list[str]:
-    """What of a line of the ledger is not within its tolerance."""
+    """Returns what is missing from a line of the ledger or exceeds its tolerance."""
     checks = [
         *_COLUMNS,
         ("auxiliary logits", "forward_aux", comparison.FORWARD_TOLERANCE),
@@ -154,7 +155,7 @@ def failures(line: dict[str, Any]) -> list[str]:
 
 
 def compare(pair: comparison.Pair) -> dict[str, Any]:
-    """One line of the ledger."""
+    """Compares one pair and returns its line of the ledger."""
     start = time.perf_counter()
     line: dict[str, Any] = {"model": pair.model, "source": pair.source, "aux": pair.aux}
     line |= comparison.forward(pair)
@@ -164,13 +165,13 @@ def compare(pair: comparison.Pair) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[tuple[str, str, bool], dict[str, Any]]:
-    """The newest line of every pair."""
+    """Reads the newest line of every pair."""
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {(line["model"], line["source"], line["aux"]): line for line in lines}
 
 
 def table(lines: Iterable[dict[str, Any]]) -> str:
-    """The rows of the ledger as Markdown, by family."""
+    """Formats the ledger as a Markdown table, by family."""
     rows = sorted(
         lines, key=lambda line: (_family(line["model"]), _natural(line["model"]), line["source"], line["aux"])
     )
@@ -185,13 +186,15 @@ def table(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def report(lines: Iterable[dict[str, Any]]) -> str:
-    """The ledger with what one must know to read it."""
+    """Formats the whole report: the table with its explanations."""
     lines = list(lines)
-    worst = {key: float(np.max([line[key] for line in lines if key in line])) for _, key, _ in _COLUMNS}
+    errors = {key: [line[key] for line in lines if key in line] for _, key, _ in _COLUMNS}
     commits = Counter(line["commit"][:7] for line in sorted(lines, key=lambda line: line["time"]))
     versions = sorted({part for line in lines for part in line["version"].split(", ")})
     versions += sorted({f"{name} {line[name]}" for line in lines for name in ("jax", "flax")})
-    summary = [f"| {title} | {worst[key]:.1e} | {limit:.0e} |" for title, key, limit in _COLUMNS]
+    summary = [
+        f"| {title} | {np.max(errors[key]):.1e} | {limit:.0e} |" for title, key, limit in _COLUMNS if errors[key]
+    ]
     bad = [f"* `{line['model']}`, {line['source']}: {'; '.join(f)}" for line in lines if (f := failures(line))]
     have = {(line["model"], line["source"], line["aux"]) for line in lines}
     lacking = [f"`{p.model}` ({p.source})" for p in pairs() if (p.model, p.source, p.aux) not in have]
@@ -200,7 +203,7 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
         lacking=f"\n\n**Not measured yet** ({len(lacking)}): {', '.join(lacking)}." if lacking else "",
         models=len({line["model"] for line in lines}),
         summary="\n".join(summary),
-        failures="\n".join(["Not within the tolerances:", "", *bad]) if bad else "All are within the tolerances.",
+        failures="\n".join(["These exceed a tolerance:", "", *bad]) if bad else "All errors are within the tolerances.",
         table=table(lines),
         aux=libraries.AUX_WEIGHT,
         steps=comparison.STEPS,
@@ -228,31 +231,37 @@ def _natural(model: str) -> tuple[Any, ...]:
 
 
 def main(config: Config) -> None:
-    """Compares what the ledger lacks."""
+    """Compares the pairs that the ledger lacks.
+
+    Raises:
+        ValueError: There are no such pairs, or the output is the recorded ledger and the commit is not clean.
+    """
     done = read(config.output)
     if config.report:
         config.output.with_suffix(".md").write_text(report(done.values()))
-    if not config.report:
-        import torch
+        return
+    if not config.forward_only:
+        machine.check_output(config.output)
+    chosen = pairs(config.models, config.sources)
+    import torch
 
-        torch.set_num_threads(1)
-    for pair in [] if config.report else pairs(config.models, config.sources):
+    torch.set_num_threads(1)
+    for pair in chosen:
         key = (pair.model, pair.source, pair.aux)
         label = f"{pair.model} {pair.source}{' aux' if pair.aux else ''}"
         if config.forward_only:
             print(label, {k: v for k, v in comparison.forward(pair).items() if k != "version"}, flush=True)
         elif config.again or key not in done:
             line = compare(pair)
+            machine.append(config.output, line)
             done[key] = line
-            config.output.parent.mkdir(parents=True, exist_ok=True)
-            with config.output.open("a") as file:
-                print(json.dumps(line), file=file)
             config.output.with_suffix(".md").write_text(report(done.values()))
             print(label, f"{line['seconds']} s;", "; ".join(failures(line)) or "within the tolerances", flush=True)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the command line and writes the ledger."""
     try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except ValueError as error:
+        main(tyro.cli(Config, description=__doc__, prog="python -m parity"))
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")

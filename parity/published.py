@@ -1,9 +1,9 @@
-"""The published networks of Keras, torchvision and timm with our weights, for `throughput.py --vs`.
+"""The published networks of Keras, torchvision and timm with our weights, for `python -m benchmarks.throughput --vs`.
 
-Our model is built with Keras' fields where Keras is compared (`fv.weights.fields`), and torch's ResNets take their
-stride where Keras' take it, so that all compute the same network. What still differs costs no time worth the name:
-Keras' ResNets have biases before BatchNorm, torch's MobileNetV2 and timm's Xception pad their sides otherwise, theirs
-have no dropout. Each is checked against ours built with that library's fields.
+Where Keras is compared, our model is built with the fields of Keras' network (`fv.weights.fields`), and torch's ResNets
+put the stride where Keras puts it, so that all compute the same network. The differences that remain cost no
+measurable time: Keras' ResNets have biases before BatchNorm, torch's MobileNetV2 and timm's Xception pad differently,
+and the other libraries' networks have no dropout. Each one is checked against ours with that library's fields.
 """
 
 from __future__ import annotations
@@ -13,53 +13,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import libraries
 import numpy as np
 
 import flaxvision as fv
 from flaxvision.weights.slots import canonical
+from parity import libraries
 
 
 def has(library: str, name: str) -> bool:
-    """Whether the library publishes the model, or a way to build it is here."""
+    """Returns whether the network exists in "keras" or "torch", published or built here."""
     if library == "keras":
         return in_keras(name) or name in ("resnet18", "resnet34")
     return library == "torch" and torch_source(name) is not None
 
 
 def in_keras(name: str) -> bool:
-    """Whether `keras.applications` has the model."""
+    """Returns whether `keras.applications` has the model."""
     return "keras" in fv.weights.sources(name)
 
 
 def torch_source(name: str) -> str | None:
-    """Which of torch's libraries has the model."""
+    """Returns the library for torch that has the model, torchvision first, or None."""
     return next((source for source in ("torchvision", "timm") if source in fv.weights.sources(name)), None)
 
 
 def fields(name: str, libraries: tuple[str, ...]) -> dict[str, Any]:
-    """The fields with which our model is timed."""
+    """Returns the fields of our model when it is timed beside these libraries."""
     return fv.weights.fields(name, "keras") if "keras" in libraries and in_keras(name) else {}
 
 
-def variables_of(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Variables filled with numpy, which takes a second where compiling `init` takes many."""
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        kind = path[-1].key
-        if kind in ("scale", "var"):
-            return np.ones(leaf.shape, leaf.dtype)
-        if kind in ("bias", "mean"):
-            return np.zeros(leaf.shape, leaf.dtype)
-        return rng.standard_normal(leaf.shape, np.float32) * (2 / max(1, np.prod(leaf.shape[:-1]))) ** 0.5
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
 def our_logits(problem: Any, source: str) -> np.ndarray:
-    """Our logits of the first two images, from the network as a library has it."""
+    """Returns our logits of the first two images, with the fields of a library's network."""
     fields = fv.weights.fields(problem.model, source)
     if "stride_in_1x1" in problem.fields:
         fields["stride_in_1x1"] = problem.fields["stride_in_1x1"]
@@ -68,7 +52,7 @@ def our_logits(problem: Any, source: str) -> np.ndarray:
 
 
 def keras_model(name: str, variables: Mapping[str, Any], shape: tuple[int, ...], bfloat16: bool) -> Any:
-    """The network in Keras with our weights, without a softmax."""
+    """Builds the network in Keras with our weights, without a softmax."""
     import keras
 
     keras.config.set_dtype_policy("mixed_bfloat16" if bfloat16 else "float32")
@@ -84,7 +68,7 @@ def keras_model(name: str, variables: Mapping[str, Any], shape: tuple[int, ...],
 
 
 def torch_model(name: str, variables: Mapping[str, Any], shape: tuple[int, ...], stride_in_1x1: bool) -> Any:
-    """The network in torchvision or timm with our weights."""
+    """Builds the network in torchvision or timm with our weights."""
     import torch
 
     source = torch_source(name)
@@ -95,7 +79,7 @@ def torch_model(name: str, variables: Mapping[str, Any], shape: tuple[int, ...],
     found = model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
     odd = [k for k in (*found.missing_keys, *found.unexpected_keys) if not k.endswith("num_batches_tracked")]
     if odd:
-        raise RuntimeError(f"the {source} network is another one: {', '.join(odd)}")
+        raise RuntimeError(f"{source}'s network must have the same tensors as ours; these differ: {', '.join(odd)}")
     if stride_in_1x1:
         for block in model.modules():
             if hasattr(block, "conv3") and block.stride == 2:
@@ -104,7 +88,7 @@ def torch_model(name: str, variables: Mapping[str, Any], shape: tuple[int, ...],
 
 
 def _keras_basic_resnet(name: str, variables: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
-    """ResNet-18 and -34, which Keras does not publish, from its layers; they are named as our modules."""
+    """Builds ResNet-18 or -34, which Keras does not publish. The layers have the names of our modules."""
     import keras
     from keras import layers
 
@@ -117,7 +101,7 @@ def _keras_basic_resnet(name: str, variables: Mapping[str, Any], shape: tuple[in
 
     x = image = keras.Input(shape)
     x = layers.ReLU()(norm(conv(x, 64, 7, 2, "stem_conv"), "stem_bn"))
-    x = layers.MaxPooling2D(3, 2)(layers.ZeroPadding2D(1)(x))  # after a ReLU a border of zeros never wins
+    x = layers.MaxPooling2D(3, 2)(layers.ZeroPadding2D(1)(x))  # after a ReLU, a border of zeros is never the maximum
     for stage, blocks in enumerate({"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}[name], start=1):
         for block in range(1, blocks + 1):
             here, features, strides = f"stage{stage}_block{block}", 32 * 2**stage, 2 if stage > 1 == block else 1

@@ -1,21 +1,23 @@
-"""Writes references.npz: what torchvision, timm, pytorchcv and Keras make of weights drawn by name.
+"""Writes tests/parity/references.npz: the outputs of torchvision, timm, pytorchcv and Keras for drawn weights.
 
     pip install -e ".[reference]" pytorchcv
-    PYTHONPATH=benchmarks python tests/parity/make_references.py
+    python -m parity.references
 
-The file holds logits, auxiliary logits and two numbers for each BatchNorm; `test_parity.py` draws the weights and the
-images again, without any of these libraries.
+The file holds logits, auxiliary logits and two numbers for each BatchNorm. `tests/parity/test_parity.py` draws the same
+weights and images again, without any of these libraries.
 """
 
 from pathlib import Path
+from typing import Any
 
-import comparison
 import numpy as np
 
-FILE = Path(__file__).parent / "references.npz"
-SMALL = {"classes": 100}
+from parity import comparison
 
-# The smallest of every family, by every library where their networks differ; the other depths are in the ledger.
+FILE = Path(__file__).resolve().parents[1] / "tests" / "parity" / "references.npz"
+SMALL: dict[str, Any] = {"classes": 100}
+
+# The smallest network of every family, once for each library that defines it differently. The ledger has the others.
 CASES = {
     f"{pair.source}/{pair.model}{'/aux' if pair.aux else ''}": pair
     for pair in (
@@ -43,7 +45,7 @@ CASES = {
 
 
 def make(pair: comparison.Pair) -> dict[str, np.ndarray]:
-    """What one network gives, by name: logits `eval` and of some `train`, auxiliary logits, statistics, version."""
+    """Returns one network's results by name: `eval` logits, some `train` and auxiliary logits, statistics, version."""
     theirs = pair.theirs()
     statistics, tensors = comparison.weights(pair, theirs)
     theirs.load(tensors)
@@ -60,11 +62,13 @@ def make(pair: comparison.Pair) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Writes all of them anew."""
+    """Writes the file."""
     import torch
 
     torch.set_num_threads(1)
-    arrays = {f"{case}/{name}": value for case, pair in CASES.items() for name, value in make(pair).items()}
+    arrays: dict[str, Any] = {
+        f"{case}/{name}": value for case, pair in CASES.items() for name, value in make(pair).items()
+    }
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")
 

@@ -1,7 +1,7 @@
-"""The networks of torchvision, timm, pytorchcv and Keras, each behind the same few methods, for parity comparisons.
+"""The networks of torchvision, timm, pytorchcv and Keras behind one interface, for parity comparisons.
 
-`build` makes one in float32 or float64, without pretrained weights and with every dropout off. Batches come as ours do,
-images `[N, H, W, C]` and integer labels; tensors go by the library's names.
+`build` makes a network in float32 or float64, without pretrained weights and with every dropout off. Batches are like
+ours: images `[N, H, W, C]` and integer labels. Tensors have the library's names.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import drawing
 import numpy as np
+
+from parity import drawing
 
 Tensors = dict[str, np.ndarray]
 Batch = tuple[np.ndarray, np.ndarray]
 
 AUX_WEIGHT = 0.3
 
-# Their name for our model, where it is another one.
+# Names that differ from ours.
 _NAMES = {
     "torchvision": {"alexnet_tv": "alexnet", "googlenet_bn": "googlenet"},
     "timm": {
@@ -46,11 +47,11 @@ AUX_HEADS = {"googlenet_bn": ("aux1", "aux2"), "inception_v3": ("aux1",)}
 
 
 class Outputs(NamedTuple):
-    """Of a forward pass.
+    """Result of a forward pass.
 
     Attributes:
-        logits: `[N, K]`.
-        aux: Those of the auxiliary classifiers by our names for them.
+        logits: Logits `[N, K]`.
+        aux: Logits of the auxiliary classifiers, by our names.
     """
 
     logits: np.ndarray
@@ -58,11 +59,11 @@ class Outputs(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Of a few SGD steps.
+    """Result of a few SGD steps.
 
     Attributes:
-        losses: Before each step.
-        tensors: After the last one, the state with its statistics biased, as ours are.
+        losses: The loss before each step.
+        tensors: The state after the last step, with biased running variances, as ours are.
     """
 
     losses: list[float]
@@ -72,18 +73,18 @@ class Trained(NamedTuple):
 def build(
     source: str, model: str, size: tuple[int, int], *, classes: int = 1000, double: bool = False, aux: bool = False
 ) -> TorchNetwork | KerasNetwork:
-    """Makes a library's network.
+    """Builds a library's network.
 
     Args:
         source: "torchvision", "timm", "pytorchcv" or "keras".
         model: Our registry name.
         size: Height and width of the images.
-        classes: Of the classifier.
+        classes: Number of classes.
         double: Compute in float64.
-        aux: With the auxiliary classifiers that `AUX_HEADS` names.
+        aux: Include the auxiliary classifiers of `AUX_HEADS`.
 
     Returns:
-        The network, its weights whatever they are.
+        The network, with arbitrary weights.
 
     Raises:
         ValueError: There is no such source.
@@ -95,7 +96,7 @@ def build(
 
 
 def _torch_module(source: str, name: str, classes: int, aux: bool) -> Any:
-    _import_torchvision()  # the others import it too
+    _import_torchvision()  # timm and pytorchcv import it too
     if source == "torchvision":
         import torchvision
 
@@ -111,12 +112,12 @@ def _torch_module(source: str, name: str, classes: int, aux: bool) -> Any:
         from pytorchcv.model_provider import get_model
 
         return get_model(name, pretrained=False, num_classes=classes)
-    raise ValueError(f"source must be 'torchvision', 'timm', 'pytorchcv' or 'keras', got {source!r}")
+    raise ValueError(f"source must be 'torchvision', 'timm', 'pytorchcv' or 'keras'; got {source!r}")
 
 
 @functools.cache
 def _import_torchvision() -> None:
-    """Imports torchvision beside a torch without CUDA too, where a helper for that is on the path."""
+    """Imports torchvision, through a helper for a torch without CUDA if there is one on the path."""
     try:
         import torchvision_on_cpu  # noqa: F401
     except ImportError:
@@ -127,10 +128,11 @@ class TorchNetwork:
     """A torch module.
 
     Attributes:
-        version: Of its library and of torch.
-        shapes: Of its state, by name.
-        params: Trainable parameters.
-        double: Computes in float64.
+        module: The module.
+        version: Versions of its library and of torch.
+        shapes: Shapes of the state's tensors, by name.
+        params: Number of trainable parameters.
+        double: Whether it computes in float64.
     """
 
     def __init__(self, module: Any, source: str, double: bool, aux: tuple[str, ...]):
@@ -155,15 +157,15 @@ class TorchNetwork:
         self.module.load_state_dict({name: self._torch.from_numpy(value) for name, value in tensors.items()})
 
     def state(self) -> Tensors:
-        """A copy of the whole state."""
+        """Returns a copy of the whole state."""
         return {name: value.detach().numpy().copy() for name, value in self.module.state_dict().items()}
 
     def statistics(self, images: np.ndarray) -> dict[str, tuple[float, float]]:
-        """A mean and a variance of every BatchNorm's input, in training on these images; clears the running ones."""
+        """Returns mean and variance of each BatchNorm's input in training mode; resets the running statistics."""
         momenta = {name: part.momentum for name, part in self._norms.items()}
         for part in self._norms.values():
             part.reset_running_stats()
-            part.momentum = None  # a cumulative average: of one batch, that batch's
+            part.momentum = None  # a cumulative average; after one batch, that batch's statistics
         self._run(images, train=True)
         for name, part in self._norms.items():
             part.momentum = momenta[name]
@@ -174,7 +176,7 @@ class TorchNetwork:
         )
 
     def forward(self, images: np.ndarray, *, train: bool = False) -> Outputs:
-        """The logits; the state stays as it is."""
+        """Returns the logits and leaves the state unchanged."""
         kept = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         logits, aux = self._run(images, train)
         with self._torch.no_grad():
@@ -183,7 +185,7 @@ class TorchNetwork:
         return Outputs(logits.detach().numpy(), {name: value.detach().numpy() for name, value in aux.items()})
 
     def gradients(self, batch: Batch) -> tuple[float, Tensors]:
-        """The loss in training and its gradient by name; the statistics move."""
+        """Returns the loss in training mode and its gradient by name; updates the running statistics."""
         loss = self._loss(batch)
         self.module.zero_grad(set_to_none=True)
         loss.backward()
@@ -191,7 +193,7 @@ class TorchNetwork:
         return loss.item(), gradients
 
     def train(self, batches: Sequence[Batch], rate: float, momentum: float) -> Trained:
-        """SGD with momentum, a step for each batch."""
+        """Runs SGD with momentum, one step per batch."""
         torch = self._torch
         optimizer = torch.optim.SGD(self.module.parameters(), rate, momentum=momentum)
         start = {name: (p.running_mean.clone(), p.running_var.clone()) for name, p in self._norms.items()}
@@ -213,7 +215,7 @@ class TorchNetwork:
             losses.append(loss.item())
         for hook in hooks:
             hook.remove()
-        # torch's running variance is unbiased: n / (n - 1) times what each step saw.
+        # torch's running variance is unbiased: n / (n - 1) times the variance of each batch.
         for name, part in self._norms.items():
             if name in counts:
                 old = start[name][1] * (1 - part.momentum) ** len(batches)
@@ -228,7 +230,7 @@ class TorchNetwork:
         x = x.to(next(self.module.parameters()).dtype)
         with torch.set_grad_enabled(train):
             y = self.module(x)
-        if train and self._aux:  # GoogLeNet gives the logits, then the heads from the last to the first
+        if train and self._aux:  # GoogLeNet returns the logits, then its heads from the last to the first
             return y[0], dict(zip(self._aux, reversed(y[1:]), strict=True))
         return (y[0] if isinstance(y, tuple) else y), {}
 
@@ -241,7 +243,7 @@ class TorchNetwork:
 
 
 class KerasNetwork:
-    """A network of `keras.applications` on the JAX backend; attributes as `TorchNetwork`'s."""
+    """A network of `keras.applications` on the JAX backend, with the interface of `TorchNetwork`."""
 
     def __init__(self, name: str, size: tuple[int, int], classes: int, double: bool):
         os.environ["KERAS_BACKEND"] = "jax"
@@ -249,9 +251,9 @@ class KerasNetwork:
         import keras
 
         if keras.backend.backend() != "jax":
-            raise RuntimeError(f"Keras must run on JAX, it was imported with {keras.backend.backend()}")
+            raise RuntimeError(f"Keras backend must be jax; got {keras.backend.backend()}")
         self._jax, self._config, self.double = jax, keras.config, double
-        keras.backend.clear_session()  # the numbers of layers without a name start again
+        keras.backend.clear_session()  # restarts the numbering of unnamed layers
         with self._settings():
             self.model = getattr(keras.applications, name)(
                 weights=None, input_shape=(*size, 3), classes=classes, classifier_activation=None
@@ -274,7 +276,7 @@ class KerasNetwork:
 
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:
-        # On JAX Keras' promotion of types turns float64 into float32, in every BatchNorm for one.
+        # On JAX, Keras' type promotion turns float64 into float32, for example in every BatchNorm.
         from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as narrower
 
         floatx, narrow = self._config.floatx(), narrower["float64"]
@@ -295,14 +297,14 @@ class KerasNetwork:
                 variable.assign(tensors[variable.path])
 
     def state(self) -> Tensors:
-        """A copy of the whole state."""
+        """Returns a copy of the whole state."""
         return {w.path: np.array(w.value) for w in self.model.weights}
 
     def _variables(self) -> tuple[list[Any], list[Any]]:
         return [v.value for v in self.model.trainable_variables], [v.value for v in self.model.non_trainable_variables]
 
     def statistics(self, images: np.ndarray) -> dict[str, tuple[float, float]]:
-        """A mean and a variance of every BatchNorm's input, in training on these images."""
+        """Returns mean and variance of each BatchNorm's input in training mode."""
         with self._settings():
             trainable, others = self._variables()
             zeros = [self._jax.numpy.zeros_like(v) for v in others]
@@ -316,20 +318,20 @@ class KerasNetwork:
         return drawing.statistics_of(means, {name: batch[f"{name}/moving_variance"] for name in means})
 
     def forward(self, images: np.ndarray, *, train: bool = False) -> Outputs:
-        """The logits; the state stays as it is."""
+        """Returns the logits and leaves the state unchanged."""
         with self._settings():
             logits, _ = self._apply(*self._variables(), self._images(images), training=train)
         return Outputs(np.asarray(logits), {})
 
     def gradients(self, batch: Batch) -> tuple[float, Tensors]:
-        """The loss in training and its gradient by name."""
+        """Returns the loss in training mode and its gradient by name."""
         with self._settings():
             trainable, others = self._variables()
             (loss, _), gradients = self._value_and_grad(trainable, others, self._images(batch[0]), batch[1])
         return float(loss), {path: np.asarray(g) for path, g in zip(self._trainable, gradients, strict=True)}
 
     def train(self, batches: Sequence[Batch], rate: float, momentum: float) -> Trained:
-        """SGD with momentum, a step for each batch."""
+        """Runs SGD with momentum, one step per batch."""
         losses = []
         with self._settings():
             trainable, others = self._variables()

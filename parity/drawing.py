@@ -1,13 +1,12 @@
-"""Weights for comparisons: every tensor of a library's state drawn by its name alone, with numpy alone.
+"""Draws weights for comparisons: each tensor of a library's state from its name alone, with numpy alone.
 
-Two networks given the same names and shapes get the same values, whatever the library, the process and the order. The
-values are uniform, since numpy's uniform float32 stream is simple and quick, and they are well conditioned: in float32
-two right implementations agree to about 1e-5 and a mistake stands out.
+The same names and shapes give the same values, whatever the library, the process and the order. The values are uniform
+and well conditioned: in float32, two correct implementations agree to about 1e-5, and a mistake stands out.
 
-* Kernels are centred over their inputs, so that the activations' common mean does not drown what varies.
-* Shifts lie around 1: around 0 a deep network of ReLUs amplifies rounding by 1.2 a layer.
-* Running statistics are those that the network has of itself, one pair of numbers for each layer (`Statistics`),
-  disturbed for each channel: taken from the air they would make deep networks vanish or explode.
+* Kernels are centred over their inputs, so that the common mean of the activations does not hide their variation.
+* Biases and shifts lie around 1. Around 0, a deep network of ReLUs amplifies rounding errors 1.2 times per layer.
+* Running statistics are drawn around those of the network itself, one pair of numbers for each layer (`Statistics`).
+  Unrelated statistics would make the activations of a deep network vanish or explode.
 """
 
 from __future__ import annotations
@@ -30,37 +29,37 @@ def draw(shapes: Shapes, statistics: Statistics | None = None, dtype: type = np.
     """Draws a whole state.
 
     Args:
-        shapes: Of every tensor, by the library's name for it: torch's (`NAME.weight`, OIHW) or Keras' (`NAME/kernel`,
+        shapes: Shape of each tensor, by the library's name: torch's (`NAME.weight`, OIHW) or Keras' (`NAME/kernel`,
             HWIO).
-        statistics: For each BatchNorm, by name, the mean and the variance around which its statistics are drawn; 0 and
-            1 for those that are missing.
-        dtype: Of the result. The numbers drawn are float32 numbers in any case.
+        statistics: Mean and variance around which the statistics of each BatchNorm are drawn, by its name; 0 and 1 for
+            those that are missing.
+        dtype: Dtype of the result. The values are always float32 numbers.
 
     Returns:
         The tensors by name.
 
     Raises:
-        ValueError: A name says nothing about what the tensor is.
+        ValueError: The name of a tensor is of no known kind.
     """
     return {name: _tensor(name, shape, shapes, statistics or {}).astype(dtype) for name, shape in shapes.items()}
 
 
 def norms(names: Iterable[str]) -> list[str]:
-    """The names of the BatchNorms in a state, in its order."""
+    """Returns the names of the BatchNorms in a state, in its order."""
     return [_split(name)[0] for name in names if _split(name)[1] in _VARIANCES]
 
 
 def statistics_of(
     means: Mapping[str, np.ndarray], variances: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[float, float]]:
-    """Sums a network's batch statistics up to a pair for each layer.
+    """Reduces batch statistics to a pair of numbers for each BatchNorm.
 
     Args:
-        means: By BatchNorm, of its input over batch and space, `[C]`.
-        variances: Likewise.
+        means: Mean of each BatchNorm's input over batch and space, `[C]`, by name.
+        variances: The variance likewise.
 
     Returns:
-        By BatchNorm, the mean over the channels, and the mean squared distance from it.
+        The mean over the channels, and the mean squared distance from it, by name.
     """
     result = {}
     for name, mean in means.items():
@@ -89,7 +88,7 @@ def _tensor(name: str, shape: tuple[int, ...], shapes: Shapes, statistics: Stati
         mean, variance = statistics.get(module, (0.0, 1.0))
         return np.float32(mean) + np.float32(0.5 * math.sqrt(variance)) * value
     if leaf in _VARIANCES:
-        # One over it is what a layer multiplies by: that has the mean 1.
+        # The layer multiplies by the inverse, which has mean 1.
         return np.float32(statistics.get(module, (0.0, 1.0))[1]) / (1 + np.float32(0.5) * value)
     if leaf == "gamma" or (leaf == "weight" and len(shape) == 1):
         return 1 + np.float32(0.5) * value
@@ -97,11 +96,11 @@ def _tensor(name: str, shape: tuple[int, ...], shapes: Shapes, statistics: Stati
         return 1 + np.float32(0.5) * value
     if leaf in ("weight", "kernel", "depthwise_kernel", "pointwise_kernel") and len(shape) > 1:
         return _kernel(value, torch_axes=leaf == "weight")
-    raise ValueError(f"the name {name!r} with shape {shape} is of no kind known here")
+    raise ValueError(f"shapes must name tensors of torch or Keras; got {name!r} with shape {shape}")
 
 
 def _kernel(value: np.ndarray, torch_axes: bool) -> np.ndarray:
-    """Centres and scales a kernel so that `relu(1 + x)` of unit variance before keeps unit variance behind."""
+    """Centres and scales a kernel so that a layer followed by `relu(1 + x)` keeps unit variance."""
     if torch_axes:
         inputs = tuple(range(1, value.ndim))
     elif value.ndim == 4 and value.shape[-1] == 1:
@@ -109,7 +108,7 @@ def _kernel(value: np.ndarray, torch_axes: bool) -> np.ndarray:
     else:
         inputs = tuple(range(value.ndim - 1))
     fan_in = math.prod(value.shape[i] for i in inputs)
-    # A depthwise window has few inputs, and centred wholly it would see nothing of an even map.
+    # A depthwise window has few inputs. Fully centred, it would map a constant input to zero.
     share = 0.6 if fan_in < 27 and value.ndim == 4 else 1.0
     value -= np.float32(share) * value.mean(inputs, keepdims=True)
     value *= np.float32(math.sqrt(4 / fan_in))
@@ -117,7 +116,7 @@ def _kernel(value: np.ndarray, torch_axes: bool) -> np.ndarray:
 
 
 def _uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform float32 numbers between -1 and 1, by name."""
+    """Draws uniform float32 numbers between -1 and 1 from a name."""
     value = np.random.default_rng(zlib.crc32(name.encode())).random(shape, np.float32)
     value *= 2
     value -= 1

@@ -1,11 +1,12 @@
-"""The networks of `flaxvision` in Keras 3 and in torch, for `throughput.py --vs`.
+"""The same networks in Keras 3 and in torch, for `python -m benchmarks.throughput --vs`.
 
-`load_keras` and `load_torch` give the two steps that are timed: what a user of that library writes, with the weights of
-our model in it. They refuse a network that is not the same one: other parameter shapes, or other logits.
+`load_keras` and `load_torch` build a network with our weights and return its forward pass and its train step, written
+as users of that library write them. They raise RuntimeError if the parameter shapes or the logits differ from ours.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -15,14 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import published
 
 import flaxvision as fv
+from parity import published
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
-# A chain of layers: (kind, *arguments). Convolutions are (features, kernel size, padding, activation), dense layers
-# (features, activation).
+# Networks as a chain of layers (kind, *arguments). The arguments of "conv" are features, kernel size, padding and
+# activation; those of "dense" are features and activation.
 CHAINS: dict[str, tuple[tuple[Any, ...], ...]] = {
     "mlp": (("flatten",), ("dense", 300, "relu"), ("dense", 100, "relu"), ("dense", 10, None)),
     "lenet5_modern": (
@@ -65,17 +66,17 @@ CHAINS: dict[str, tuple[tuple[Any, ...], ...]] = {
 
 
 class Problem(NamedTuple):
-    """What every library is given.
+    """A network, its weights and its batch.
 
     Attributes:
-        model: The registry name.
-        images: `[N, H, W, C]` float32.
-        labels: `[N]` int32.
+        model: Registry name.
+        images: Float32 `[N, H, W, C]`.
+        labels: Int32 `[N]`.
         bfloat16: Compute in bfloat16, with float32 parameters.
         weights: Our parameters in the order of their creation: kernels HWIO and `[in, out]`, biases.
-        logits: Ours in evaluation, `[N, K]`.
+        logits: Our logits of the first two images in evaluation mode, `[2, K]`.
         variables: All of our variables, for the published networks.
-        fields: Of our model, where they are not the defaults.
+        fields: Fields of our model that differ from the defaults.
     """
 
     model: str
@@ -88,56 +89,65 @@ class Problem(NamedTuple):
     fields: Mapping[str, Any] = MappingProxyType({})
 
 
-class Reference(NamedTuple):
-    """A library's network.
+class Peer(NamedTuple):
+    """A network in another library.
 
     Attributes:
-        version: Of the library.
-        params: Trainable parameters.
-        forward: Runs one evaluation to its end.
-        train: Runs one train step to its end.
+        version: Version of the library.
+        params: Number of trainable parameters.
+        forward: Starts one forward pass in evaluation mode.
+        train: Starts one train step.
+        wait: Waits for the result of `forward` or `train`.
+        peak_memory: Returns the peak device memory in bytes since the network was built, or None if it is not known.
     """
 
     version: str
     params: int
     forward: Callable[[], Any]
     train: Callable[[], Any]
+    wait: Callable[[Any], Any] = lambda result: result
+    peak_memory: Callable[[], int | None] = lambda: None
 
 
 def check_available(library: str, model: str) -> None:
-    """Checks, before anything is timed, that `--vs library` can work.
-
-    Raises:
-        ValueError: The model has no counterpart here.
-        ImportError: The library is not installed.
-    """
-    if model not in CHAINS and not published.has(library, model):
-        names = [*CHAINS, *filter(lambda name: published.has(library, name), fv.list_models())]
-        raise ValueError(f"--vs has no network for {model!r} in {library}; it has {', '.join(sorted(names))}")
-    if importlib.util.find_spec(library) is None:
-        raise ImportError(f'--vs {library} needs {library}, which is not installed: pip install -e ".[reference]"')
-
-
-def load_keras(problem: Problem) -> Reference:
-    """The network in Keras 3 on the JAX backend, channels last.
-
-    Its train step is `train_on_batch` after `compile(optimizer, loss, jit_compile=True)`, its forward pass
-    `predict_on_batch`: both compiled, both waiting for their result.
+    """Checks that a library can be timed, before anything is.
 
     Args:
-        problem: What to compute.
-
-    Returns:
-        The `Reference`.
+        library: "keras", "torch" or "torch_compile".
+        model: Registry name.
 
     Raises:
-        RuntimeError: Keras runs on another backend, or the network is not ours.
+        ValueError: There is no such network in the library.
+        ImportError: The library is not installed.
+    """
+    package = library.partition("_")[0]
+    if model not in CHAINS and not published.has(package, model):
+        names = [*CHAINS, *filter(lambda name: published.has(package, name), fv.list_models())]
+        raise ValueError(f"--model with --vs {library} must be one of {', '.join(sorted(names))}; got {model!r}")
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f'{package} is not installed, and --vs {library} needs it; run pip install -e ".[reference]"')
+
+
+def load_keras(problem: Problem) -> Peer:
+    """Builds the network in Keras 3 on the JAX backend, channels last.
+
+    The train step is `train_on_batch` after `compile(optimizer, loss, jit_compile=True)`, and the forward pass is
+    `predict_on_batch`. Both are compiled, and both wait for their result.
+
+    Args:
+        problem: The network, its weights and its batch.
+
+    Returns:
+        The `Peer`.
+
+    Raises:
+        RuntimeError: Keras runs on another backend, or its network differs from ours.
     """
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
     if keras.backend.backend() != "jax":
-        raise RuntimeError(f"--vs keras is for the JAX backend; Keras was imported with {keras.backend.backend()}")
+        raise RuntimeError(f"Keras backend must be jax; got {keras.backend.backend()}")
     if problem.model in CHAINS:
         model = _keras_chain(problem)
     else:
@@ -150,15 +160,15 @@ def load_keras(problem: Problem) -> Reference:
         jit_compile=True,
     )
     images, labels = jax.device_put(problem.images), jax.device_put(problem.labels)
-    reference = Reference(
+    peer = Peer(
         version=keras.__version__,
         params=sum(math.prod(w.shape) for w in model.trainable_weights),
         forward=lambda: model.predict_on_batch(images),
         train=lambda: model.train_on_batch(images, labels),
     )
     source = "keras" if published.in_keras(problem.model) and problem.model not in CHAINS else None
-    _check_logits("keras", np.asarray(model(images, training=False), np.float32), problem, source)
-    return reference
+    _check_logits("keras", np.asarray(model(images[:2], training=False), np.float32), problem, source)
+    return peer
 
 
 def _keras_chain(problem: Problem) -> Any:
@@ -177,13 +187,13 @@ def _keras_chain(problem: Problem) -> Any:
             features, activation = arguments
             layer = layers.Dense(features, activation=activation, **options)
         else:
-            plain = {
+            types = {
                 "max_pool": layers.MaxPooling2D,
                 "avg_pool": layers.AveragePooling2D,
                 "dropout": layers.Dropout,
                 "flatten": layers.Flatten,
             }
-            layer = plain[kind](*arguments, **options)
+            layer = types[kind](*arguments, **options)
         stack.append(layer)
     stack.append(layers.Activation("linear", dtype="float32"))
     model = keras.Sequential(stack)
@@ -193,62 +203,76 @@ def _keras_chain(problem: Problem) -> Any:
     return model
 
 
-def load_torch(problem: Problem) -> Reference:
-    """The network in eager torch, channels first, with torch's own number of threads; on CUDA where JAX is there too.
+def load_torch(problem: Problem, *, compiled: bool = False) -> Peer:
+    """Builds the network in torch, on a GPU if JAX uses one.
+
+    The eager form is channels first, with torch's own number of threads. In bfloat16 the forward pass runs under
+    autocast.
 
     Args:
-        problem: What to compute.
+        problem: The network, its weights and its batch.
+        compiled: Use `torch.compile`, channels-last memory and the fused optimizer.
 
     Returns:
-        The `Reference`.
+        The `Peer`.
 
     Raises:
-        RuntimeError: JAX has a GPU that torch does not see, or the network is not ours.
+        RuntimeError: JAX has a GPU that torch does not see, or the network differs from ours.
     """
     import torch
     from torch import nn
 
     device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         if not torch.cuda.is_available():
-            raise RuntimeError("--vs torch: JAX runs on a GPU and this torch has no CUDA; set JAX_PLATFORMS=cpu")
-        # XLA's default on such GPUs is TF32 for products and convolutions; torch's for convolutions only.
+            raise RuntimeError(
+                "torch has no CUDA, and JAX runs on a GPU; set JAX_PLATFORMS=cpu or install torch for CUDA"
+            )
+        # By default XLA uses TF32 for products and convolutions on such GPUs; torch uses it for convolutions only.
         tf32 = jax.config.jax_default_matmul_precision in (None, "default", "tensorfloat32")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats()
     if problem.model in CHAINS:
         model = _torch_chain(problem).to(device)
     else:
         stride = bool(problem.fields.get("stride_in_1x1"))
         model = published.torch_model(problem.model, problem.variables, problem.images.shape[1:], stride).to(device)
-    images = torch.from_numpy(np.ascontiguousarray(problem.images.transpose(0, 3, 1, 2))).to(device)
+    images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(problem.images, -1, 1))).to(device)
     labels = torch.from_numpy(problem.labels.astype(np.int64)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM)
+    if compiled:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
+    network: Any = torch.compile(model) if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM, fused=compiled or None)
     loss_of = nn.CrossEntropyLoss()
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def logits_of() -> torch.Tensor:
+    def logits_of(module: Any, pixels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=problem.bfloat16):
-            return model(images).float()
+            return module(pixels).float()
 
-    def forward() -> torch.Tensor:
+    def forward(module: Any = network, pixels: torch.Tensor = images) -> torch.Tensor:
         model.eval()
         with torch.inference_mode():
-            logits = logits_of()
-        wait()
-        return logits
+            return logits_of(module, pixels)
 
     def train() -> None:
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        loss_of(logits_of(), labels).backward()
+        loss_of(logits_of(network, images), labels).backward()
         optimizer.step()
-        wait()
 
     published_in = None if problem.model in CHAINS else published.torch_source(problem.model)
-    _check_logits("torch", forward().cpu().numpy(), problem, published_in)
-    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Reference(torch.__version__, params, forward, train)
+    _check_logits("torch", forward(model, images[:2]).cpu().numpy(), problem, published_in)
+    return Peer(
+        version=torch.__version__,
+        params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        forward=forward,
+        train=train,
+        wait=(lambda _: torch.cuda.synchronize()) if cuda else (lambda _: None),
+        peak_memory=torch.cuda.max_memory_allocated if cuda else (lambda: None),
+    )
 
 
 def _torch_chain(problem: Problem) -> Any:
@@ -258,7 +282,7 @@ def _torch_chain(problem: Problem) -> Any:
     activations = {"relu": nn.ReLU, "tanh": nn.Tanh}
     _, side, _, channels = problem.images.shape
     stack: list[nn.Module] = []
-    permutes: list[tuple[int, int] | None] = []  # of each layer with weights: (side, channels) of the map it flattens
+    permutes: list[tuple[int, int] | None] = []  # for each layer with weights, side and channels of a flattened input
     flattened = None
     for kind, *arguments in CHAINS[problem.model]:
         if kind == "conv":
@@ -278,8 +302,8 @@ def _torch_chain(problem: Problem) -> Any:
                 flattened, channels = (side, channels), side * side * channels
             elif kind != "dropout":
                 side //= arguments[0]
-            plain = {"max_pool": nn.MaxPool2d, "avg_pool": nn.AvgPool2d, "dropout": nn.Dropout, "flatten": nn.Flatten}
-            stack.append(plain[kind](*arguments))
+            types = {"max_pool": nn.MaxPool2d, "avg_pool": nn.AvgPool2d, "dropout": nn.Dropout, "flatten": nn.Flatten}
+            stack.append(types[kind](*arguments))
         if activation:
             stack.append(activations[activation]())
     model = nn.Sequential(*stack)
@@ -289,7 +313,7 @@ def _torch_chain(problem: Problem) -> Any:
         if value.ndim == 4:
             value = value.transpose(3, 2, 0, 1)
         elif value.ndim == 2:
-            if permute:  # rows come in the order H, W, C and torch flattens C, H, W
+            if permute:  # our rows are in the order H, W, C; torch flattens C, H, W
                 side, channels = permute
                 value = value.reshape(side, side, channels, -1).transpose(2, 0, 1, 3).reshape(value.shape)
             value = value.T
@@ -301,24 +325,26 @@ def _torch_chain(problem: Problem) -> Any:
     return model
 
 
-LOADERS: dict[str, Callable[[Problem], Reference]] = {"keras": load_keras, "torch": load_torch}
+LOADERS: dict[str, Callable[[Problem], Peer]] = {
+    "keras": load_keras,
+    "torch": load_torch,
+    "torch_compile": functools.partial(load_torch, compiled=True),
+}
 
 
 def _check_shapes(library: str, theirs: list[tuple[int, ...]], weights: list[np.ndarray]) -> None:
     ours = [w.shape for w in weights]
     if theirs != ours:
-        raise RuntimeError(f"the {library} network is another one: its parameters are {theirs}, ours are {ours}")
+        raise RuntimeError(f"{library}'s parameters must have the shapes {ours}; got {theirs}")
 
 
 def _check_logits(library: str, theirs: np.ndarray, problem: Problem, source: str | None = None) -> None:
     ours = problem.logits
-    if source is not None:  # a published network: ours as that library has it
+    if source is not None:  # a published network: compare with ours as that library defines it
         ours = published.our_logits(problem, source)
-        theirs = theirs[: len(ours)]
     error = float(np.max(np.abs(theirs - ours)) / np.max(np.abs(ours)))
     limit = 1e-4 if jax.default_backend() == "cpu" and not problem.bfloat16 else 5e-2
     if not error <= limit:
         raise RuntimeError(
-            f"the {library} network is another one: its logits are off by {error:.1e} with our weights, "
-            f"more than {limit:.0e}"
+            f"{library}'s logits must be within {limit:.0e} of ours with the same weights; got an error of {error:.1e}"
         )
