@@ -1,4 +1,4 @@
-"""experiments/capsnet_mnist.py with a network of a few capsules."""
+"""experiments/capsnet_mnist.py with a small network."""
 
 import importlib.util
 import math
@@ -41,7 +41,7 @@ def test_trains_draws_and_goes_on(tmp_path, capsys):
     assert losses[-1] < losses[0]
     rates = [r["learning_rate"] for r in records if r["split"] == "train"]
     assert 1e-3 > rates[0] > rates[-1] > 1e-3 * config.decay
-    # The same command again finds the run done, and draws it again.
+    # Running the same command again trains nothing and draws the pictures again.
     (workdir / "reconstructions.png").unlink()
     assert capsnet.main(config) == 0
     assert output.splitlines()[-3:] == capsys.readouterr().out.splitlines()[-3:]

@@ -32,7 +32,7 @@ cifar10 = load_script()
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A registered ResNet of one unit, to compile in no time."""
+    """A registered ResNet with one unit, which compiles quickly."""
     info = dataclasses.replace(
         fv.model_info("resnet20_cifar"), name="tiny", defaults=(("stage_sizes", (1,)), ("features", (8,)))
     )

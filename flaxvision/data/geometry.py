@@ -177,7 +177,7 @@ def random_crop(
 
     Raises:
         ValueError: `mode` is neither of the two, `size` is larger than the padded image, or `mode` is "reflect" for an
-            example with boxes, masks or key points, whose mirror images would not be annotated.
+            example with boxes, masks or key points: the mirrored objects would have no annotations.
     """
     if mode not in ("zero", "reflect"):
         raise ValueError(f"mode must be 'zero' or 'reflect'; got {mode!r}")

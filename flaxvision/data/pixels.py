@@ -14,7 +14,7 @@ def to_float(image: Array) -> Array:
     """Converts uint8 [..., H, W, C] to float32 in [0, 1] (divided by 255); floats are only cast to float32.
 
     Raises:
-        TypeError: Another dtype, whose range is unknown.
+        TypeError: The dtype is another one; the range of its values is unknown.
     """
     image = jnp.asarray(image)
     if image.dtype == jnp.uint8:
@@ -55,7 +55,8 @@ def shape_of(image: Array, channels: int | None = None) -> tuple[int, int, int]:
         )
     if channels is not None and image.shape[-1] != channels:
         raise ValueError(f"image must have {channels} channels (red, green, blue); got {image.shape[-1]} channels")
-    return image.shape
+    height, width, depth = image.shape
+    return height, width, depth
 
 
 def per_channel(name: str, value: PerChannel, image: Array) -> Array:

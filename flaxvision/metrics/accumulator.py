@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import jax
 import numpy as np
 from flax import struct
-
-A = TypeVar("A", bound="Accumulator")
 
 
 @struct.dataclass
@@ -22,7 +20,7 @@ class Accumulator:
     `all_reduce` gathers them, and `to_host` returns an object of its own with `merge` and `compute` that keeps lists.
     """
 
-    def merge(self: A, other: A) -> A:
+    def merge(self, other: Self) -> Self:
         """Combines two accumulators of the same metric.
 
         Args:
@@ -33,7 +31,7 @@ class Accumulator:
         """
         return jax.tree.map(lambda a, b: a + b, self, other)
 
-    def all_reduce(self: A, axis_name: str) -> A:
+    def all_reduce(self, axis_name: str) -> Self:
         """Merges the accumulators of all devices under `pmap`.
 
         Args:

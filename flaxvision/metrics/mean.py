@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,18 @@ class Mean(Accumulator):
     weight: Any
 
     @classmethod
-    def init(cls) -> Mean:
+    def init(cls) -> Self:
         """Returns the mean of nothing yet."""
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
     @classmethod
-    def of(cls, values: jax.Array, weights: jax.Array | None = None) -> Mean:
+    def of(cls, values: jax.Array, weights: jax.Array | None = None) -> Self:
         """Returns the mean of one batch; see `update`."""
         weights = jnp.ones(jnp.shape(values), jnp.float32) if weights is None else weights.astype(jnp.float32)
         # `where` and not a product alone: a value of weight 0 may be NaN, as that of a padded row.
         return cls(jnp.sum(jnp.where(weights > 0, weights * values, 0.0)), jnp.sum(weights))
 
-    def update(self, values: jax.Array, weights: jax.Array | None = None) -> Mean:
+    def update(self, values: jax.Array, weights: jax.Array | None = None) -> Self:
         """Adds a batch of values.
 
         Args:
@@ -45,7 +45,7 @@ class Mean(Accumulator):
         Returns:
             The mean of everything seen.
         """
-        return self.merge(Mean.of(values, weights))
+        return self.merge(self.of(values, weights))
 
     def compute(self) -> float:
         """Returns the mean, NaN if the weights sum to 0."""

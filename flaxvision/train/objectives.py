@@ -14,7 +14,7 @@ their shape; an accumulator of lists belongs to evaluation (`train=False`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -39,7 +39,7 @@ class Objective(Protocol):
         rng: jax.Array | None,
         train: bool,
         /,
-    ) -> tuple[jax.Array, tuple[dict[str, fm.Accumulator], dict[str, Any]]]:
+    ) -> tuple[jax.Array, tuple[Mapping[str, Any], dict[str, Any]]]:
         """Returns `loss, (metrics, collections)`."""
         ...
 

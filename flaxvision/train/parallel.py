@@ -190,7 +190,7 @@ def check_divides(batch: dict[str, Any], sharding: NamedSharding) -> None:
     if len(rows) != 1:
         raise ValueError(f"the arrays of a batch must have the same number of rows; got {sorted(rows)}")
     (n,) = rows
-    devices = sharding.mesh.local_mesh.size
+    devices = len(sharding.addressable_devices)
     if n % devices:
         raise ValueError(
             f"the batch size must be a multiple of the {devices} devices, such as "

@@ -142,4 +142,4 @@ def eval_step(
         batch = transform(jax.random.key(0), batch)
     collections = {k: v for k, v in variables.items() if k != "params"}
     _, (metrics, _) = objective(state.apply_fn, variables["params"], collections, batch, None, False)
-    return metrics if axis_name is None else {name: m.all_reduce(axis_name) for name, m in metrics.items()}
+    return {name: m if axis_name is None else m.all_reduce(axis_name) for name, m in metrics.items()}

@@ -175,7 +175,7 @@ def test_random_rotation_draws_uniform_angles():
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 1.0, 1.7])
 def test_scale_resizes_about_the_centre(factor):
-    """A box around the centre, wider than the image for factors below 1, resized by Pillow."""
+    """Compared with a box around the centre, resized by Pillow; for factors below 1 it is larger than the image."""
     pad = 12
     padded = np.pad(SMALL, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
     height, width = 9 / factor, 12 / factor
@@ -228,7 +228,7 @@ def test_crop_boxes_are_distributed_as_torchvision_draws_them():
 
 
 def test_crop_box_falls_back_to_the_centre():
-    """A strip of 10x100 holds no square of its whole area: the largest centred square is taken."""
+    """A 10x100 image contains no square of 90 % of its area, so the largest centred square is used."""
     box = jax.jit(lambda k: augment.draw_crop_box(k, 10, 100, (0.9, 1.0), (1.0, 1.0)))(jax.random.key(0))
     np.testing.assert_array_equal(box, (0, 45, 10, 10))
 
@@ -432,7 +432,7 @@ def test_per_example_ops_need_no_exchange_between_devices():
 
 @pytest.mark.parametrize("mix", [augment.mixup, augment.cutmix])
 def test_mixing_leaves_padded_rows_out(mix):
-    """Row i is constant i + 1 and of class i, so that each result tells what it was made of."""
+    """Row i has the constant value i + 1 and the class i, so each result shows its origin."""
     values = np.arange(1, 9, dtype=np.float32)
     batch = {
         "image": np.broadcast_to(values[:, None, None, None], (8, 10, 6, 1)),

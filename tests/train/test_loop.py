@@ -139,7 +139,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, uninterrupted, 
     again = Seen()
     result = run(tmp_path, again)
     want, records, rows, _ = uninterrupted
-    assert again.rows[:13] == rows[7:]  # not a batch twice, none lost
+    assert again.rows[:13] == rows[7:]  # no batch is repeated or lost
     assert bits(result.state) == want
     assert records_of(tmp_path) == records
 
@@ -183,7 +183,7 @@ def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poison
         state, metrics = STEP(state, batch, rng)
         if int(state.step) == 8 and poisoned == "loss":
             metrics = metrics | {"loss": metrics["loss"].replace(total=metrics["loss"].total * np.nan)}
-        if int(state.step) == 10 and poisoned == "parameters":  # the loss would tell one step later
+        if int(state.step) == 10 and poisoned == "parameters":  # the loss becomes NaN one step later
             state = state.replace(params=jax.tree.map(lambda p: p * np.nan, state.params))
         return state, metrics
 
@@ -247,6 +247,11 @@ def test_early_stopping_by_itself():
         EarlyStopping(0)
     with pytest.raises(ValueError, match="mode must be 'max' or 'min'; got 'up'"):
         EarlyStopping(1, mode="up")
+
+
+def test_an_evaluation_needs_batches():
+    with pytest.raises(ValueError, match="batches must hold at least one batch; got none"):
+        fv.train.evaluate(state_of(), EVAL, [])
 
 
 def test_intervals_must_be_positive(tmp_path):
@@ -451,7 +456,7 @@ def test_workdir(tmp_path):
     assert written["config"] == {"model": "mlp", "seed": 0, "data_dir": None}
     assert written["versions"]["jax"] == jax.__version__
     assert fv.train.open_workdir(folder, Config(data_dir="x"), free=("data_dir",)) == folder
-    assert fv.train.open_workdir(folder, Config(seed=5)) == folder  # nothing has begun
+    assert fv.train.open_workdir(folder, Config(seed=5)) == folder  # the run has not begun
     assert fv.train.open_workdir(folder, Config()) == folder
     (folder / "metrics.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"holds another run: model was 'mlp', now 'lenet5'; seed was 0, now 1"):

@@ -35,7 +35,7 @@ OBJECTIVE = fv.train.classification()
 def batch_of(step=0, rows=16):
     rng = np.random.default_rng(step)
     return {
-        # Row means far apart, so that a replica's statistics are not the batch's.
+        # The means of the rows are far apart, so that the statistics of a replica differ from those of the batch.
         "image": (rng.normal(size=(rows, 6, 6, 2)) + np.linspace(-1, 1, rows)[:, None, None, None]).astype(np.float32),
         "label": rng.integers(0, 3, rows).astype(np.int32),
     }
@@ -69,12 +69,12 @@ def test_jit_on_one_jit_on_eight_and_pmap_on_eight_agree():
     assert distance(single, mapped) < 1e-6
     for m in (m8, mp):
         chex.assert_trees_all_close(m, m1, rtol=1e-5)
-    # It did train.
+    # The parameters have changed.
     assert distance(single[0], jax.device_get(state_of().params)) > 1e-2
 
 
 def test_unsynchronised_batch_norm_differs_per_replica_and_says_how():
-    """Without axis_name each replica normalises by its own two rows; the kept statistics are the replicas' mean."""
+    """Without axis_name, each replica normalizes by its own two rows and the mean of the running statistics is kept."""
     step = partial(train_step, objective=OBJECTIVE)
     synchronised, _ = run(jit_step(step), state_of(), steps=1)
     apart, _ = run(pmap_step(step), state_of(), steps=1)
@@ -108,7 +108,7 @@ def test_a_state_passes_freely_between_jit_and_pmap():
 
 
 def test_the_update_against_plain_gradients():
-    """Without BatchNorm: the step is SGD on the mean loss of the real rows, nothing else."""
+    """Without BatchNorm, the step is SGD on the mean loss of the real rows."""
     model = fv.create_model("mlp", features=(5,), num_classes=3)
     state = create_state(model, optax.sgd(0.5), jax.random.key(0), SAMPLE)
     batch = batch_of() | {"mask": (np.arange(16) < 11).astype(np.float32)}
@@ -202,7 +202,7 @@ def test_evaluation_can_use_the_average():
 @pytest.mark.parametrize("size", [8, 24, 48])
 @pytest.mark.parametrize("compiled", [jit_step, pmap_step])
 def test_an_evaluation_counts_every_example_once(devices, size, compiled):
-    """37 examples in batches of 8, 24 and 48: every size leaves a rest, and one is larger than the set."""
+    """37 examples in batches of 8, 24 and 48: no size divides the set, and one is larger than it."""
     rng = np.random.default_rng(0)
     images, labels = rng.normal(size=(37, 6, 6, 2)).astype(np.float32), rng.integers(0, 3, 37)
     source = fv.data.ArraySource(images, labels)
@@ -212,7 +212,7 @@ def test_an_evaluation_counts_every_example_once(devices, size, compiled):
     step = jit_step(step, make_mesh(many)) if compiled is jit_step else pmap_step(step, many)
     total = None
     for batch in fv.data.eval_batches(source, size):
-        batch["image"][batch["mask"] == 0] = np.nan  # what padding holds must not matter
+        batch["image"][batch["mask"] == 0] = np.nan  # the values of padding must not matter
         total = fv.metrics.merge(total, fv.metrics.to_host(step(state, batch)))
     logits = np.asarray(Net().apply(state.variables, images))
     want = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), jnp.asarray(labels))
@@ -277,7 +277,7 @@ def test_create_state_takes_given_variables():
 
 
 class Convolutions(nn.Module):
-    """Wide enough that the CPU takes its own forms, filter gradients in pieces among them."""
+    """Wide enough for all CPU-specific forms, including filter gradients in pieces."""
 
     @nn.compact
     def __call__(self, x, *, train=False):
@@ -317,7 +317,7 @@ def test_bfloat16_trains_with_float32_parameters():
 
 
 @pytest.mark.parametrize("compiled", [jit_step, pmap_step])
-def test_what_padded_rows_hold_reaches_no_gradient(compiled):
+def test_padded_rows_do_not_reach_the_gradients(compiled):
     model = fv.create_model("mlp", features=(5,), num_classes=3)
     states = []
     for filler in (0.0, np.nan):
