@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ import optax
 import tyro
 
 import flaxvision as fv
-from benchmarks import machine, throughput
+from benchmarks import input_pipeline, machine, throughput
 from parity import comparison
 
 # Memory bandwidth in bytes per second.
@@ -189,7 +188,7 @@ class Folder(Part):
     def records(self) -> Iterator[Record]:
         """Yields the rate of the batches alone, and that of the training."""
         with tempfile.TemporaryDirectory() as folder:
-            write_photos(Path(folder) / "train", self.images)
+            input_pipeline.write_photos(Path(folder) / "train", self.images)
             crop = functools.partial(fv.data.cropping.random_resized_crop, size=self.image_size)
             batches = fv.data.train_batches(
                 fv.data.load(folder, "train", as_stored=True),
@@ -256,6 +255,7 @@ class Training(Part):
         seconds = time.perf_counter() - start
         records = fv.train.read_records(metrics) if metrics is not None and metrics.exists() else []
         measured = [r for r in records if r.get("split") != "train"]
+        rates = [r["images_per_second"] for r in records if "images_per_second" in r]
         print("\n".join(tail))
         found = {
             "command": self.command,
@@ -263,7 +263,10 @@ class Training(Part):
             "printed": tail[-4:],
             "passed": tail[-1] == "exit status 0",
         }
-        yield found | {"metrics": measured[-1] if measured else None, "records": len(records)}
+        yield found | {
+            "metrics": measured[-1] if measured else None,
+            "images_per_s": float(np.median(rates)) if rates else None,
+        }
 
 
 @contextlib.contextmanager
@@ -319,21 +322,6 @@ def summarize(kernels: list[tuple[str, float, float]], steps: int, top: int) -> 
     return found | ({"kernels": longest} if top else {})
 
 
-def write_photos(root: Path, count: int) -> None:
-    """Writes JPEG files of 500x375 pixels, about 50 kB each, in eight class folders."""
-    from PIL import Image
-
-    def write(number: int) -> None:
-        rng = np.random.default_rng(number)
-        path = root / f"class{number % 8}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), np.uint8))
-        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
-
-    with ThreadPoolExecutor(machine.cores()) as pool:
-        list(pool.map(write, range(count)))
-
-
 def _lines(command: list[str], seconds: float) -> Iterator[str]:
     """Runs a command and yields its lines. After the time limit it gets SIGTERM, and 30 s later SIGKILL."""
     limit = ["timeout", "--signal=TERM", "--kill-after=30", f"{max(1.0, seconds - 30)}"]
@@ -363,6 +351,14 @@ def main(part: Part) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(tyro.cli(Note | Tests | Agreement | Kernels | Folder | Training, description=__doc__)))
+        sys.exit(
+            main(
+                tyro.cli(
+                    Note | Tests | Agreement | Kernels | Folder | Training,
+                    description=__doc__,
+                    prog="python -m benchmarks.gpu",
+                )
+            )
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

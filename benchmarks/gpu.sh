@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh STAGE [PART]      PART: only the parts with this text in their name
 #
 #   1 works      tests on the GPU; logits against the CPU; resuming after SIGKILL
-#   2 resnet50   training and forward pass in bfloat16 beside torch, compiled torch and Keras: train-256, forward-32, ...
+#   2 resnet50   training and forward pass in bfloat16 beside torch, compiled torch and Keras: train-256, forward-32
 #   3 networks   training of VGG-16, Inception-v3, Xception, SE-ResNet-50 and MobileNetV2, likewise
 #   4 cifar10    ResNet-20's published accuracy; trainings: he-resnet20, he-resnet56, fast-SEED
 #   5 profile    the longest kernels of ResNet-50's train step; the effect of single changes
@@ -16,6 +16,7 @@
 # continue when the same part runs again on the same machine. Results are JSON lines in $OUT/STAGE.jsonl.
 #
 #   OUT=runs/gpu    folder of the results
+#   RUNS=runs       folder of the trainings' checkpoints and records
 #   DATA=data       folder with mnist/, fashion_mnist/ (the original files), cifar10/ (its binary version), weights/
 #   LIMIT=530       seconds for a stage
 #   TINY=1          a dry run of every part on a CPU with tiny sizes
@@ -25,7 +26,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} DATA=${DATA:-data} LIMIT=${LIMIT:-530} TINY=${TINY:-}
+PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} RUNS=${RUNS:-runs} DATA=${DATA:-data} LIMIT=${LIMIT:-530} TINY=${TINY:-}
 stage=${1:-} only=${2:-}
 case $stage in
     [1-7]) ;;
@@ -76,7 +77,11 @@ part() {
     if ((status)); then failures=$((failures + 1)); note "$name" "failed: exit status $status"; fi
 }
 
-gpu() { local kind=$1 name=$2; shift 2; part "$name" "$PYTHON" -m benchmarks.gpu "$kind" --name "$name" --seconds {} --output "$output" "$@"; }
+gpu() {
+    local kind=$1 name=$2
+    shift 2
+    part "$name" "$PYTHON" -m benchmarks.gpu "$kind" --name "$name" --seconds {} --output "$output" "$@"
+}
 throughput() { local name=$1; shift; part "$name" "$PYTHON" -m benchmarks.throughput "$@" --output "$output"; }
 
 # train NAME DATA COMMAND: runs an experiment in a folder of its own, if its data is there.
@@ -84,7 +89,7 @@ train() {
     local name=$1 data=$2 command=$3
     [[ $name == *"$only"* ]] || return 0
     if [[ $data && ! -d $data ]]; then note "$name" "left out: no folder $data"; return 0; fi
-    gpu training "$name" --command="$command" --workdir "$OUT/runs/$name"
+    gpu training "$name" --command="$command" --workdir "$RUNS/$name"
 }
 
 peers=(--vs torch torch_compile keras --lenient)
@@ -108,7 +113,8 @@ case $stage in
         gpu agreement agreement "${trained[@]}"
         XLA_FLAGS="--xla_gpu_deterministic_ops=true" JAX_PLATFORMS=cuda \
             gpu tests resume --arguments="-n 0 tests -m 'slow or not slow' -k sigkill_at_ten"
-        JAX_PLATFORMS=cuda gpu tests tests --arguments="-n 8 tests -m 'not slow and not reference and not data'"
+        XLA_FLAGS="--xla_gpu_autotune_level=0" JAX_PLATFORMS=cuda \
+            gpu tests tests --arguments="-n 8 tests -m 'not slow and not reference and not data'"
     fi
     ;;
 2)

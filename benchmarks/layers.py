@@ -275,6 +275,6 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=__doc__, prog="python -m benchmarks.layers"))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")

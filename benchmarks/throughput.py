@@ -371,6 +371,6 @@ def _per_step(contender: Contender, fuse: int) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=__doc__, prog="python -m benchmarks.throughput"))
     except (ValueError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

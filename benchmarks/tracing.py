@@ -71,6 +71,6 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=__doc__, prog="python -m benchmarks.tracing"))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,26 +1,26 @@
-r"""Trains CapsNet on MNIST, and draws what its capsules hold (Sabour, Frosst and Hinton 2017).
+r"""Trains CapsNet on MNIST and draws reconstructions from its capsules (Sabour, Frosst and Hinton 2017).
 
-    python experiments/capsnet_mnist.py                            # scikit-learn's real digits
+    python experiments/capsnet_mnist.py                            # scikit-learn's handwritten digits
     python experiments/capsnet_mnist.py --dataset mnist --epochs 5 --batch-size 100 \
         --manual-dir FOLDER                                        # FOLDER has the four original files
 
-The first needs neither a network nor a GPU. Two cores of an Intel Xeon (AVX-512) train 70 images a second, which makes
-72 minutes of MNIST's 5 epochs and 7 of the digits' 20. Those 5 reached 99.30 % (one run). The paper reports an error of
-0.25 %, after many more epochs. To expect in the work directory, beside the curves, records and checkpoints:
+The first command needs no download and no GPU. Two cores of an Intel Xeon (AVX-512) train on 70 images per second: 7
+minutes for 20 epochs of the digits, 72 minutes for 5 epochs of MNIST, which reached a test accuracy of 99.30 % (one
+run). The paper reports an error of 0.25 % after many more epochs. Besides curves, records and checkpoints, the work
+directory gets:
 
-    reconstructions.png    test images above what the decoder draws from their longest capsules
-    perturbations.png      drawings of one digit while each of its capsule's 16 numbers moves from -0.25 to +0.25 of
-                           what it is, in steps of 0.05 (the paper's figure 4)
+    reconstructions.png    test images, and below them the reconstructions from their longest capsules
+    perturbations.png      reconstructions of one digit while each of the 16 numbers of its capsule is changed by -0.25
+                           to +0.25 in steps of 0.05 (figure 4 of the paper)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import signal
-import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ class Config:
     """Train, evaluate, draw and resume CapsNet."""
 
     dataset: str = "digits"
-    """digits (embedded), mnist, fashion_mnist, another TFDS name, a folder, or an .npz; see flaxvision.data.load.
-    Images are brought to 28x28."""
+    """digits (embedded), mnist, fashion_mnist, another TFDS name, a directory, or an .npz; see flaxvision.data.load.
+    Images are brought to 28x28 pixels."""
     workdir: str | None = None
     """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-capsnet-SEED."""
     data_dir: str | None = None
@@ -49,21 +49,21 @@ class Config:
     batch_size: int = 32
     """Images per step, over all devices."""
     learning_rate: float = 1e-3
-    """Adam's first rate."""
+    """Initial learning rate of Adam."""
     decay: float = 0.02
-    """Its last rate as a fraction of the first; the decay between is exponential."""
+    """Final learning rate as a fraction of the initial one; the decay is exponential."""
     shift: int = 2
-    """Augment: move by up to this many pixels, as the paper."""
+    """Augmentation: translate by up to this many pixels, as in the paper."""
     routing_iterations: int = 3
-    """Rounds of routing."""
+    """Iterations of the routing."""
     reconstruction_weight: float = 5e-4
-    """Factor of the sum of squares of the drawing's error; 0 builds no decoder."""
+    """Weight of the squared error of the reconstruction; 0 builds no decoder."""
     ema_decay: float | None = None
     """Decay of a moving average of the weights, which is then evaluated. Default: no average."""
     conv_features: int = 256
     """Channels of the first convolution."""
     primary_features: int = 32
-    """Primary capsules at each place of their map."""
+    """Primary capsules at each position."""
     bfloat16: bool = False
     """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
     eval_every: float = 1.0
@@ -78,47 +78,24 @@ class Config:
 
 def main(config: Config) -> int:
     """Runs the experiment and returns the exit status of the process."""
-    sizes = ("batch_size", "conv_features", "primary_features", "routing_iterations")
-    for field in (*sizes, "epochs", "eval_every", "log_every", "learning_rate", "decay"):
-        if not 0 < getattr(config, field) < math.inf:
-            raise ValueError(f"--{field.replace('_', '-')} must be positive and finite; got {getattr(config, field)}")
-    if config.shift < 0:
-        raise ValueError(f"--shift must not be negative; got {config.shift}")
-    if config.dataset == "digits":
-        print("these are scikit-learn's digits, not MNIST: --dataset mnist --manual-dir FOLDER takes MNIST")
-    load = functools.partial(
-        fv.data.load, config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir, seed=config.seed
-    )
-    train, test = load("train"), load("test")
-    channels = np.shape(train[0]["image"])[-1]
-    for source in (train, test):
-        fv.data.validate(source, channels=channels, num_classes=len(train.classes))
-    name = Path(config.dataset).stem
+    check(config)
+    train, test = load(config)
+    name, size = Path(config.dataset).stem, fv.model_info("capsnet").input_size
     workdir = Path(config.workdir or f"runs/{name}-capsnet-{config.seed}")
-
-    size = fv.model_info("capsnet").input_size
-    overrides = {
-        "num_classes": len(train.classes),
-        "routing_iterations": config.routing_iterations,
-        "decoder": config.reconstruction_weight > 0,
-        "image_shape": (*size, channels),
-        "conv_features": config.conv_features,
-        "primary_features": config.primary_features,
-        "dtype": jnp.bfloat16 if config.bfloat16 else None,
-    }
+    overrides = model_overrides(config, train)
     model = fv.create_model("capsnet", **overrides)
+    train_transform, eval_transform = transforms(config, size)
+    train_step, eval_step = fv.train.compile_steps(
+        fv.train.capsule(reconstruction_weight=config.reconstruction_weight),
+        train_transform=train_transform,
+        eval_transform=eval_transform,
+        use_ema=config.ema_decay is not None,
+    )
     batches = fv.data.train_batches(train, config.batch_size, seed=config.seed)
     num_steps = max(1, round(config.epochs * batches.steps_per_epoch))
     rate = optax.exponential_decay(config.learning_rate, num_steps, config.decay)
-    plain, augment = transforms(config, size)
-    train_step, eval_step = fv.train.compile_steps(
-        fv.train.capsule(reconstruction_weight=config.reconstruction_weight),
-        train_transform=augment,
-        eval_transform=plain,
-        use_ema=config.ema_decay is not None,
-    )
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
-    sample = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+    sample = jax.ShapeDtypeStruct((1, *overrides["image_shape"]), jnp.float32)
     state = fv.train.create_state(model, fv.train.optimizer("adam", rate), init_rng, sample, ema_decay=config.ema_decay)
 
     fv.train.open_workdir(workdir, config, free=("workdir", "data_dir", "manual_dir", "progress"))
@@ -132,9 +109,7 @@ def main(config: Config) -> int:
         overrides=overrides,
         num_steps=num_steps,
         rng=run_rng,
-        evaluate=functools.partial(
-            fv.train.evaluate, eval_step=eval_step, batches=fv.data.eval_batches(test, eval_size)
-        ),
+        evaluate=partial(fv.train.evaluate, eval_step=eval_step, batches=fv.data.eval_batches(test, eval_size)),
         eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
         log_every=config.log_every,
         learning_rate=rate,
@@ -148,36 +123,74 @@ def main(config: Config) -> int:
     final = result.metrics
     print(f"test accuracy {final['accuracy']:.2%}, margin loss {final['margin']:.4f}, on {len(test)} images")
     if config.reconstruction_weight:
-        draw(model, result.state.variables if config.ema_decay is None else result.state.ema, test, plain, workdir)
+        variables = result.state.variables if config.ema_decay is None else result.state.ema
+        draw(model, variables, test, eval_transform, workdir)
         per_pixel = final["reconstruction"] / np.prod(overrides["image_shape"])
-        print(f"mean square error of the reconstructions {per_pixel:.4f} a pixel, in [0, 1]")
+        print(f"mean squared error of the reconstructions {per_pixel:.4f} per pixel, in [0, 1]")
     print(f"see the pictures in {workdir}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
 
 
+def check(config: Config) -> None:
+    """Raises ValueError for settings that are out of range."""
+    sizes = ("batch_size", "conv_features", "primary_features", "routing_iterations")
+    for field in (*sizes, "epochs", "eval_every", "log_every", "learning_rate", "decay"):
+        if not 0 < getattr(config, field) < math.inf:
+            raise ValueError(f"--{field.replace('_', '-')} must be positive and finite; got {getattr(config, field)}")
+    if config.shift < 0:
+        raise ValueError(f"--shift must not be negative; got {config.shift}")
+
+
+def load(config: Config):
+    """Loads and checks the training and test sources."""
+    if config.dataset == "digits":
+        print("training on scikit-learn's digits, not MNIST; use --dataset mnist --manual-dir FOLDER for MNIST")
+    read = partial(
+        fv.data.load, config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir, seed=config.seed
+    )
+    train, test = read("train"), read("test")
+    for source in (train, test):
+        channels = np.shape(train[0]["image"])[-1]
+        fv.data.validate(source, channels=channels, num_classes=len(train.classes))
+    return train, test
+
+
+def model_overrides(config: Config, train) -> dict[str, Any]:
+    """Returns the fields of the model that differ from its defaults."""
+    return {
+        "num_classes": len(train.classes),
+        "routing_iterations": config.routing_iterations,
+        "decoder": config.reconstruction_weight > 0,
+        "image_shape": (*fv.model_info("capsnet").input_size, train[0]["image"].shape[-1]),
+        "conv_features": config.conv_features,
+        "primary_features": config.primary_features,
+        "dtype": jnp.bfloat16 if config.bfloat16 else None,
+    }
+
+
 def transforms(config: Config, size):
-    """The evaluation's and the training's transform: pixels in [0, 1] as the paper has them, and the shift."""
+    """Returns the transforms of training and of evaluation. Pixels are in [0, 1], as in the paper."""
     a = fv.data.augment
-    ops = [functools.partial(a.to_size, size=size)]  # before the shift, whose pixels are those of this size
+    ops = [partial(a.to_size, size=size)]  # first, so that --shift counts pixels of this size
     if config.shift:
-        ops.append(functools.partial(a.random_shift, max_shift=config.shift))
-    return a.make_transform(size=size), a.make_transform(*ops)
+        ops.append(partial(a.random_shift, max_shift=config.shift))
+    return a.make_transform(*ops), a.make_transform(size=size)
 
 
-def draw(model, variables, test, plain, workdir: Path) -> None:
-    """Draws one test image of each class with its reconstruction, and the drawings of a perturbed capsule."""
+def draw(model, variables, test, transform, workdir: Path) -> None:
+    """Draws one test image per class with its reconstruction, and the reconstructions of a perturbed capsule."""
     labels = np.asarray([test[i]["label"] for i in range(min(len(test), 1000))])
     rows = [int(np.argmax(labels == k)) for k in range(len(test.classes)) if k in labels]
     raw = {"image": np.stack([test[i]["image"] for i in rows])}
-    images = plain(jax.random.key(0), raw)["image"]
-    capsules = jax.jit(functools.partial(model.apply, method="encode"))(variables, images)
-    decode = jax.jit(functools.partial(model.apply, method="decode"))
+    images = transform(jax.random.key(0), raw)["image"]
+    capsules = jax.jit(partial(model.apply, method="encode"))(variables, images)
+    decode = jax.jit(partial(model.apply, method="decode"))
     longest = np.argmax(fv.layers.capsule_lengths(capsules), axis=-1)
     texts = [test.classes[labels[i]] for i in rows] + [f"as {test.classes[k]}" for k in longest]
     pictures = np.concatenate([images, decode(variables, capsules)])
     fv.plot.image_grid(pictures, texts, columns=len(rows), path=workdir / "reconstructions.png")
 
-    # The paper's section 5.1: one number at a time, by -0.25 to 0.25 in steps of 0.05.
+    # Section 5.1 of the paper: change one number at a time by -0.25 to 0.25 in steps of 0.05.
     shifts = np.arange(-5, 6) * 0.05
     shown = len(rows) // 2
     dims = capsules.shape[-1]
@@ -194,14 +207,5 @@ def draw(model, variables, test, plain, workdir: Path) -> None:
     fv.plot.image_grid(strips, texts, columns=2, path=workdir / "perturbations.png")
 
 
-def leave(number, frame):
-    """Ends the process outside of the training loop, where there is nothing to save; the loop has its own handler."""
-    sys.exit(0)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    fv.train.run_experiment(main, lambda: tyro.cli(Config, description=__doc__))

@@ -1,24 +1,23 @@
-"""Shows what convolution and pooling do, on two photos and with filters made by hand.
+"""Draws the results of convolution and pooling on two photos, with handmade filters.
 
     python experiments/feature_maps.py
 
-Five seconds on 2 CPU cores, without a network: scikit-learn brings the photos, a Chinese temple and a dahlia. The
-filters are those of figure 14-5 in A. Géron's "Hands-On Machine Learning" (2nd edition): zeros but for a line of ones
-down or across the middle. To expect in the work directory:
+It takes five seconds on 2 CPU cores and needs no download: the photos, a Chinese temple and a dahlia, come with
+scikit-learn. The filters are those of figure 14-5 in A. Géron's "Hands-On Machine Learning" (2nd edition): zeros, and a
+vertical or horizontal line of ones through the middle. The work directory gets:
 
     filters.png        the two filters
-    feature_maps.png   photos and feature maps: the vertical filter keeps vertical lines sharp and blurs all else
-    details.png        the same of a part of each photo, enlarged
+    feature_maps.png   photos and feature maps: the vertical filter keeps vertical lines sharp and blurs the rest
+    details.png        the same for a part of each photo, enlarged
     pooling.png        max and average pooling of these parts
     depthwise.png      pooling over the depth: over the three colours, and over the two feature maps
 
-and on the screen the global averages of the photos' colours and of the feature maps.
+It prints the global averages of the colours of the photos and of the feature maps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -38,19 +37,19 @@ class Config:
     """Draw feature maps and pooled images of two photos."""
 
     kernel_size: int = 7
-    """Height and width of the line filters in pixels, an odd number from 3 to 63."""
+    """Height and width of the filters in pixels, an odd number from 3 to 63."""
     pool: int = 2
     """Height and width of the pooling windows in pixels, from 1 to 16."""
     workdir: str = "runs/feature_maps"
-    """Folder for the pictures."""
+    """Directory for the pictures."""
 
 
 def main(config: Config) -> int:
-    """Runs the experiment; returns the process's exit status."""
+    """Runs the experiment and returns the exit status of the process."""
     if config.kernel_size not in range(3, 64, 2):
-        raise ValueError(f"--kernel-size must be an odd number from 3 to 63, got {config.kernel_size}")
+        raise ValueError(f"--kernel-size must be an odd number from 3 to 63; got {config.kernel_size}")
     if not 1 <= config.pool <= 16:
-        raise ValueError(f"--pool must be from 1 to 16, got {config.pool}")
+        raise ValueError(f"--pool must be from 1 to 16; got {config.pool}")
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
 
@@ -88,7 +87,7 @@ def main(config: Config) -> int:
 
 
 def line_filters(size: int, channels: int) -> np.ndarray:
-    """A vertical and a horizontal line of ones through the middle: `[size, size, channels, 2]`."""
+    """Makes filters `[size, size, channels, 2]` with a vertical and a horizontal line of ones through the middle."""
     filters = np.zeros((size, size, channels, 2), np.float32)
     filters[:, size // 2, :, 0] = 1
     filters[size // 2, :, :, 1] = 1
@@ -96,37 +95,34 @@ def line_filters(size: int, channels: int) -> np.ndarray:
 
 
 def line_maps(images: np.ndarray, filters: np.ndarray) -> jax.Array:
-    """Feature maps `[N, H, W, K]` of images `[N, H, W, C]`; `filters` `[size, size, C, K]` are the layer's kernel."""
+    """Convolves images `[N, H, W, C]` with filters `[size, size, C, K]` to feature maps `[N, H, W, K]`."""
     layer = fv.layers.Conv(filters.shape[-1], filters.shape[:2], padding="SAME", use_bias=False)
     return jax.jit(layer.apply)({"params": {"kernel": filters}}, images)
 
 
 def grey(maps: np.ndarray) -> np.ndarray:
-    """Feature maps `[H, W, K]` as images `[K, H, W, 3]` from black, their least number, to white, their largest."""
+    """Turns feature maps `[H, W, K]` into images `[K, H, W, 3]`, from black for the lowest value to white."""
     maps = (maps - maps.min()) / (maps.max() - maps.min())
     return np.repeat(np.moveaxis(maps, -1, 0)[..., None], 3, axis=-1)
 
 
 def enlarged(image: np.ndarray | jax.Array, times: int) -> np.ndarray:
-    """An image `[H, W, C]` whose pixels became squares of `times x times`."""
+    """Enlarges every pixel of an image `[H, W, C]` to `times x times` pixels."""
     return np.repeat(np.repeat(image, times, axis=0), times, axis=1)
 
 
 def drawn(kernel: np.ndarray, side: int = 12) -> np.ndarray:
-    """A kernel `[H, W]` as an image with lines between its numbers, each a square of `side` pixels."""
+    """Draws a kernel `[H, W]` as squares of `side` pixels with lines between them."""
     image = np.pad(enlarged(kernel, side), ((0, 1), (0, 1)))
     image[::side] = image[:, ::side] = 0.5
     return image
 
 
 def draw(rows, titles, path: Path) -> None:
-    """Draws rows of images of one size."""
+    """Draws rows of images of the same size."""
     images = np.stack([np.asarray(image) for row in rows for image in row])
     fv.plot.image_grid(images, titles, columns=len(rows[0]), path=path)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    fv.train.run_experiment(main, lambda: tyro.cli(Config, description=__doc__))

@@ -11,8 +11,6 @@ The first command needs no download and no GPU; on 2 CPU cores it takes 20 secon
 from __future__ import annotations
 
 import dataclasses
-import signal
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -85,8 +83,8 @@ class Config:
     parallel: Literal["jit", "pmap"] = "jit"
     """How the steps are compiled for several devices."""
     validation: float = 0.0
-    """Share of the training set held out for validation. With 0, the test set is evaluated during training, and nothing is
-    chosen by it."""
+    """Share of the training set held out for validation. With 0, the test set is evaluated during training, and nothing
+    is chosen by it."""
     early_stopping: int = 0
     """Stop after this many evaluations without a lower loss and test the best checkpoint; requires --validation."""
     eval_every: float = 1.0
@@ -139,7 +137,7 @@ def main(config: Config) -> int:
 
     fv.train.open_workdir(workdir, config, free=("workdir", "data_dir", "manual_dir", "progress"))
     if view is not None:
-        draw_samples(train, batches, view, run_rng, workdir / "samples.png")
+        fv.train.draw_samples(workdir / "samples.png", batches, view, run_rng)
     evaluate = evaluation(config, eval_step)
     title = f"{config.model} on {name}" if config.progress else None
     options = {"model": config.model, "overrides": overrides, "rng": run_rng, "progress": title}
@@ -266,22 +264,5 @@ def range_test(create_state, train_step, batches, rng, workdir: Path) -> int:
     return 0
 
 
-def draw_samples(train, batches, view, rng, path: Path) -> None:
-    """Draws the first images as the model will see them, before standardization."""
-    with batches.from_step(0) as iterator:
-        first = next(iterator)
-    images = jax.jit(view)(rng, {"image": first["image"][:32]})["image"]
-    fv.plot.image_grid(np.asarray(images), [train.classes[k] for k in first["label"][:32]], path=path)
-
-
-def leave(number, frame):
-    """Ends the process outside of the training loop, where there is nothing to save; the loop has its own handler."""
-    sys.exit(0)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
-    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    fv.train.run_experiment(main, lambda: tyro.cli(Config, description=__doc__))

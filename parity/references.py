@@ -17,7 +17,7 @@ from parity import comparison
 FILE = Path(__file__).resolve().parents[1] / "tests" / "parity" / "references.npz"
 SMALL: dict[str, Any] = {"classes": 100}
 
-# The smallest network of every family, for each library whose network differs. The ledger has the other depths.
+# The smallest network of every family, once for each library that defines it differently. The ledger has the others.
 CASES = {
     f"{pair.source}/{pair.model}{'/aux' if pair.aux else ''}": pair
     for pair in (

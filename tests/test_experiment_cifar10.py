@@ -140,14 +140,14 @@ def test_given_weights_are_measured_on_every_image_once(tmp_path, npz, tiny, cap
     assert cifar10.main(config) == 0
     assert f"test accuracy {expected:.2%}, top-5" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="--eval-only and --weights FILE-OR-TAG go together"):
+    with pytest.raises(ValueError, match="--weights FILE-OR-TAG must be given together; got True and None"):
         cifar10.main(dataclasses.replace(config, weights=None))
     other = fv.create_model("tiny", num_classes=7).init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     fv.weights.save(tmp_path / "seven.safetensors", other, name="tiny", num_classes=7)
     config = dataclasses.replace(config, dataset="patterns", weights=str(tmp_path / "seven.safetensors"))
-    with pytest.raises(ValueError, match=r"patterns/test has 10 classes, the weights .* 7"):
+    with pytest.raises(ValueError, match=r"--weights must be for the 10 classes of patterns/test; got .* for 7"):
         cifar10.main(config)
-    assert "these are drawn patterns" in capsys.readouterr().out
+    assert "drawn patterns" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("field", ["eval_every", "log_every", "eval_batch_size"])
@@ -157,7 +157,7 @@ def test_nonsense_numbers(tmp_path, npz, tiny, field):
 
 
 def test_models_for_grey_images(tmp_path, npz):
-    with pytest.raises(ValueError, match="--model must take colour images; capsnet takes images of 1 channel"):
+    with pytest.raises(ValueError, match="--model must take colour images; got capsnet, which takes"):
         cifar10.main(config_of(tmp_path, npz, model="capsnet"))
 
 
@@ -179,9 +179,9 @@ def test_the_published_resnet20_scores_what_was_published(tmp_path, capsys):
     ("field", "value", "message"),
     [
         ("epochs", float("inf"), "epochs must be positive and finite; got inf"),
-        ("momentum", 1.5, "momentum must be at least 0 and below 1; got 1.5"),
-        ("rms_decay", -0.1, "rms_decay must be at least 0"),
-        ("ema_decay", 1.0, "ema_decay must be at least 0 and below 1"),
+        ("momentum", 1.5, r"momentum must be in \[0, 1\); got 1\.5"),
+        ("rms_decay", -0.1, r"rms_decay must be in \[0, 1\)"),
+        ("ema_decay", 1.0, r"ema_decay must be in \[0, 1\)"),
         ("epsilon", 0.0, "epsilon must be positive"),
         ("cutout", -3, "cutout must not be negative; got -3"),
         ("mixup", -1.0, "mixup must not be negative"),

@@ -126,7 +126,9 @@ def _adapted(source: Source, image_size: int | None, channels: int | None) -> So
     if not len(source):
         return source
     shape = source.image.shape[1:] if isinstance(source, ArraySource) else source[0]["image"].shape
-    if image_size in (None, shape[0]) and image_size in (None, shape[1]) and channels in (None, shape[-1]):
+    if {image_size, channels} == {None}:
+        return source
+    if len(shape) == 3 and all(image_size in (None, side) for side in shape[:2]) and channels in (None, shape[-1]):
         return source
     if len(shape) != 3 or (channels is not None and shape[-1] not in (1, 3)):
         raise ValueError(

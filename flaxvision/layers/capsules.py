@@ -1,9 +1,7 @@
-"""Capsules: groups of units whose vector stands for an entity, its length for the entity's presence.
+"""Capsules: groups of units that represent an entity by a vector and its presence by the length of that vector.
 
-S. Sabour, N. Frosst, G. Hinton, "Dynamic routing between capsules", NIPS 2017. Shapes: I capsules of D numbers in the
-layer below, J capsules of E numbers in the layer above.
-
-Derivatives are of reverse mode, of any order; forward mode (`jax.jvp`) does not pass through these layers.
+S. Sabour, N. Frosst, G. Hinton, "Dynamic routing between capsules", NIPS 2017. Shapes: I capsules of dimension D in the
+layer below, J capsules of dimension E in the layer above.
 """
 
 from __future__ import annotations
@@ -21,14 +19,14 @@ from flaxvision.layers.lowering import map_rows
 
 
 def capsule_lengths(v: jax.Array, axis: int = -1) -> jax.Array:
-    """Takes the Euclidean length of capsules, whose gradient at a capsule of zeros is 0.
+    """Computes the Euclidean length of capsules. The gradient at a capsule of zeros is 0.
 
     Args:
-        v: Capsules along `axis`, any shape.
-        axis: The axis of a capsule's numbers.
+        v: Capsules of any shape, with their components along `axis`.
+        axis: Axis of the components.
 
     Returns:
-        The lengths, without `axis`, float32 where `v` is narrower.
+        The lengths, without `axis`, in float32 or wider.
     """
     return _root(_squares(v, axis)).squeeze(axis)
 
@@ -36,14 +34,14 @@ def capsule_lengths(v: jax.Array, axis: int = -1) -> jax.Array:
 def squash(s: jax.Array, axis: int = -1) -> jax.Array:
     """Shortens vectors to a length between 0 and 1: `|s|^2 / (1 + |s|^2) * s / |s|` (equation 1).
 
-    A vector of zeros stays one, with a gradient of zeros.
+    A vector of zeros stays zero and has a gradient of zeros.
 
     Args:
-        s: Vectors along `axis`, any shape.
-        axis: The axis of a vector's numbers.
+        s: Vectors of any shape, with their components along `axis`.
+        axis: Axis of the components.
 
     Returns:
-        The shape and dtype of `s`.
+        An array of the shape and dtype of `s`.
     """
     square = _squares(s, axis)
     return (s * (_root(square) / (1 + square))).astype(s.dtype)
@@ -52,13 +50,13 @@ def squash(s: jax.Array, axis: int = -1) -> jax.Array:
 def routing_by_agreement(predictions: jax.Array, iterations: int = 3) -> jax.Array:
     """Routes predictions to the capsules above that agree with them (procedure 1).
 
-    Every round shares each lower capsule out by a softmax over the upper ones, squashes what arrives, and adds the
-    agreement `prediction . output` to the logits of the shares, which start at zero. The gradient goes through all
-    rounds.
+    In each iteration a softmax over the upper capsules distributes each lower capsule, the weighted predictions are
+    summed and squashed, and the agreement `prediction . output` is added to the logits, which start at zero. Gradients
+    flow through all iterations.
 
     Args:
-        predictions: `[N, J, I, E]`, what lower capsule i says of upper capsule j; float32 or wider.
-        iterations: Rounds, at least 1.
+        predictions: `[N, J, I, E]`, the prediction of lower capsule i for upper capsule j, in float32 or wider.
+        iterations: Number of iterations, at least 1.
 
     Returns:
         The upper capsules `[N, J, E]`.
@@ -67,7 +65,7 @@ def routing_by_agreement(predictions: jax.Array, iterations: int = 3) -> jax.Arr
         ValueError: `iterations` is less than 1.
     """
     if iterations < 1:
-        raise ValueError(f"the routing needs at least 1 iteration, got {iterations}")
+        raise ValueError(f"iterations must be at least 1; got {iterations}")
     v = squash(predictions.sum(2) / predictions.shape[1])  # equal shares
     logits = None
     for _ in range(iterations - 1):
@@ -78,15 +76,15 @@ def routing_by_agreement(predictions: jax.Array, iterations: int = 3) -> jax.Arr
 
 
 class PrimaryCapsules(nn.Module):
-    """A convolution whose channels are the numbers of capsules, squashed (section 4).
+    """Computes capsules by a convolution without padding, and squashes them (section 4).
 
     Attributes:
-        features: Capsules at each place of the map.
-        capsule_dim: Numbers of a capsule.
-        kernel_size: Height and width of the window, which sees no padding.
+        features: Number of capsules at each position of the map.
+        capsule_dim: Dimension of a capsule.
+        kernel_size: Height and width of the window.
         strides: Step of the window.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
         kernel_init: Initializer of the kernel.
     """
 
@@ -103,10 +101,10 @@ class PrimaryCapsules(nn.Module):
         """Maps `[N, H, W, C]` to `[N, H' * W' * features, capsule_dim]`.
 
         Raises:
-            ValueError: The window exceeds the map.
+            ValueError: The window is larger than the map.
         """
         if any(n < k for n, k in zip(x.shape[1:3], self.kernel_size, strict=True)):
-            raise ValueError(f"a map of {x.shape[1:3]} is smaller than the window {self.kernel_size}")
+            raise ValueError(f"x must be at least as large as the window {self.kernel_size}; got {x.shape[1:3]}")
         conv = Conv(
             self.features * self.capsule_dim,
             self.kernel_size,
@@ -122,16 +120,16 @@ class PrimaryCapsules(nn.Module):
 
 
 class RoutedCapsules(nn.Module):
-    """Capsules fully connected to those below by a matrix for each pair, and by routing (section 2).
+    """Capsules that are connected to those below by a matrix for each pair, and by routing (section 2).
 
-    `kernel [I, D, J, E]`; equation 2 has no bias.
+    The parameter is `kernel [I, D, J, E]`. There is no bias (equation 2).
 
     Attributes:
-        num_capsules: Capsules J.
-        capsule_dim: Numbers E of a capsule.
-        iterations: Rounds of the routing.
-        dtype: Of the predictions' products; the routing itself is float32 or wider.
-        param_dtype: Of the parameter.
+        num_capsules: Number of capsules J.
+        capsule_dim: Dimension E of a capsule.
+        iterations: Number of routing iterations.
+        dtype: Dtype of the operands of the predictions; the routing is computed in float32 or wider.
+        param_dtype: Dtype of the parameter.
         kernel_init: Initializer of the kernel.
     """
 
@@ -152,7 +150,7 @@ class RoutedCapsules(nn.Module):
         shape = (*u.shape[1:], self.num_capsules, self.capsule_dim)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         u, kernel = nn.dtypes.promote_dtype(u, kernel, dtype=self.dtype)
-        # A capsule's predictions are `capsule_dim` times as large as the kernel's share in them.
+        # The predictions of one row, which outgrow its capsules E-fold.
         i, _, j, e = kernel.shape
         return map_rows(_routed, u, kernel, options=(self.iterations,), bytes_per_row=4 * i * j * e)
 
@@ -162,7 +160,7 @@ def _squares(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _root(square: jax.Array) -> jax.Array:
-    # Two selections: the derivative of sqrt at 0 is infinite, and infinity times 0 would be NaN.
+    # Two selections: the derivative of sqrt at 0 is infinite, and infinity times 0 is NaN.
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 

@@ -2,8 +2,8 @@
 
 Shapes: N batch, C channels in, F features out, `*spatial` one size per spatial dimension (H W for images), `*window`
 the size of the kernel. The results are those of `jax.lax.conv_general_dilated` on every platform;
-`flaxvision.layers.lowering` says which arithmetic gives them on a CPU, and that forward-mode derivatives (`jax.jvp`)
-are not available. A filter is not flipped (cross-correlation), as in Keras, TensorFlow and torch.
+On a CPU they are computed by faster arithmetic, see `flaxvision.layers.lowering`. Kernels are not flipped
+(cross-correlation), as in Keras, TensorFlow and torch.
 """
 
 import operator
@@ -32,49 +32,51 @@ def conv(
     feature_group_count: int = 1,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Convolution over the spatial dimensions, as `keras.ops.conv` and `tf.nn.convolution` (channels last).
+    """Convolves over the spatial dimensions, like `keras.ops.conv` and `tf.nn.convolution` (channels last).
 
     Args:
         x: `[N, *spatial, C]`, one to three spatial dimensions.
-        kernel: `[*window, C / feature_group_count, F]`, of the type of `x`.
-        strides: step of the window, per dimension or for all.
-        padding: "SAME" (output `ceil(size / stride)`, the odd zero at the end), "VALID", "CIRCULAR" (wraps around),
-            "REFLECT", "CAUSAL" (1-D), one amount for every side, or per dimension an amount or (low, high).
-        kernel_dilation: distance between the kernel's elements ("atrous", "dilation_rate" in Keras).
-        feature_group_count: groups of channels that do not see each other.
-        precision: as in `jax.lax`.
+        kernel: `[*window, C / feature_group_count, F]`, of the dtype of `x`.
+        strides: Step of the window, one per dimension or one for all.
+        padding: `"SAME"` (output `ceil(size / stride)`, the odd zero at the end), `"VALID"`, `"CIRCULAR"` (wraps
+            around), `"REFLECT"`, `"CAUSAL"` (1-D), one amount for every side, or per dimension an amount or
+            (low, high).
+        kernel_dilation: Distance between the kernel's elements ("atrous"; `dilation_rate` in Keras).
+        feature_group_count: Number of groups of channels that are convolved separately.
+        precision: As in `jax.lax`.
 
     Returns:
         `[N, *spatial_out, F]`.
 
     Raises:
-        ValueError: ranks, channels, groups, strides or padding do not fit each other.
+        ValueError: The ranks, channels, groups, strides or padding do not fit each other.
     """
     rank = _rank(x, kernel)
     strides, dilation = _each(strides, rank, "strides"), _each(kernel_dilation, rank, "kernel_dilation")
     groups, channels = feature_group_count, x.shape[-1]
     if groups < 1 or channels % groups or kernel.shape[-1] % groups:
         raise ValueError(
-            f"feature_group_count={groups} must divide the input's {channels} channels"
-            f" and the kernel's {kernel.shape[-1]} features"
+            f"feature_group_count must divide the {channels} channels of x and the {kernel.shape[-1]} features"
+            f" of the kernel; got {groups}"
         )
     if kernel.shape[-2] * groups != channels:
         raise ValueError(
-            f"kernel of shape {kernel.shape} must have {channels} / {groups} input channels for x of shape {x.shape}"
+            f"kernel must have {channels} / {groups} input channels for x of shape {x.shape};"
+            f" got the shape {kernel.shape}"
         )
     pads = canonicalize_padding(padding, rank)  # type: ignore[arg-type]
     if isinstance(pads, str) and pads in ("CIRCULAR", "REFLECT", "CAUSAL"):
         reach = [(k - 1) * d for k, d in zip(kernel.shape, dilation, strict=False)]
         if pads == "CAUSAL":
             if rank != 1:
-                raise ValueError(f"padding='CAUSAL' is for one spatial dimension, got {rank}")
+                raise ValueError(f"x must have one spatial dimension for padding='CAUSAL'; got {rank}")
             x = jnp.pad(x, [(0, 0), (reach[0], 0), (0, 0)])
         else:
             mode = "wrap" if pads == "CIRCULAR" else "reflect"
             x = jnp.pad(x, [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)], mode=mode)
         pads = "VALID"
     elif isinstance(pads, str) and pads not in ("SAME", "VALID"):
-        raise ValueError(f"padding={pads!r} must be SAME, VALID, CIRCULAR, REFLECT, CAUSAL or explicit amounts")
+        raise ValueError(f"padding must be SAME, VALID, CIRCULAR, REFLECT, CAUSAL or amounts; got {pads!r}")
     return conv_general_dilated(
         x,
         kernel,
@@ -97,38 +99,39 @@ def conv_transpose(
     transpose_kernel: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Transposed ("fractionally strided") convolution, as `jax.lax.conv_transpose`.
+    """Applies a transposed ("fractionally strided") convolution, like `jax.lax.conv_transpose`.
 
-    With `transpose_kernel=True` this is the gradient of `conv` with respect to its input, as `keras.ops.conv_transpose`
-    and `tf.nn.conv2d_transpose` compute it; without, the kernel is neither flipped nor are its channels swapped.
+    With `transpose_kernel=True` this is the gradient of `conv` with respect to its input, which is what
+    `keras.ops.conv_transpose` and `tf.nn.conv2d_transpose` compute. Otherwise the kernel is neither flipped nor are its
+    channels swapped.
 
     Args:
         x: `[N, *spatial, C]`.
         kernel: `[*window, C, F]`, or `[*window, F, C]` with `transpose_kernel=True`.
-        strides: factor by which the spatial size grows.
-        padding: "SAME" (output `size * stride`), "VALID" (`size * stride + max(window - stride, 0)`), "CIRCULAR", or
-            the zeros put around the dilated input.
-        kernel_dilation: distance between the kernel's elements.
-        transpose_kernel: flip the kernel's spatial axes and swap its channels.
-        precision: as in `jax.lax`.
+        strides: Factor by which the spatial size grows.
+        padding: `"SAME"` (output `size * stride`), `"VALID"` (`size * stride + max(window - stride, 0)`),
+            `"CIRCULAR"`, or the numbers of zeros around the dilated input.
+        kernel_dilation: Distance between the kernel's elements.
+        transpose_kernel: Flip the kernel's spatial axes and swap its channels.
+        precision: As in `jax.lax`.
 
     Returns:
         `[N, *spatial_out, F]`.
 
     Raises:
-        ValueError: ranks, channels, strides or padding do not fit each other.
+        ValueError: The ranks, channels, strides or padding do not fit each other.
     """
     rank = _rank(x, kernel)
     strides, dilation = _each(strides, rank, "strides"), _each(kernel_dilation, rank, "kernel_dilation")
     if transpose_kernel:
         kernel = jnp.flip(kernel, range(rank)).swapaxes(-1, -2)
     if kernel.shape[-2] != x.shape[-1]:
-        raise ValueError(f"kernel has {kernel.shape[-2]} input channels, x of shape {x.shape} has {x.shape[-1]}")
+        raise ValueError(f"kernel must have the {x.shape[-1]} input channels of x; got {kernel.shape[-2]}")
     pads = canonicalize_padding(padding, rank)  # type: ignore[arg-type]
     circular = pads == "CIRCULAR"
     if isinstance(pads, str):
         if pads not in ("SAME", "VALID", "CIRCULAR"):
-            raise ValueError(f"padding={pads!r} must be SAME, VALID, CIRCULAR or explicit amounts")
+            raise ValueError(f"padding must be SAME, VALID, CIRCULAR or amounts; got {pads!r}")
         reach = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
         pads = [_transpose_padding(k, s, pads == "SAME") for k, s in zip(reach, strides, strict=True)]
     y = conv_general_dilated(
@@ -143,7 +146,7 @@ def conv_transpose(
     )
     if not circular:
         return y
-    # Sum the positions that are the same modulo the period, centred as Linen centres them.
+    # Sum the positions that are equal modulo the period, centred as in Linen.
     for axis, stride in enumerate(strides, start=1):
         period = x.shape[axis] * stride
         missing = (period - y.shape[axis]) % (2 * period)
@@ -164,22 +167,22 @@ def depthwise_conv(
     kernel_dilation: int | Sequence[int] = 1,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Every channel by filters of its own, as `keras.ops.depthwise_conv` and `tf.nn.depthwise_conv2d`.
+    """Convolves every channel with its own filters, like `keras.ops.depthwise_conv` and `tf.nn.depthwise_conv2d`.
 
     Args:
         x: `[N, *spatial, C]`.
-        kernel: `[*window, 1, C * multiplier]`; filter m of channel c gives feature `c * multiplier + m`. Keras' kernel
+        kernel: `[*window, 1, C * multiplier]`. Filter m of channel c gives feature `c * multiplier + m`. Keras' kernel
             `[*window, C, multiplier]` is this one reshaped.
-        strides: as in `conv`.
-        padding: as in `conv`.
-        kernel_dilation: as in `conv`.
-        precision: as in `jax.lax`.
+        strides: As in `conv`.
+        padding: As in `conv`.
+        kernel_dilation: As in `conv`.
+        precision: As in `jax.lax`.
 
     Returns:
         `[N, *spatial_out, C * multiplier]`.
 
     Raises:
-        ValueError: as `conv`.
+        ValueError: As in `conv`.
     """
     return conv(
         x,
@@ -202,55 +205,54 @@ def separable_conv(
     kernel_dilation: int | Sequence[int] = 1,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """`depthwise_conv`, then a pointwise `conv`, as `keras.ops.separable_conv` and `tf.nn.separable_conv2d`.
+    """Applies `depthwise_conv`, then a pointwise `conv`, like `keras.ops.separable_conv`.
 
     Args:
         x: `[N, *spatial, C]`.
         depthwise_kernel: `[*window, 1, C * multiplier]`.
         pointwise_kernel: `[1, ..., C * multiplier, F]`.
-        strides: of the depthwise part.
-        padding: of the depthwise part.
-        kernel_dilation: of the depthwise part.
-        precision: as in `jax.lax`.
+        strides: Strides of the depthwise part.
+        padding: Padding of the depthwise part.
+        kernel_dilation: Dilation of the depthwise part.
+        precision: As in `jax.lax`.
 
     Returns:
         `[N, *spatial_out, F]`.
 
     Raises:
-        ValueError: as `conv`.
+        ValueError: As in `conv`.
     """
     x = depthwise_conv(x, depthwise_kernel, strides, padding, kernel_dilation=kernel_dilation, precision=precision)
     return conv(x, pointwise_kernel, padding="VALID", precision=precision)
 
 
 class Conv(nn.Conv):
-    """`flax.linen.Conv` over a lowering chosen by platform: the same fields, parameters and results.
+    """`flax.linen.Conv` with arithmetic chosen by platform: the same fields, parameters and results.
 
-    Matches `keras.layers.Conv1D/2D/3D`; `torch.nn.Conv*d` pads both sides alike, which "SAME" does not at stride 2.
-    `kernel [*window, C / feature_group_count, features]`, `bias [features]`. `conv_general_dilated=None` gives Linen's
-    own lowering, which also has forward-mode derivatives.
+    Equals `keras.layers.Conv1D/2D/3D`. `torch.nn.Conv*d` pads both sides alike, unlike `"SAME"` at stride 2.
+    Parameters: `kernel [*window, C / feature_group_count, features]`, `bias [features]`.
     """
 
     conv_general_dilated: Any = conv_general_dilated
 
 
 class ConvTranspose(nn.ConvTranspose):
-    """`flax.linen.ConvTranspose` over a lowering chosen by platform: the same fields, parameters and results.
+    """`flax.linen.ConvTranspose` with arithmetic chosen by platform: the same fields, parameters and results.
 
-    `kernel [*window, C, features]`, with `transpose_kernel=True` `[*window, features, C]` as in
-    `keras.layers.Conv2DTranspose`; `bias [features]`. An integer stride serves every dimension.
+    Parameters: `kernel [*window, C, features]`, or `[*window, features, C]` with `transpose_kernel=True` as in
+    `keras.layers.Conv2DTranspose`, and `bias [features]`. An integer stride applies to every dimension.
     """
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Map `[*batch, *spatial, C]` to `[*batch, *spatial_out, features]`."""
+        """Maps `[*batch, *spatial, C]` to `[*batch, *spatial_out, features]`."""
         window = _tuple(self.kernel_size)
         batch = inputs.shape[: inputs.ndim - len(window) - 1]
         x = inputs.reshape(-1, *inputs.shape[len(batch) :])
         channels = (self.features, x.shape[-1]) if self.transpose_kernel else (x.shape[-1], self.features)
         shape = (*window, *channels)
         if self.mask is not None and self.mask.shape != shape:
-            raise ValueError(f"mask of shape {self.mask.shape} must have the kernel's shape {shape}")
+            raise ValueError(f"mask must have the kernel's shape {shape}; got {self.mask.shape}")
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if self.mask is not None:
             kernel = kernel * self.mask
@@ -273,10 +275,10 @@ class ConvTranspose(nn.ConvTranspose):
 
 
 class DepthwiseConv(nn.Module):
-    """Every channel by `channel_multiplier` filters of its own: `keras.layers.DepthwiseConv1D/2D`.
+    """Convolves every channel with `channel_multiplier` filters of its own, like `keras.layers.DepthwiseConv1D/2D`.
 
-    `kernel [*window, 1, C * channel_multiplier]`, `bias [C * channel_multiplier]`: those of `nn.Conv` with
-    `feature_group_count=C`. Filter m of channel c gives feature `c * channel_multiplier + m`.
+    Parameters: `kernel [*window, 1, C * channel_multiplier]` and `bias [C * channel_multiplier]`, which are those of
+    `nn.Conv` with `feature_group_count=C`. Filter m of channel c gives feature `c * channel_multiplier + m`.
     """
 
     kernel_size: int | Sequence[int]
@@ -293,7 +295,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Map `[*batch, *spatial, C]` to `[*batch, *spatial_out, C * channel_multiplier]`."""
+        """Maps `[*batch, *spatial, C]` to `[*batch, *spatial_out, C * channel_multiplier]`."""
         channels = inputs.shape[-1]
         layer = Conv(
             channels * self.channel_multiplier,
@@ -314,10 +316,10 @@ class DepthwiseConv(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """A depthwise convolution without bias, then a pointwise one: `keras.layers.SeparableConv1D/2D`.
+    """Applies a depthwise convolution without bias, then a pointwise one, like `keras.layers.SeparableConv1D/2D`.
 
-    `depthwise/kernel [*window, 1, C * channel_multiplier]`, `pointwise/kernel [1, ..., C * channel_multiplier,
-    features]`, `pointwise/bias [features]`.
+    Parameters: `depthwise/kernel [*window, 1, C * channel_multiplier]`,
+    `pointwise/kernel [1, ..., C * channel_multiplier, features]` and `pointwise/bias [features]`.
     """
 
     features: int
@@ -335,7 +337,7 @@ class SeparableConv(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Map `[*batch, *spatial, C]` to `[*batch, *spatial_out, features]`."""
+        """Maps `[*batch, *spatial, C]` to `[*batch, *spatial_out, features]`."""
         shared: dict[str, Any] = {
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
@@ -366,7 +368,7 @@ def _tuple(size: int | Sequence[int]) -> tuple[int, ...]:
 def _each(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...]:
     values = tuple(map(operator.index, (value,) * rank if np.ndim(value) == 0 else tuple(value)))  # type: ignore[arg-type]
     if len(values) != rank or min(values) < 1:
-        raise ValueError(f"{name}={value} must be a positive integer or {rank} of them")
+        raise ValueError(f"{name} must be a positive integer or {rank} of them; got {value}")
     return values
 
 
@@ -374,14 +376,14 @@ def _rank(x: jax.Array, kernel: jax.Array) -> int:
     rank = x.ndim - 2
     if rank < 1 or kernel.ndim != x.ndim:
         raise ValueError(
-            f"x [N, *spatial, C] and kernel [*window, C, F] must have the same rank of at least 3,"
-            f" got shapes {x.shape} and {kernel.shape}"
+            f"x [N, *spatial, C] and kernel [*window, C, F] must have the same rank of at least 3;"
+            f" got the shapes {x.shape} and {kernel.shape}"
         )
     return rank
 
 
 def _transpose_padding(window: int, stride: int, same: bool) -> tuple[int, int]:
-    """Zeros around the dilated input such that "SAME" and "VALID" undo the sizes of a convolution, as lax has them."""
+    """Returns the zeros around the dilated input with which "SAME" and "VALID" invert the sizes of a convolution."""
     if same:
         total = window + stride - 2
         low = window - 1 if stride > window - 1 else -(-total // 2)

@@ -1,4 +1,4 @@
-"""Units of the first networks: threshold logic units and LeNet-5's radial basis outputs."""
+"""Units of early networks: threshold logic units and LeNet-5's radial basis function outputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +25,15 @@ _DIGITS = """
 
 
 def heaviside(z: jax.Array) -> jax.Array:
-    """Gives 0 where `z < 0` and 1 where `z >= 0`, the step of Rosenblatt's perceptron (1958).
+    """Returns 0 where `z < 0` and 1 where `z >= 0`, the step function of Rosenblatt's perceptron (1958).
 
-    The gradient is 0 everywhere; NaN stays NaN, as in numpy. Any shape; integers give floats.
+    The gradient is 0 everywhere. NaN stays NaN, as in NumPy. Integers give float32.
+
+    Args:
+        z: An array of any shape.
+
+    Returns:
+        An array of the shape of `z`.
     """
     z = jnp.asarray(z)
     z = z if jnp.issubdtype(z.dtype, jnp.inexact) else z.astype(jnp.float32)
@@ -36,25 +42,31 @@ def heaviside(z: jax.Array) -> jax.Array:
 
 
 def sign(z: jax.Array) -> jax.Array:
-    """Gives -1 where `z < 0`, 0 where `z = 0` and 1 where `z > 0`.
+    """Returns -1 where `z < 0`, 0 where `z = 0` and 1 where `z > 0`.
 
-    Equals `jnp.sign` and `tf.sign`. The gradient is 0 everywhere; NaN stays NaN. Any shape, the dtype of `z`.
+    Equals `jnp.sign` and `tf.sign`. The gradient is 0 everywhere. NaN stays NaN.
+
+    Args:
+        z: An array of any shape.
+
+    Returns:
+        An array of the shape and dtype of `z`.
     """
     return jnp.sign(z)
 
 
 class RBF(nn.Module):
-    """Radial basis outputs: the squared Euclidean distance from the input to each class's centre.
+    """Radial basis function outputs: the squared Euclidean distances from the input to the centres of the classes.
 
-    `y_i = sum_j (x_j - w_ij)^2`, equation 7 of LeCun, Bottou, Bengio and Haffner 1998 (section II.B). The smaller the
-    distance, the likelier the class: `-y` (scaled as one likes) serves as logits.
+    `y_i = sum_j (x_j - w_ij)^2`, equation 7 of LeCun, Bottou, Bengio and Haffner 1998 (section II.B). A smaller
+    distance means a more likely class, so `-y` can serve as logits.
 
     Attributes:
-        features: number of outputs K.
-        codes: the centres `[K, D]`, constant as in the paper; None makes them the trainable parameter `centers [K, D]`.
-        dtype: of the computation, by default promoted from the input and the centres.
-        param_dtype: of the parameter.
-        centers_init: initializer of the parameter, -1 and +1 at random by default.
+        features: Number of outputs K.
+        codes: Constant centres `[K, D]`, as in the paper; None for a trainable parameter `centers [K, D]`.
+        dtype: Dtype of the computation; None promotes the input and the centres.
+        param_dtype: Dtype of the parameter.
+        centers_init: Initializer of the parameter; by default -1 and +1 at random.
     """
 
     features: int
@@ -68,7 +80,7 @@ class RBF(nn.Module):
         """Maps `[N, D]` to the distances `[N, K]`.
 
         Raises:
-            ValueError: the codes' shape is not `[features, D]`.
+            ValueError: The shape of the codes is not `[features, D]`.
         """
         shape = (self.features, x.shape[-1])
         if self.codes is None:
@@ -76,17 +88,17 @@ class RBF(nn.Module):
         else:
             centers = jnp.asarray(self.codes, x.dtype if self.dtype is None else self.dtype)
             if centers.shape != shape:
-                raise ValueError(f"codes must have the shape [features, inputs] = {shape}, got {centers.shape}")
+                raise ValueError(f"codes must have the shape [features, D] = {shape}; got {centers.shape}")
         x, centers = nn.dtypes.promote_dtype(x, centers, dtype=self.dtype)
-        # Differences, not |x|^2 - 2 x.w + |w|^2: that one cancels near a centre.
+        # Differences, because |x|^2 - 2 x.w + |w|^2 cancels near a centre.
         return jnp.square(x[..., None, :] - centers.reshape((1,) * (x.ndim - 1) + shape)).sum(-1)
 
 
 def digit_codes() -> np.ndarray:
-    """Gives the ten digits as 12 rows of 7 pixels, flattened: `[10, 84]` float32, ink +1 and ground -1.
+    """Returns the ten digits as flattened bitmaps of 12 rows and 7 columns: `[10, 84]` float32, ink +1, ground -1.
 
-    They stand where LeNet-5 has its stylised bitmaps (LeCun 1998, section II.B, figure 3): 84 is the width of its
-    layer F6. The drawings are this library's own.
+    They replace LeNet-5's stylised bitmaps (LeCun 1998, section II.B, figure 3). 84 is the width of its layer F6. The
+    drawings are this library's own.
     """
     rows = [line.split() for line in _DIGITS.split("\n") if line]
     pixels = np.array([["".join(row[digit] for row in rows)] for digit in range(10)])
@@ -94,21 +106,21 @@ def digit_codes() -> np.ndarray:
 
 
 def random_codes(features: int, inputs: int = 84, seed: int = 0) -> np.ndarray:
-    """Draws distinct codes of -1 and +1, equally likely, for an RBF output of any number of classes.
+    """Draws distinct codes of -1 and +1 for an RBF output with any number of classes.
 
     Args:
-        features: number of codes.
-        inputs: components of each.
-        seed: of numpy's default generator; the same seed gives the same codes.
+        features: Number of codes.
+        inputs: Number of components of each code.
+        seed: Seed of NumPy's default generator. The same seed gives the same codes.
 
     Returns:
         `[features, inputs]` float32.
 
     Raises:
-        ValueError: there are not that many distinct codes.
+        ValueError: There are fewer distinct codes than `features`.
     """
     if features > 2**inputs:
-        raise ValueError(f"features must be at most 2**inputs = {2**inputs}, got {features}")
+        raise ValueError(f"features must be at most 2**inputs = {2**inputs}; got {features}")
     rng = np.random.default_rng(seed)
     codes: dict[bytes, np.ndarray] = {}
     while len(codes) < features:

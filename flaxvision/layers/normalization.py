@@ -13,27 +13,26 @@ from flaxvision.layers.lowering import channel_sum, spread
 
 
 class BatchNorm(nn.Module, kw_only=True):
-    """`flax.linen.BatchNorm` over the last axis, with sums that are fast on a CPU.
+    """`flax.linen.BatchNorm` over the last axis, with faster sums on a CPU.
 
-    The variables are the same, the numbers too but for the order of the sums. Ioffe and Szegedy 2015, algorithm 1:
-    statistics are float32 under half precision, and the variance is biased, the running one too: `E[x^2] - E[x]^2`.
-    Parameters `scale [C]` and `bias [C]`; `batch_stats` `mean [C]` and `var [C]`.
+    Ioffe and Szegedy 2015, algorithm 1. The variables are those of Linen, and so are the results up to the order of the
+    sums. Statistics are computed in float32 or wider. The variance is biased, `E[x^2] - E[x]^2`, also in the running
+    statistics. Parameters: `scale [C]` and `bias [C]`. In `batch_stats`: `mean [C]` and `var [C]`.
 
-    Fields go by name. Of Linen's it lacks `axis`, `axis_index_groups`, `use_fast_variance`, `force_float32_reductions`
-    and the call's `mask`. In training, as with convolutions, `jax.jvp` does not go straight through it; `grad` of any
-    order does.
+    Fields are keyword-only. Linen's fields `axis`, `axis_index_groups`, `use_fast_variance` and
+    `force_float32_reductions` and its argument `mask` do not exist here.
 
     Attributes:
-        use_running_average: Normalize by the running statistics, and leave them alone; here or in the call.
-        momentum: Decay of the running statistics: 0.9 is torch's 0.1.
-        epsilon: Added to the variance.
-        dtype: Of the result; None for the wider of the input's and the parameters'.
-        param_dtype: Of the parameters.
-        use_bias: Learn a shift.
-        use_scale: Learn a factor.
-        bias_init: Initializer of the shift.
-        scale_init: Initializer of the factor.
-        axis_name: The mapped axis over which the statistics are taken too, under `pmap`.
+        use_running_average: Normalize by the running statistics and do not update them. Given here or in the call.
+        momentum: Decay of the running statistics; 0.9 is torch's 0.1.
+        epsilon: Value added to the variance.
+        dtype: Dtype of the result; None promotes the input and the parameters.
+        param_dtype: Dtype of the parameters.
+        use_bias: Whether to learn a bias.
+        use_scale: Whether to learn a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Name of the mapped axis over which the statistics are averaged, under `pmap`.
         frozen: Normalize by the running statistics even in training, and pass no gradient to the scale and the bias.
     """
 
@@ -84,7 +83,7 @@ def _standardize(epsilon, dtype, x, mean, var, scale, bias):
 
 
 def _moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """The mean and the biased variance of each channel, of all devices along the axis."""
+    """Returns the mean and the biased variance of each channel, over all devices along the axis."""
     moments = jnp.stack([channel_sum(x), channel_sum(jnp.square(x))]) / (x.size // x.shape[-1])
     if axis_name is not None:
         moments = lax.pmean(moments, axis_name)
@@ -95,51 +94,49 @@ def _moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]
 def local_response_norm(
     x: jax.Array, *, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
 ) -> jax.Array:
-    """Divides each activation by a power of its neighbouring channels' energy.
+    """Divides each activation by a power of the energy of the neighbouring channels.
 
-    `y_i = x_i / (k + alpha * sum_j x_j^2) ** beta`, the sum over the `size` channels
-    `i - size // 2 <= j <= i + (size - 1) // 2` that exist: Krizhevsky, Sutskever and Hinton 2012, section 3.3, with
-    its figures as defaults. `size` is the full width and alpha is not divided by it. An odd size is symmetric; an even
-    one reaches one channel further down than up (size 4: two below, itself, one above).
+    `y_i = x_i / (k + alpha * sum_j x_j^2) ** beta`, where the sum is over the channels
+    `i - size // 2 <= j <= i + (size - 1) // 2`, as in Krizhevsky, Sutskever and Hinton 2012, section 3.3. The defaults
+    are the paper's values. `size` is the full width, and alpha is not divided by it. An odd size is symmetric. An even
+    size includes one more channel below than above (size 4: two below, the channel itself, one above).
 
-    The other conventions, where `a` is their alpha:
+    To convert from other conventions:
 
-    * Géron's equation 14-2 (radius r, sum from `i - r/2` to `i + r/2`): `size = 2 * (r // 2) + 1`, the rest as it is;
-      its AlexNet (r=2, alpha=2e-5, beta=0.75, k=1) is `size=3, alpha=2e-5, beta=0.75, k=1`.
-    * `tf.nn.local_response_normalization(depth_radius, bias, alpha, beta)`: `size = 2 * depth_radius + 1`, `k = bias`,
-      the rest as it is.
-    * `torch.nn.LocalResponseNorm(size, alpha, beta, k)` and Caffe's ACROSS_CHANNELS: `alpha = a / size`, the rest as it
-      is, even sizes included.
+    * Géron's equation 14-2 with radius r, a sum from `i - r/2` to `i + r/2`: `size = 2 * (r // 2) + 1`. Its AlexNet
+      (r=2, alpha=2e-5, beta=0.75, k=1) is `size=3, alpha=2e-5, beta=0.75, k=1`.
+    * `tf.nn.local_response_normalization(depth_radius, bias, alpha, beta)`: `size = 2 * depth_radius + 1`, `k = bias`.
+    * `torch.nn.LocalResponseNorm(size, alpha, beta, k)` and Caffe's ACROSS_CHANNELS: divide their alpha by `size`.
 
     Args:
-        x: `[..., C]`, channels last. The arithmetic is float32 under bfloat16 and float16.
-        size: number of neighbouring channels, the channel itself included.
-        alpha: weight of the sum of squares.
-        beta: exponent.
-        k: added to the sum; with `k = 0` a neighbourhood of zeros gives NaN.
+        x: `[..., C]`, channels last. The computation is in float32 or wider.
+        size: Number of neighbouring channels, including the channel itself.
+        alpha: Weight of the sum of squares.
+        beta: Exponent.
+        k: Value added to the sum. With `k = 0` a neighbourhood of zeros gives NaN.
 
     Returns:
-        The shape and dtype of `x`.
+        An array of the shape and dtype of `x`.
 
     Raises:
-        ValueError: `size` below 1.
+        ValueError: `size` is below 1.
     """
     if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
-    return _normalized(x, size, float(alpha), float(beta), float(k))
+        raise ValueError(f"size must be at least 1; got {size}")
+    return _local_response_norm(x, size, float(alpha), float(beta), float(k))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _normalized(x: jax.Array, size: int, alpha: float, beta: float, k: float) -> jax.Array:
+def _local_response_norm(x: jax.Array, size: int, alpha: float, beta: float, k: float) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     edges = ((0, 0, 0),) * (x.ndim - 1) + ((size // 2, (size - 1) // 2, 0),)
     square = lax.pad(jnp.square(wide), jnp.zeros((), wide.dtype), edges)
     depth = x.shape[-1]
-    # Shifted additions, which XLA fuses, where a window's reduction stands alone.
+    # Shifted additions, which XLA fuses; it does not fuse the reduction of a window.
     energy = functools.reduce(lax.add, [lax.slice_in_dim(square, i, i + depth, axis=-1) for i in range(size)])
     base = k + alpha * energy
     if beta == 0.75:
-        # Two square roots cost a fraction of a power, and more so in the gradient.
+        # Two square roots cost a fraction of a power, in the gradient too.
         root = jnp.sqrt(base)
         return (wide / (root * jnp.sqrt(root))).astype(x.dtype)
     return (wide / base**beta).astype(x.dtype)

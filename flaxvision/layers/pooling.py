@@ -1,7 +1,7 @@
-"""Pooling over one to three spatial dimensions, over channels, and over everything.
+"""Pooling over one to three spatial dimensions, over channels, and over whole feature maps.
 
-Arrays are channels last, `[N, *spatial, C]`. On the CPU the pools take a separable form that XLA vectorises; elsewhere
-they are plain `lax.reduce_window`. Both give the same values and the same gradients, ties included.
+Arrays are channels last, `[N, *spatial, C]`. On cuda and tpu the pools are `lax.reduce_window`. On a CPU they take a
+faster form with the same values and gradients, ties included; see `flaxvision.layers.lowering`.
 """
 
 import functools
@@ -28,25 +28,25 @@ def max_pool(
     *,
     ceil_mode: bool = False,
 ) -> jax.Array:
-    """Takes the maximum of every window; padding never wins over a number.
+    """Computes the maximum of every window. Padding is smaller than any number.
 
-    Where a window holds its maximum more than once, the whole gradient goes to the first place in row-major order. A
-    NaN makes its windows NaN. A window of nothing but padding gives the dtype's least value (-inf for floats). The
-    figures are those of `keras.layers.MaxPooling*`, `tf.nn.max_pool` and, with `ceil_mode`, `torch.nn.MaxPool*`.
+    If a window holds its maximum more than once, the whole gradient goes to the first position in row-major order. A
+    NaN makes its windows NaN. A window that contains only padding gives the smallest value of the dtype (-inf for
+    floats). Equals `keras.layers.MaxPooling*`, `tf.nn.max_pool` and, with `ceil_mode`, `torch.nn.MaxPool*`.
 
     Args:
         x: `[N, *spatial, C]` with one to three spatial dimensions, floating point or integer.
-        window_shape: extent of the window, one number for all spatial dimensions or one each.
-        strides: steps between windows, the window's own extent by default (as Keras and torch; Linen's default is 1).
-        padding: "SAME", "VALID" or one `(low, high)` pair for each spatial dimension.
-        ceil_mode: round the output's extent up instead of down, as torch: a last window that hangs over the high end
-            counts if it starts inside the input or the low padding.
+        window_shape: Size of the window, one number for all spatial dimensions or one each.
+        strides: Steps between windows. The default is the size of the window, as in Keras and torch (in Linen it is 1).
+        padding: `"SAME"`, `"VALID"`, or one `(low, high)` pair for each spatial dimension.
+        ceil_mode: Round the size of the output up instead of down, as torch does. A last window that extends beyond the
+            high end counts if it starts inside the input or the low padding.
 
     Returns:
         `[N, *pooled, C]` of the dtype of `x`.
 
     Raises:
-        ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
+        ValueError: The rank, window, strides or padding is wrong, or the window is larger than the padded input.
     """
     window, steps, pads, _ = _geometry(x, window_shape, strides, padding, ceil_mode)
     return max_windows(x, window, steps, pads)
@@ -61,26 +61,26 @@ def avg_pool(
     count_include_pad: bool = True,
     ceil_mode: bool = False,
 ) -> jax.Array:
-    """Takes the mean of every window.
+    """Computes the mean of every window.
 
-    `count_include_pad=True`, the default, divides by the window's size as Linen and torch do by default; `False`
-    divides by the number of real elements, as `keras.layers.AveragePooling*` and `tf.nn.avg_pool` do. With `ceil_mode`,
-    what hangs over the padded input never counts, as in `torch.nn.AvgPool*`. A window without a counted element gives
-    0. Sums are float32 under bfloat16 and float16; integers give float32.
+    With `count_include_pad=True` the sum is divided by the size of the window, which is the default of Linen and torch.
+    With `False` it is divided by the number of real elements, as in `keras.layers.AveragePooling*` and
+    `tf.nn.avg_pool`. With `ceil_mode`, elements beyond the padded input never count, as in `torch.nn.AvgPool*`. A
+    window without a counted element gives 0. Sums are computed in float32 or wider. Integers give float32.
 
     Args:
         x: `[N, *spatial, C]` with one to three spatial dimensions.
-        window_shape: extent of the window, one number for all spatial dimensions or one each.
-        strides: steps between windows, the window's own extent by default (Linen's default is 1).
-        padding: "SAME", "VALID" or one `(low, high)` pair for each spatial dimension.
-        count_include_pad: whether padding counts in the divisor.
-        ceil_mode: round the output's extent up instead of down, see `max_pool`.
+        window_shape: Size of the window, one number for all spatial dimensions or one each.
+        strides: Steps between windows. The default is the size of the window (in Linen it is 1).
+        padding: `"SAME"`, `"VALID"`, or one `(low, high)` pair for each spatial dimension.
+        count_include_pad: Whether the divisor counts padding.
+        ceil_mode: Round the size of the output up instead of down, see `max_pool`.
 
     Returns:
         `[N, *pooled, C]` of the dtype of `x`.
 
     Raises:
-        ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
+        ValueError: The rank, window, strides or padding is wrong, or the window is larger than the padded input.
     """
     window, steps, pads, asked = _geometry(x, window_shape, strides, padding, ceil_mode)
     total = sum_windows(_accumulated(x), window, steps, pads)
@@ -105,48 +105,48 @@ def l2_norm_pool(
     *,
     ceil_mode: bool = False,
 ) -> jax.Array:
-    """Takes the Euclidean norm of every window, the square root of its sum of squares.
+    """Computes the Euclidean norm of every window.
 
-    Equals `torch.nn.LPPool*d` with `norm_type=2`; with `ceil_mode` a window that juts out is the norm of what is in it,
-    where torch scales that up to the full window. The gradient at a window of zeros is 0 (the norm has none there).
-    Sums are float32 under bfloat16 and float16; integers give float32.
+    Equals `torch.nn.LPPool*d` with `norm_type=2`, except that with `ceil_mode` torch scales a window that extends
+    beyond the input up to the full window. The gradient at a window of zeros is 0, where the norm is not
+    differentiable. Sums are computed in float32 or wider. Integers give float32.
 
     Args:
         x: `[N, *spatial, C]` with one to three spatial dimensions.
-        window_shape: extent of the window, one number for all spatial dimensions or one each.
-        strides: steps between windows, the window's own extent by default.
-        padding: "SAME", "VALID" or one `(low, high)` pair for each spatial dimension; padding is 0.
-        ceil_mode: round the output's extent up instead of down, see `max_pool`.
+        window_shape: Size of the window, one number for all spatial dimensions or one each.
+        strides: Steps between windows. The default is the size of the window.
+        padding: `"SAME"`, `"VALID"`, or one `(low, high)` pair for each spatial dimension; padding is 0.
+        ceil_mode: Round the size of the output up instead of down, see `max_pool`.
 
     Returns:
         `[N, *pooled, C]` of the dtype of `x`.
 
     Raises:
-        ValueError: a wrong rank, window, stride or padding, or a window larger than the padded input.
+        ValueError: The rank, window, strides or padding is wrong, or the window is larger than the padded input.
     """
     window, steps, pads, _ = _geometry(x, window_shape, strides, padding, ceil_mode)
     square = sum_windows(jnp.square(_accumulated(x)), window, steps, pads)
     empty = square == 0
-    # Two selections: the derivative of sqrt at 0 is infinite, and infinity times 0 would be NaN.
+    # Two selections: the derivative of sqrt at 0 is infinite, and infinity times 0 is NaN.
     return jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, square))).astype(_result_dtype(x))
 
 
 def adaptive_avg_pool(x: jax.Array, output_size: int | Sequence[int]) -> jax.Array:
-    """Takes the means of a fixed number of bins, whatever the input's extent.
+    """Computes the means of a fixed number of bins for an input of any size.
 
-    Bin `i` of `M` over an extent `H` runs from `floor(i H / M)` to `ceil((i + 1) H / M)` (exclusive), the rule of
-    `torch.nn.AdaptiveAvgPool*`: bins may overlap by one, and `M` may exceed `H`. Keras' AdaptiveAveragePooling does so
-    too. Sums are float32 under bfloat16 and float16; integers give float32.
+    Bin `i` of `M` over a size `H` contains the positions from `floor(i H / M)` up to, but not including,
+    `ceil((i + 1) H / M)`. This is the rule of `torch.nn.AdaptiveAvgPool*` and of Keras: bins may overlap by one, and
+    `M` may exceed `H`. Sums are computed in float32 or wider. Integers give float32.
 
     Args:
         x: `[N, *spatial, C]` with one to three spatial dimensions.
-        output_size: number of bins, one number for all spatial dimensions or one each.
+        output_size: Number of bins, one number for all spatial dimensions or one each.
 
     Returns:
         `[N, *output_size, C]` of the dtype of `x`.
 
     Raises:
-        ValueError: a wrong rank or an output size below 1.
+        ValueError: The rank is wrong, or an output size is below 1.
     """
     spatial = _spatial(x)
     bins = _each("output_size", output_size, len(spatial))
@@ -161,14 +161,14 @@ def adaptive_avg_pool(x: jax.Array, output_size: int | Sequence[int]) -> jax.Arr
 
 
 def depthwise_max_pool(x: jax.Array, window: int) -> jax.Array:
-    """Takes the maximum of every `window` consecutive channels.
+    """Computes the maximum of every `window` consecutive channels.
 
-    Equals `tf.nn.max_pool(x, (1, 1, 1, window), (1, 1, 1, window), "VALID")`. The gradient of a tie goes to the first
-    channel, and a NaN makes its group NaN, as in `max_pool`.
+    Equals `tf.nn.max_pool(x, (1, 1, 1, window), (1, 1, 1, window), "VALID")`. As in `max_pool`, the gradient of a tie
+    goes to the first channel, and a NaN makes its group NaN.
 
     Args:
         x: `[..., C]`.
-        window: channels to a group.
+        window: Number of channels in a group.
 
     Returns:
         `[..., C / window]` of the dtype of `x`.
@@ -181,14 +181,14 @@ def depthwise_max_pool(x: jax.Array, window: int) -> jax.Array:
 
 
 def depthwise_avg_pool(x: jax.Array, window: int) -> jax.Array:
-    """Takes the mean of every `window` consecutive channels.
+    """Computes the mean of every `window` consecutive channels.
 
-    Equals `tf.nn.avg_pool(x, (1, 1, 1, window), (1, 1, 1, window), "VALID")`. Sums are float32 under bfloat16 and
-    float16; integers give float32.
+    Equals `tf.nn.avg_pool(x, (1, 1, 1, window), (1, 1, 1, window), "VALID")`. Sums are computed in float32 or wider.
+    Integers give float32.
 
     Args:
         x: `[..., C]`.
-        window: channels to a group.
+        window: Number of channels in a group.
 
     Returns:
         `[..., C / window]` of the dtype of `x`.
@@ -200,43 +200,42 @@ def depthwise_avg_pool(x: jax.Array, window: int) -> jax.Array:
 
 
 def global_avg_pool(x: jax.Array) -> jax.Array:
-    """Takes the mean of every feature map: `[N, *spatial, C]` to `[N, C]`.
+    """Computes the mean of every feature map: `[N, *spatial, C]` to `[N, C]`.
 
-    Equals `keras.layers.GlobalAveragePooling*`. Sums are float32 under bfloat16 and float16; integers give float32.
+    Equals `keras.layers.GlobalAveragePooling*`. Sums are computed in float32 or wider. Integers give float32.
 
     Raises:
-        ValueError: not one to three spatial dimensions.
+        ValueError: `x` does not have one to three spatial dimensions.
     """
     axes = tuple(range(1, 1 + len(_spatial(x))))
     return _accumulated(x).mean(axes).astype(_result_dtype(x))
 
 
 def global_max_pool(x: jax.Array) -> jax.Array:
-    """Takes the maximum of every feature map: `[N, *spatial, C]` to `[N, C]`.
+    """Computes the maximum of every feature map: `[N, *spatial, C]` to `[N, C]`.
 
-    Equals `keras.layers.GlobalMaxPooling*`. A tie shares its gradient equally, as `tf.reduce_max` does.
+    Equals `keras.layers.GlobalMaxPooling*`. The gradient of a tie is shared equally, as in `tf.reduce_max`.
 
     Raises:
-        ValueError: not one to three spatial dimensions.
+        ValueError: `x` does not have one to three spatial dimensions.
     """
     return jnp.max(x, tuple(range(1, 1 + len(_spatial(x)))))
 
 
 class TrainableAvgPool(nn.Module):
-    """LeNet-5's sub-sampling layer: the window's sum times a coefficient plus a bias, one of each per feature map.
+    """LeNet-5's subsampling layer: the sum of a window times a coefficient plus a bias, one of each per feature map.
 
-    LeCun, Bottou, Bengio and Haffner 1998, section II.B (layers S2 and S4); the squashing function comes after it. The
-    coefficient starts at one over the window's size, so that an untrained layer is an average pool. As with
-    convolutions, `jax.jvp` does not go straight through it.
+    LeCun, Bottou, Bengio and Haffner 1998, section II.B (layers S2 and S4). The squashing function that follows is not
+    included. The coefficient starts at one over the size of the window, so an untrained layer is an average pool.
 
     Attributes:
-        window_shape: extent of the window, one number for all spatial dimensions or one each.
-        strides: steps between windows, the window's own extent by default.
-        padding: "SAME", "VALID" or `(low, high)` pairs; padding is 0.
-        dtype: of the computation, by default promoted from the input and the parameters.
-        param_dtype: of the parameters `coefficient [C]` and `bias [C]`.
-        coefficient_init: initializer of the coefficient; None for one over the window's size.
-        bias_init: initializer of the bias.
+        window_shape: Size of the window, one number for all spatial dimensions or one each.
+        strides: Steps between windows. The default is the size of the window.
+        padding: `"SAME"`, `"VALID"` or `(low, high)` pairs; padding is 0.
+        dtype: Dtype of the computation; None promotes the input and the parameters.
+        param_dtype: Dtype of the parameters `coefficient [C]` and `bias [C]`.
+        coefficient_init: Initializer of the coefficient; None for one over the size of the window.
+        bias_init: Initializer of the bias.
     """
 
     window_shape: int | Sequence[int] = 2
@@ -261,36 +260,36 @@ class TrainableAvgPool(nn.Module):
 
 def _spatial(x: jax.Array) -> tuple[int, ...]:
     if not 3 <= x.ndim <= 5:
-        raise ValueError(f"x must be [N, *spatial, C] with one to three spatial dimensions, got the shape {x.shape}")
+        raise ValueError(f"x must be [N, *spatial, C] with one to three spatial dimensions; got the shape {x.shape}")
     return x.shape[1:-1]
 
 
 def _each(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     values: tuple[Any, ...] = (value,) * rank if np.ndim(value) == 0 else tuple(value)  # type: ignore[arg-type]
     if any(not isinstance(v, int | np.integer) for v in values):
-        raise ValueError(f"{name} must be an integer or {rank} of them, got {value!r}")
+        raise ValueError(f"{name} must be an integer or {rank} of them; got {value!r}")
     values = tuple(int(v) for v in values)
     if len(values) != rank or any(v < 1 for v in values):
-        raise ValueError(f"{name} must be a positive number or {rank} of them, got {value!r}")
+        raise ValueError(f"{name} must be a positive integer or {rank} of them; got {value!r}")
     return values
 
 
 def _geometry(x, window_shape, strides, padding, ceil_mode) -> tuple[tuple[int, ...], tuple[int, ...], Pads, Pads]:
-    """Checks the arguments; the last two results are the pads to apply, and those before `ceil_mode` widened them."""
+    """Checks the arguments; returns window, strides, the pads to apply, and the pads without those of `ceil_mode`."""
     spatial = _spatial(x)
     window = _each("window_shape", window_shape, len(spatial))
     steps = window if strides is None else _each("strides", strides, len(spatial))
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
-            raise ValueError(f'padding must be "SAME", "VALID" or (low, high) pairs, got {padding!r}')
+            raise ValueError(f"padding must be 'SAME', 'VALID' or (low, high) pairs; got {padding!r}")
         asked = tuple(lax.padtype_to_pads(spatial, window, steps, padding))
     else:
         if isinstance(padding, int | np.integer):
             padding = ((int(padding), int(padding)),) * len(spatial)
         if len(padding) != len(spatial) or any(np.shape(p) != (2,) or min(p) < 0 for p in padding):
             raise ValueError(
-                f"padding must be {len(spatial)} (low, high) pairs, none negative, one for each spatial dimension, "
-                f"got {padding!r}"
+                f"padding must be {len(spatial)} (low, high) pairs, none negative, one for each spatial dimension;"
+                f" got {padding!r}"
             )
         asked = tuple((int(low), int(high)) for low, high in padding)
     pads = asked
@@ -298,8 +297,8 @@ def _geometry(x, window_shape, strides, padding, ceil_mode) -> tuple[tuple[int, 
         pads = tuple(map(_ceil_pads, spatial, window, steps, asked))
     if any(n + sum(p) < k for n, k, p in zip(spatial, window, pads, strict=True)):
         raise ValueError(
-            f"window_shape {window} exceeds the input's extent {spatial} padded by {asked}; "
-            "within a network, its image is too small"
+            f"window_shape must fit into the size {spatial} of x with the padding {asked}; got {window}."
+            " In a network this means that the image is too small"
         )
     return window, steps, pads, asked
 
@@ -315,7 +314,7 @@ def _ceil_pads(extent: int, window: int, step: int, pad: tuple[int, int]) -> tup
 def _accumulated(x: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     if x.dtype == jnp.bfloat16:
-        # On a CPU jaxlib 0.11.2 to 0.12.0.1 gets `relu(relu(x) + x).sum()` wrong where it fuses that into one.
+        # On a CPU, jaxlib 0.11.2 to 0.12.0.1 miscompiles `relu(relu(x) + x).sum()` if it is fused.
         x = unfused(x)
     return x.astype(jnp.promote_types(_result_dtype(x), jnp.float32))
 
@@ -327,5 +326,5 @@ def _result_dtype(x: jax.Array) -> Any:
 def _groups(x: jax.Array, window: int) -> jax.Array:
     depth = x.shape[-1]
     if window < 1 or depth % window:
-        raise ValueError(f"the depth of x must be a multiple of window, got depth {depth} and window {window}")
+        raise ValueError(f"window must divide the {depth} channels of x; got {window}")
     return x.reshape(*x.shape[:-1], depth // window, window)

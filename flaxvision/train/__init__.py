@@ -8,7 +8,7 @@ from flaxvision.train.range_test import LearningRateRange, learning_rate_range
 from flaxvision.train.recipe import Recipe
 from flaxvision.train.state import TrainState, create_state
 from flaxvision.train.step import eval_step, train_step
-from flaxvision.train.workdir import fit_in_workdir, open_workdir, versions
+from flaxvision.train.workdir import draw_samples, fit_in_workdir, open_workdir, run_experiment, versions
 from flaxvision.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter, read_records
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "classification",
     "compile_steps",
     "create_state",
+    "draw_samples",
     "eval_step",
     "evaluate",
     "fit",
@@ -42,6 +43,7 @@ __all__ = [
     "prefetch",
     "read_records",
     "regression",
+    "run_experiment",
     "schedule",
     "train_step",
     "versions",

@@ -1,4 +1,4 @@
-"""The work directory of a run: its settings in `config.json`, its records and its checkpoints."""
+"""Runs as programs: the work directory with settings, records and checkpoints, and the main function."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+import jax
 import numpy as np
 
-from flaxvision import atomic, checkpoint
+from flaxvision import atomic, checkpoint, plot
 from flaxvision.train import loop, writers
 from flaxvision.train.state import TrainState
+from flaxvision.train.step import Transform
 
 PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -159,3 +162,35 @@ def fit_in_workdir(
     if result.stopped in ("SIGTERM", "SIGINT"):
         print(f"stopped by {result.stopped} after step {int(result.state.step)}; run the same command to resume")
     return result
+
+
+def draw_samples(path: str | os.PathLike[str], batches: Any, transform: Transform, rng: jax.Array) -> None:
+    """Draws up to 32 images of the first batch of a run after a transform.
+
+    Args:
+        path: The picture to write.
+        batches: Batches with a `source`, such as those of `flaxvision.data.train_batches`.
+        transform: `(rng, batch) -> batch` with images in [0, 1], such as the augmentations without standardization.
+        rng: The key of the transform.
+    """
+    with batches.from_step(0) as iterator:
+        first = {key: values[:32] for key, values in next(iterator).items()}
+    images = np.asarray(jax.jit(transform)(rng, first)["image"])
+    plot.image_grid(images, first["label"], batches.source.classes, path=path)
+
+
+def run_experiment(main: Callable[[Any], int], parse: Callable[[], Any]) -> NoReturn:
+    """Runs an experiment as a program: reads its flags, runs it and exits.
+
+    SIGTERM ends the program with status 0. In the training loop, which has its own handler, the run is saved first.
+    An expected error, such as a setting out of range, ends it with status 1 and a line instead of a traceback.
+
+    Args:
+        main: The experiment, which maps its settings to an exit status.
+        parse: Reads the settings from the command line.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        sys.exit(main(parse()))
+    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

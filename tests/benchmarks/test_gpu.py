@@ -23,7 +23,14 @@ PARTS = {
 
 
 def run(stage, tmp_path, **environment):
-    environment = {**os.environ, "TINY": "1", "OUT": str(tmp_path), "PYTHON": sys.executable, **environment}
+    environment = {
+        **os.environ,
+        "TINY": "1",
+        "OUT": str(tmp_path),
+        "RUNS": str(tmp_path / "runs"),
+        "PYTHON": sys.executable,
+        **environment,
+    }
     environment |= {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     script = machine.ROOT / "benchmarks" / "gpu.sh"

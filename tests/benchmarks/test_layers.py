@@ -10,7 +10,7 @@ import pytest
 from benchmarks import against, layers, machine, throughput, timing, tracing
 
 
-def test_layers_beside_their_plain_forms(tmp_path, capsys):
+def test_layers_beside_linen(tmp_path, capsys):
     output = tmp_path / "new" / "layers.jsonl"
     layers.main(layers.Config(quick=True, only="global m", seconds=0.1, output=output))
     (first,) = map(json.loads, output.read_text().splitlines())

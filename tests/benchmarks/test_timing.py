@@ -6,7 +6,7 @@ from benchmarks import timing
 
 
 class Scripted(timing.Contender):
-    """A contender that notes its turns and whose steps take a given time."""
+    """A contender that notes its turns; its steps take a given time."""
 
     def __init__(self, name, seconds, order):
         super().__init__(run=lambda: None)

@@ -359,12 +359,12 @@ def test_what_is_not_ours_goes_to_lax():
     ("change", "message"),
     [
         ({"x": (4, 4, 3)}, r"same rank.*\(4, 4, 3\)"),
-        ({"kernel": (3, 3, 4, 6)}, r"kernel of shape \(3, 3, 4, 6\) must have 3 / 1"),
-        ({"strides": (1, 2, 3)}, r"strides=\(1, 2, 3\)"),
-        ({"strides": 0}, "strides=0"),
-        ({"kernel_dilation": -1}, "kernel_dilation=-1"),
-        ({"feature_group_count": 2}, "feature_group_count=2 must divide the input's 3 channels"),
-        ({"padding": "HALF"}, "padding='HALF'"),
+        ({"kernel": (3, 3, 4, 6)}, r"kernel must have 3 / 1 .* got the shape \(3, 3, 4, 6\)"),
+        ({"strides": (1, 2, 3)}, r"strides must be .* got \(1, 2, 3\)"),
+        ({"strides": 0}, "strides must be .* got 0"),
+        ({"kernel_dilation": -1}, "kernel_dilation must be .* got -1"),
+        ({"feature_group_count": 2}, "feature_group_count must divide the 3 channels of x .* got 2"),
+        ({"padding": "HALF"}, "padding must be .* got 'HALF'"),
         ({"padding": (1, 2, 3)}, "Invalid padding"),
     ],
 )
@@ -376,11 +376,11 @@ def test_errors_name_the_argument(change, message):
 
 
 def test_errors_of_the_transposed():
-    with pytest.raises(ValueError, match="kernel has 4 input channels"):
+    with pytest.raises(ValueError, match="kernel must have the 3 input channels of x; got 4"):
         conv_transpose(jnp.zeros((1, 4, 4, 3)), jnp.zeros((3, 3, 4, 6)))
-    with pytest.raises(ValueError, match="padding='CAUSAL'"):
+    with pytest.raises(ValueError, match=r"padding must be .* got 'CAUSAL'"):
         conv_transpose(jnp.zeros((1, 4, 3)), jnp.zeros((3, 3, 6)), padding="CAUSAL")
-    with pytest.raises(ValueError, match="mask of shape"):
+    with pytest.raises(ValueError, match="mask must have the kernel's shape"):
         ConvTranspose(2, (3,), mask=jnp.ones((3, 1))).init(jax.random.key(0), jnp.zeros((1, 4, 3)))
 
 

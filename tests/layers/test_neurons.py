@@ -35,7 +35,7 @@ def test_rbf_with_fixed_codes():
     np.testing.assert_allclose(got, _distances(x.astype(np.float64), codes), rtol=1e-5)
     assert got[1, 7] == 0
     assert got[1].argmin() == 7
-    with pytest.raises(ValueError, match=r"\[features, inputs\] = \(10, 83\), got \(10, 84\)"):
+    with pytest.raises(ValueError, match=r"\[features, D\] = \(10, 83\); got \(10, 84\)"):
         layer.init(jax.random.key(0), x[:, :83])
 
 
@@ -80,5 +80,5 @@ def test_random_codes():
     np.testing.assert_array_equal(layers.random_codes(20), layers.random_codes(20))
     assert layers.random_codes(20).shape == (20, 84)
     assert (layers.random_codes(20) != layers.random_codes(20, seed=1)).any()
-    with pytest.raises(ValueError, match=r"at most 2\*\*inputs = 8, got 9"):
+    with pytest.raises(ValueError, match=r"at most 2\*\*inputs = 8; got 9"):
         layers.random_codes(9, 3)

@@ -87,7 +87,7 @@ def test_bfloat16_is_rounded_once():
 
 
 def test_wrong_size():
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="size must be at least 1; got 0"):
         local_response_norm(jnp.ones((1, 3)), size=0)
 
 

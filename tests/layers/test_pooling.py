@@ -260,7 +260,7 @@ def test_depthwise_pools():
     _, pull_plain = jax.vjp(lambda x: lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID"), x)
     np.testing.assert_array_equal(pull(g)[0], pull_plain(g)[0])
     for pool in (layers.depthwise_max_pool, layers.depthwise_avg_pool):
-        with pytest.raises(ValueError, match=r"multiple of window, got depth 6 and window 4"):
+        with pytest.raises(ValueError, match="window must divide the 6 channels of x; got 4"):
             pool(x, 4)
 
 
@@ -283,19 +283,19 @@ def test_trainable_avg_pool():
     [
         (
             lambda x: layers.max_pool(x, (2, 2, 2)),
-            r"window_shape must be a positive number or 2 of them, got \(2, 2, 2\)",
+            r"window_shape must be a positive integer or 2 of them; got \(2, 2, 2\)",
         ),
-        (lambda x: layers.max_pool(x, 0), "window_shape must be a positive number or 2 of them, got 0"),
-        (lambda x: layers.max_pool(x, 2, (1, -1)), r"strides must be a positive number or 2 of them, got \(1, -1\)"),
+        (lambda x: layers.max_pool(x, 0), "window_shape must be a positive integer or 2 of them; got 0"),
+        (lambda x: layers.max_pool(x, 2, (1, -1)), r"strides must be a positive integer or 2 of them; got \(1, -1\)"),
         (lambda x: layers.avg_pool(x, 2, padding="same"), "padding must be .* got 'same'"),
         (
             lambda x: layers.avg_pool(x, 2, padding=[(0, 1)]),
             r"padding must be 2 \(low, high\) pairs, .* got \[\(0, 1\)\]",
         ),
         (lambda x: layers.avg_pool(x, 2, padding=[(0, 1), (-1, 0)]), "padding must be 2 .* none negative"),
-        (lambda x: layers.l2_norm_pool(x, 5), r"window_shape \(5, 5\) exceeds the input's extent \(4, 6\)"),
+        (lambda x: layers.l2_norm_pool(x, 5), r"window_shape must fit into the size \(4, 6\) of x .*; got \(5, 5\)"),
         (lambda x: layers.global_avg_pool(x[0, 0]), r"x must be \[N, \*spatial, C\] .* got the shape \(6, 3\)"),
-        (lambda x: layers.adaptive_avg_pool(x, 0), "output_size must be a positive number or 2 of them, got 0"),
+        (lambda x: layers.adaptive_avg_pool(x, 0), "output_size must be a positive integer or 2 of them; got 0"),
     ],
 )
 def test_wrong_arguments(call, message):
@@ -326,7 +326,7 @@ def test_whole_numbers_in_any_form_and_nothing_else():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 6, 2)), jnp.float32)
     want = layers.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     np.testing.assert_array_equal(layers.max_pool(x, 3, np.int64(2), 1), want)
-    with pytest.raises(ValueError, match=r"strides must be an integer or 2 of them, got 2\.0"):
+    with pytest.raises(ValueError, match=r"strides must be an integer or 2 of them; got 2\.0"):
         layers.max_pool(x, 2, 2.0)
 
 

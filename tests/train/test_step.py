@@ -288,7 +288,7 @@ class Convolutions(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("compiled", [jit_step, pmap_step])
+@pytest.mark.parametrize("compiled", [jit_step, pytest.param(pmap_step, marks=pytest.mark.slow)])
 def test_our_layers_train_the_same_on_eight_devices(compiled):
     sample = jax.ShapeDtypeStruct((1, 20, 20, 16), jnp.float32)
     rng = np.random.default_rng(0)
