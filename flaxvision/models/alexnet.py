@@ -116,7 +116,7 @@ class AlexNet(Classifier):
     pooled_size: int | None = None
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
         backbone = self.backbone
         x = max_pool(self.last_stage(features), 3, 2, ceil_mode=backbone.ceil_mode)
@@ -194,7 +194,7 @@ class AlexNetDLI(Classifier):
     kernel_init: Initializer | None = nn.initializers.glorot_uniform()
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
         backbone = self.backbone
         init = self.kernel_init or nn.initializers.glorot_uniform()

@@ -87,7 +87,7 @@ class ZFNet(Classifier):
     kernel_init: Initializer | None = _normal
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
         dense = functools.partial(nn.Dense, kernel_init=self.kernel_init or _normal, **self.backbone.dtypes)
         x = max_pool(self.last_stage(features), 3, 2, ceil_mode=True)

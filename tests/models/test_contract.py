@@ -25,7 +25,7 @@ SMALLEST: dict[str, tuple[tuple[int, ...], dict, int]] = {
     "lenet5_modern": ((32, 32), {}, 84),
     "lenet_dli": ((28, 28), {}, 128),
     "fashion_cnn": ((28, 28), {"stage_features": (8, 8, 8), "dense_features": (16, 8)}, 8),
-    "capsnet": ((17, 18), {"conv_features": 8, "primary_features": 2}, 32),
+    "capsnet": ((17, 18), {"conv_features": 8, "primary_features": 2}, 16),
     "alexnet": ((63, 70), {"features": (8, 8, 8, 8, 8), "hidden_features": 32}, 32),
     "alexnet_tv": ((63, 70), {"features": (8, 8, 8, 8, 8), "hidden_features": 32}, 32),
     "alexnet_dli": ((195, 199), {"features": (8, 8, 8, 8, 8), "hidden_features": 32}, 32),
