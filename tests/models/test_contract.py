@@ -53,7 +53,7 @@ SMALLEST: dict[str, tuple[tuple[int, ...], dict, int]] = {
     ),
 }
 # Their compilation takes longer than 15 s. The parity tests execute them in every run.
-SLOW = {"googlenet", "bn_inception", "inception_v3", "inception_v4", "inception_resnet_v2"}
+SLOW = {"googlenet", "googlenet_bn", "bn_inception", "inception_v3", "inception_v4", "inception_resnet_v2", "xception"}
 
 
 def sample_of(size, channels, rows=2):

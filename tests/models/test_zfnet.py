@@ -59,7 +59,7 @@ def test_the_order_of_pool_and_normalization(first):
 
 def test_without_normalization():
     x = jax.ShapeDtypeStruct((2, 63, 63, 1), jnp.float32)
-    model = ZFNet(features=(2, 2, 2, 2, 2), hidden_features=3, num_classes=0, lrn=None)
+    model = ZFNet(ZFNetBackbone(features=(2, 2, 2, 2, 2), lrn=None), hidden_features=3, num_classes=0)
     features, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), x)
     assert features.shape == (2, 3)
 
