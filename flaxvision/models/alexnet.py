@@ -99,7 +99,7 @@ class AlexNet(Classifier):
     """AlexNet: the last pool and three dense layers on an `AlexNetBackbone`.
 
     Without `pooled_size` the maps are flattened at the size that they have. The parameters then fit one image size:
-    227 (or 224) pixels as published, 51 or more in general. The other fields are those of `Classifier`; by default the
+    227 (or 224) pixels as published, 39 or more in general. The other fields are those of `Classifier`; by default the
     kernels are initialized as `AlexNetBackbone.torch_init` says.
 
     Attributes:

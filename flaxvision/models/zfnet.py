@@ -75,7 +75,7 @@ class ZFNet(Classifier):
     """ZFNet: the last pool and three dense layers on a `ZFNetBackbone`.
 
     The maps are flattened at the size that they have, so the parameters fit one image size: 224 or 225 pixels as
-    published, 55 or more in general. The other fields are those of `Classifier`.
+    published, 47 or more in general. The other fields are those of `Classifier`.
 
     Attributes:
         hidden_features: Units of the two hidden dense layers, fc6 and fc7.

@@ -142,7 +142,7 @@ def test_stages_have_the_sizes_that_their_strides_say(backbone):
         assert stage.shape[1:3] == (64 // backbone.strides[name], 96 // backbone.strides[name])
 
 
-@pytest.mark.parametrize(("extent", "pooled"), [(5, 1), (8, 2), (10, 2), (31, 8), (33, 8), (35, 9)])
+@pytest.mark.parametrize(("extent", "pooled"), [(3, 1), (5, 1), (8, 2), (10, 2), (31, 8), (33, 8), (35, 9)])
 def test_the_pool_rounds_up_and_does_not_pad(extent, pooled):
     """By torch's rule: half of the stem's rows, the last window hanging over where they are even."""
     backbone = SENetBackbone(**TINY)
