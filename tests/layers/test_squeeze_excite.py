@@ -27,5 +27,5 @@ def test_the_block_against_a_loop():
 
 @pytest.mark.parametrize("reduction", [0, 9])
 def test_a_reduction_needs_a_hidden_unit(reduction):
-    with pytest.raises(ValueError, match=f"between 1 and the 8 channels, got {reduction}"):
+    with pytest.raises(ValueError, match=f"between 1 and the 8 channels; got {reduction}"):
         SqueezeExcite(reduction=reduction).init(jax.random.key(0), jnp.zeros((1, 2, 2, 8)))
