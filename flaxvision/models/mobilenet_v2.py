@@ -53,7 +53,7 @@ class InvertedResidual(nn.Module):
         strides: Strides of the depthwise convolution, 1 or 2.
         padding: Padding of the depthwise convolution, before dilation.
         dilation: Dilation of the depthwise convolution.
-        atrous: Whether to keep the resolution, with 1 in place of `strides`.
+        atrous: Whether to keep the resolution by using a stride of 1.
         conv: Makes a convolution without bias.
         depthwise: Makes a depthwise convolution without bias.
         norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.
