@@ -87,9 +87,9 @@ def variables_of(name, **overrides):
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x), sample_of(fv.model_info(name)))
 
 
-@pytest.mark.parametrize("name", sorted(GOLDEN))
-def test_parameter_counts_are_exact(name):
-    assert count(variables_of(name)) == GOLDEN[name] == fv.model_info(name).params
+def test_parameter_counts_are_exact():
+    """`models/test_contract.py` counts the parameters of every model."""
+    assert {name: fv.model_info(name).params for name in GOLDEN} == GOLDEN
 
 
 @pytest.mark.parametrize(("name", "part"), sorted(LARGER))
@@ -135,17 +135,56 @@ def test_models_are_plain_modules_and_overrides_are_their_fields():
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no model named 'lenet_5'.*lenet5"):
+    with pytest.raises(ValueError, match=r"name must be a registered model \(similar: lenet5, .*\); got 'lenet_5'"):
         fv.create_model("lenet_5")
     with pytest.raises(ValueError, match="fashion_cnn"):
         fv.model_info("fashioncnn")
 
 
+def test_overrides_go_to_the_module_that_has_the_field():
+    model = fv.create_model("googlenet_bn", num_classes=7, dtype=jnp.bfloat16, stages=("stage4",), dropout_rate=0.1)
+    backbone = fv.models.GoogLeNetBackbone(batch_norm=True, wide_kernel=3, dtype=jnp.bfloat16, stages=("stage4",))
+    assert model == fv.models.GoogLeNet(backbone, num_classes=7, dropout_rate=0.1)
+    assert fv.create_backbone("googlenet_bn", num_classes=7, dtype=jnp.bfloat16, stages=("stage4",)) == backbone
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_fields_rebuild_a_model(name):
+    """Bundles and manifests hold flat overrides. No field of a classifier has the name of one of its backbone."""
+    model = fv.create_model(name, num_classes=3)
+    fields = fv.model_fields(model)
+    assert "backbone" not in fields
+    assert fv.create_model(name, **fields) == model
+    if isinstance(model, fv.models.Classifier):
+        assert not set(fv.model_fields(model.backbone)) & {field.name for field in dataclasses.fields(model)} - {
+            "parent",
+            "name",
+        }
+
+
+def test_a_backbone_is_asked_of_a_model_that_has_one():
+    with pytest.raises(ValueError, match=r"name must be that of a model with a backbone \(alexnet, .*\); got 'mlp'"):
+        fv.create_backbone("mlp")
+
+
 def test_an_unknown_override_is_refused_with_the_fields():
-    with pytest.raises(TypeError, match=r"lenet5 has no field 'classes'.*num_classes"):
+    with pytest.raises(TypeError, match=r"overrides must be fields of lenet5 \(num_classes, .*\); got 'classes'"):
         fv.create_model("lenet5", classes=3)
     with pytest.raises(TypeError, match="'name'"):
         fv.create_model("lenet5", name="other")
+    with pytest.raises(
+        TypeError, match=r"fields of resnet18 \(num_classes, .*, stages, .*, stage_sizes, .*; got 'foo'"
+    ):
+        fv.create_model("resnet18", foo=1)
+    with pytest.raises(TypeError, match="got 'backbone'"):
+        fv.create_model("resnet18", backbone=None)
+
+
+def test_num_classes_is_a_count():
+    with pytest.raises(ValueError, match="num_classes must be at least 0; got -1"):
+        fv.create_model("resnet18", num_classes=-1)
+    with pytest.raises(TypeError):
+        fv.create_model("resnet18", num_classes=2.5)
 
 
 def test_list_models_filters():
@@ -157,7 +196,7 @@ def test_list_models_filters():
 def test_a_name_is_registered_once():
     from flaxvision.registry import register
 
-    with pytest.raises(ValueError, match="'mlp' is registered already"):
+    with pytest.raises(ValueError, match="name must not be registered already; got 'mlp'"):
         register(fv.models.MLP, "mlp")
 
 

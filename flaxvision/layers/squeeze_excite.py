@@ -13,17 +13,17 @@ from flaxvision.layers.pooling import global_avg_pool
 
 
 class SqueezeExcite(nn.Module):
-    """Weighs every channel by a gate that sees the means of all of them.
+    """Scales every channel by a gate computed from the spatial means of all channels.
 
     Hu, Shen and Sun 2018, "Squeeze-and-Excitation Networks", section 3: squeeze (equation 2), excitation
-    `s = sigmoid(W2 relu(W1 z))` (equation 3), scale (equation 4). Both dense layers have biases, as in the authors'
-    released networks.
+    `s = sigmoid(W2 relu(W1 z))` (equation 3), scale (equation 4). Both dense layers have biases, as in the networks
+    that the authors released.
 
     Attributes:
         reduction: Channels per hidden unit, the paper's r.
-        gate: What bounds the weights.
-        dtype: Of the computation.
-        param_dtype: Of the parameters, `reduce [C, C // reduction]` and `expand [C // reduction, C]`.
+        gate: Activation of the gates.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters, `reduce [C, C // reduction]` and `expand [C // reduction, C]`.
         kernel_init: Initializer of both kernels.
     """
 
@@ -38,11 +38,11 @@ class SqueezeExcite(nn.Module):
         """Maps `[N, *spatial, C]` to the same shape.
 
         Raises:
-            ValueError: `reduction` leaves no hidden unit.
+            ValueError: `reduction` is less than 1 or more than the number of channels.
         """
         channels = x.shape[-1]
         if not 1 <= self.reduction <= channels:
-            raise ValueError(f"reduction must be between 1 and the {channels} channels, got {self.reduction}")
+            raise ValueError(f"reduction must be between 1 and the {channels} channels; got {self.reduction}")
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": self.kernel_init}
         s = nn.relu(nn.Dense(channels // self.reduction, name="reduce", **policy)(global_avg_pool(x)))
         s = self.gate(nn.Dense(channels, name="expand", **policy)(s))

@@ -99,7 +99,7 @@ class AlexNet(Classifier):
     """AlexNet: the last pool and three dense layers on an `AlexNetBackbone`.
 
     Without `pooled_size` the maps are flattened at the size that they have. The parameters then fit one image size:
-    227 (or 224) pixels as published, 51 or more in general. The other fields are those of `Classifier`; by default the
+    227 (or 224) pixels as published, 39 or more in general. The other fields are those of `Classifier`; by default the
     kernels are initialized as `AlexNetBackbone.torch_init` says.
 
     Attributes:
@@ -116,7 +116,7 @@ class AlexNet(Classifier):
     pooled_size: int | None = None
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
         backbone = self.backbone
         x = max_pool(self.last_stage(features), 3, 2, ceil_mode=backbone.ceil_mode)
@@ -194,7 +194,7 @@ class AlexNetDLI(Classifier):
     kernel_init: Initializer | None = nn.initializers.glorot_uniform()
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
         backbone = self.backbone
         init = self.kernel_init or nn.initializers.glorot_uniform()

@@ -166,7 +166,7 @@ class Classifier(nn.Module):
 
     `__call__` is `head` of `features`. Both halves can be called on their own:
     `model.apply(variables, images, method="features")` and `model.apply(variables, features, method="head")`. A family
-    with another head overrides `head`. The head takes its dtypes from the backbone.
+    with another head overrides `apply_head`. The head takes its dtypes from the backbone.
 
     Attributes:
         backbone: Maps images to a dict of stages.
@@ -185,9 +185,17 @@ class Classifier(nn.Module):
         return self.backbone(images, train=train)
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`, float32 or wider."""
         return self.linear(global_avg_pool(self.last_stage(features)), train=train)
+
+    @property
+    def head(self) -> Callable[..., jax.Array]:
+        """The method `apply_head`.
+
+        This is a property because of the NNX bridge, for which a method would hide the parameters of the same name.
+        """
+        return self.apply_head
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images `[N, H, W, C]` to logits `[N, num_classes]`, float32 or wider."""

@@ -1,30 +1,26 @@
-"""The Fashion-MNIST network of A. Géron, "Hands-On Machine Learning", 2nd edition, 2019, chapter 14."""
+"""Network for Fashion-MNIST from A. Géron, "Hands-On Machine Learning", 2nd edition, 2019, chapter 14."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import Conv, max_pool
-from flaxvision.models.backbone import check_images
+from flaxvision.models.backbone import Dtype, as_float32, check_images
 from flaxvision.registry import register
-
-Dtype = Any
 
 
 class FashionCNN(nn.Module):
     """A 7x7 convolution, then pairs of 3x3 convolutions between max-pools, then two dense layers with dropout.
 
     Attributes:
-        num_classes: Outputs; 0 gives the features of the last hidden layer.
-        stage_features: Maps of the first convolution and of each pair.
+        num_classes: Number of logits; 0 returns the features of the last hidden layer.
+        stage_features: Channels of the first convolution and of each pair.
         dense_features: Units of the hidden dense layers.
-        dropout_rate: After each hidden dense layer.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dropout_rate: Rate of the dropout after each hidden dense layer.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
     """
 
     num_classes: int = 10
@@ -52,7 +48,7 @@ class FashionCNN(nn.Module):
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if self.num_classes:
             x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, name="head")(x)
-        return x.astype(jnp.float32)
+        return as_float32(x)
 
 
 register(

@@ -212,7 +212,7 @@ class GoogLeNet(Classifier):
     aux_dropout_rate: float = 0.7
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`, float32 or wider.
 
         Raises:

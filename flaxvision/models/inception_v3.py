@@ -306,7 +306,7 @@ class InceptionV3(Classifier):
     aux_heads: bool = False
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`, float32 or wider.
 
         Raises:

@@ -307,7 +307,7 @@ class InceptionResNetV2Backbone(InceptionV4Backbone):
 
         def blocks(x, name, block, count):
             for i in range(1, count + 1):
-                x = InceptionResNetUnit(*block, unit, conv, se, name=f"{name}_{i}")(x)
+                x = InceptionResNetUnit(block[0], block[1], unit, conv, se, name=f"{name}_{i}")(x)
             return x
 
         stem = inception_stem(unit, x)

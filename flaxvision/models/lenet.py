@@ -1,4 +1,4 @@
-"""LeNet-5, as printed and as taught.
+"""LeNet-5, as published and as usually taught.
 
 Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied to document recognition", Proceedings of
 the IEEE, 1998, section II.B. Layer names follow the paper: C convolution, S subsampling, F fully connected.
@@ -7,7 +7,6 @@ the IEEE, 1998, section II.B. Layer names follow the paper: C convolution, S sub
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,11 +15,10 @@ import numpy as np
 
 from flaxvision.layers import RBF, Conv, TrainableAvgPool, avg_pool, digit_codes, random_codes
 from flaxvision.layers.lowering import conv_general_dilated
+from flaxvision.models.backbone import Dtype
 from flaxvision.registry import register
 
-Dtype = Any
-
-# Table I of the paper: which of S2's six maps each of C3's sixteen maps sees.
+# Table I of the paper: the maps of S2 that each map of C3 sees.
 C3_INPUTS = (
     (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5),
     (0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5), (0, 3, 4, 5), (0, 1, 4, 5), (0, 1, 2, 5),
@@ -30,7 +28,7 @@ C3_INPUTS = (
 
 
 def scaled_tanh(x: jax.Array) -> jax.Array:
-    """The paper's squashing function, `1.7159 tanh(2x/3)` (equation 6 and appendix A)."""
+    """Applies the paper's squashing function, `1.7159 tanh(2x/3)` (equation 6 and appendix A)."""
     return 1.7159 * jnp.tanh(x * (2 / 3))
 
 
@@ -43,15 +41,15 @@ def _uniform_by_fan_in(fan_in: int):
 
 
 class PartialConv(nn.Module):
-    """A VALID convolution in which each output map sees only some of the input maps.
+    """Unpadded convolution in which each output map sees only some of the input maps.
 
-    Only the connections that exist have parameters: `kernel` is `[kh, kw, connections]`.
+    Only existing connections have parameters: `kernel` is `[kh, kw, connections]`.
 
     Attributes:
-        connections: For each output map, the input maps that it sees.
+        connections: For each output map, the indices of the input maps that it sees.
         kernel_size: Height and width of the window.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
     """
 
     connections: tuple[tuple[int, ...], ...]
@@ -81,19 +79,19 @@ class PartialConv(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 as printed: trainable subsampling, a partly connected C3, a fixed RBF output layer.
+    """LeNet-5 as published: trainable subsampling, a partially connected C3, and a fixed RBF output layer.
 
-    The logits are the negative of the RBF units' squared distances (equation 7), so that the largest logit is the
-    nearest code; `flaxvision.losses.lenet_map` is the paper's criterion (equation 9) on them. Wants 32x32 pixels, of
-    which the paper sets the background to -0.1 and the ink to 1.175.
+    The logits are the negative squared distances of the RBF units (equation 7), so the largest logit belongs to the
+    nearest code. `flaxvision.losses.lenet_map` is the paper's criterion (equation 9) for these logits. Images must have
+    32x32 pixels; in the paper the background is -0.1 and the ink is 1.175.
 
-    Deviation: the subsampling layers end in the same squashing function as the others, where the paper says sigmoid.
+    Deviation: the subsampling layers use the same squashing function as the other layers instead of a sigmoid.
 
     Attributes:
-        num_classes: Outputs. Ten use the digits' bitmap codes, any other number seeded random codes; 0 gives the 84
-            features of F6.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        num_classes: Number of logits. The codes are bitmaps of the digits for 10 classes and seeded random codes
+            otherwise; 0 returns the 84 features of F6.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
     """
 
     num_classes: int = 10
@@ -122,12 +120,12 @@ class LeNet5(nn.Module):
 
 
 class LeNet5Modern(nn.Module):
-    """LeNet-5 as usually taught: C3 fully connected, plain average pools, a linear output, tanh.
+    """LeNet-5 as usually taught: a fully connected C3, average pools, tanh, and a linear output layer.
 
     Attributes:
-        num_classes: Outputs; 0 gives the 84 features of F6.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        num_classes: Number of logits; 0 returns the 84 features of F6.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
     """
 
     num_classes: int = 10
@@ -153,7 +151,9 @@ class LeNet5Modern(nn.Module):
 
 def _check_size(x: jax.Array) -> None:
     if x.ndim != 4 or x.shape[1:3] != (32, 32):
-        raise ValueError(f"LeNet-5 wants images [N, 32, 32, C]; got {x.shape}. Pad 28x28 digits by 2 on each side.")
+        raise ValueError(
+            f"images must have the shape [N, 32, 32, C] (pad 28x28 digits by 2 on every side); got {x.shape}"
+        )
 
 
 _PAPER = {
@@ -163,6 +163,6 @@ _PAPER = {
     "input_size": (32, 32),
     "channels": 1,
 }
-# 32x32 MNIST as the paper normalises it: background -0.1, ink 1.175.
+# The paper's normalization of MNIST, at 32x32 pixels: background -0.1, ink 1.175.
 register(LeNet5, "lenet5", params=60_000, mean=(0.1 / 1.275,), std=(1 / 1.275,), **_PAPER)
 register(LeNet5Modern, "lenet5_modern", params=61_706, mean=(0.1 / 1.275,), std=(1 / 1.275,), **_PAPER)

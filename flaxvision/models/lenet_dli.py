@@ -1,33 +1,29 @@
-"""The small MNIST network of the deep-learning courses, known from Keras' first `mnist_cnn` example.
+"""The small MNIST network of many deep-learning courses, from Keras' first `mnist_cnn` example.
 
-Two 3x3 convolutions, one max-pool, two dense layers, dropout. It stands here for its known figure: 99.27 % on MNIST
-after nine epochs.
+It has two 3x3 convolutions, a max-pool, two dense layers and dropout. Its known result makes it a useful reference:
+99.27 % on MNIST after nine epochs.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import Conv, max_pool
-from flaxvision.models.backbone import check_images
+from flaxvision.models.backbone import Dtype, as_float32, check_images
 from flaxvision.registry import register
-
-Dtype = Any
 
 
 class LeNetDLI(nn.Module):
-    """Convolutions of 32 and 64 maps (3x3, VALID, ReLU), max-pool, dropout, dense 128, dropout, dense.
+    """Convolutions of 32 and 64 channels (3x3, unpadded, ReLU), max-pool, dropout, dense layer of 128, dropout, head.
 
     Attributes:
-        num_classes: Outputs; 0 gives the 128 features.
-        pool_dropout_rate: After the pool.
-        dropout_rate: After the hidden dense layer.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        num_classes: Number of logits; 0 returns the 128 features.
+        pool_dropout_rate: Rate of the dropout after the pool.
+        dropout_rate: Rate of the dropout after the hidden dense layer.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
     """
 
     num_classes: int = 10
@@ -50,7 +46,7 @@ class LeNetDLI(nn.Module):
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if self.num_classes:
             x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, name="head")(x)
-        return x.astype(jnp.float32)
+        return as_float32(x)
 
 
 register(

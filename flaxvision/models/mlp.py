@@ -1,24 +1,22 @@
 """The multilayer perceptron.
 
-D. Rumelhart, G. Hinton, R. Williams, "Learning representations by back-propagating errors", 1986. The defaults are the
-two hidden layers of 300 and 100 units of LeCun et al. 1998, section III.C.4, with ReLU in place of their sigmoid.
+D. Rumelhart, G. Hinton, R. Williams, "Learning representations by back-propagating errors", 1986. By default it has the
+two hidden layers of 300 and 100 units of LeCun et al. 1998, section III.C.4, with ReLU instead of their sigmoid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxvision.models.backbone import Dtype, as_float32
 from flaxvision.registry import register
 
-Dtype = Any
-
 ACTIVATIONS = {"relu": nn.relu, "selu": nn.selu, "tanh": nn.tanh, "logistic": nn.sigmoid}
-# The initial weights keep the variance of what flows through: He 2015, Klambauer 2017, Glorot 2010.
+# These initializers preserve the variance of the activations: He 2015, Klambauer 2017, Glorot 2010.
 INITIALIZERS = {
     "relu": nn.initializers.he_normal(),
     "selu": nn.initializers.lecun_normal(),
@@ -30,19 +28,19 @@ INITIALIZERS = {
 class MLP(nn.Module):
     """A stack of dense layers.
 
-    The head is one linear layer. Which task it serves is the objective's choice: `num_classes` logits for multiclass
-    and multilabel, one for binary, the targets' number for regression.
+    The head is a linear layer, and the objective defines its task. `num_classes` is the number of classes for
+    multiclass and multilabel classification, 1 for binary classification, and the number of targets for regression.
 
     Attributes:
         features: Units of each hidden layer.
-        num_classes: Outputs; 0 gives the last hidden layer's features.
+        num_classes: Number of outputs; 0 returns the features of the last hidden layer.
         activation: `"relu"`, `"selu"`, `"tanh"` or `"logistic"`.
-        dropout_rate: After every hidden layer.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dropout_rate: Rate of the dropout after every hidden layer.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: The activation is none of these (when called).
+        ValueError: `activation` has another value (when called).
     """
 
     features: Sequence[int] = (300, 100)
@@ -65,7 +63,7 @@ class MLP(nn.Module):
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if self.num_classes:
             x = nn.Dense(self.num_classes, name="head", **policy)(x)
-        return x.astype(jnp.float32)
+        return as_float32(x)
 
 
 register(

@@ -25,13 +25,13 @@ Padding = str | tuple[tuple[int, int], ...]
 
 SYMMETRIC = ((1, 1), (1, 1))
 # Table 2 by resolution: expansion factor, output channels, repetitions, and stride of the first block of each row.
-BLOCKS = {
-    "stem": ((1, 16, 1, 1),),
-    "stage1": ((6, 24, 2, 2),),
-    "stage2": ((6, 32, 3, 2),),
-    "stage3": ((6, 64, 4, 2), (6, 96, 3, 1)),
-    "stage4": ((6, 160, 3, 2), (6, 320, 1, 1)),
-}
+BLOCKS = (
+    ((1, 16, 1, 1),),
+    ((6, 24, 2, 2),),
+    ((6, 32, 3, 2),),
+    ((6, 64, 4, 2), (6, 96, 3, 1)),
+    ((6, 160, 3, 2), (6, 320, 1, 1)),
+)
 
 _he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -53,7 +53,7 @@ class InvertedResidual(nn.Module):
         strides: Strides of the depthwise convolution, 1 or 2.
         padding: Padding of the depthwise convolution, before dilation.
         dilation: Dilation of the depthwise convolution.
-        atrous: Whether to keep the resolution, with 1 in place of `strides`.
+        atrous: Whether to keep the resolution by using a stride of 1.
         conv: Makes a convolution without bias.
         depthwise: Makes a depthwise convolution without bias.
         norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.
@@ -94,12 +94,14 @@ class MobileNetV2Backbone(Backbone):
     Attributes:
         width_multiplier: Factor of the channels, which are rounded to multiples of 8. The last convolution has at least
             1280 channels.
+        blocks: For each stage, the rows of table 2: expansion factor, output channels, repetitions, first stride.
         padding: Padding of the 3x3 convolutions: symmetric (torchvision) or "SAME" (TensorFlow, Keras).
         epsilon: Epsilon of BatchNorm: 1e-5 (torchvision), 1e-3 (TensorFlow, Keras).
         momentum: Decay of BatchNorm's running statistics: 0.9 (torchvision), 0.999 (Keras).
     """
 
     width_multiplier: float = 1.0
+    blocks: tuple[tuple[tuple[int, int, int, int], ...], ...] = BLOCKS
     padding: Padding = SYMMETRIC
     epsilon: float = 1e-5
     momentum: float = 0.9
@@ -109,7 +111,7 @@ class MobileNetV2Backbone(Backbone):
     @property
     def stage_strides(self) -> dict[str, int]:
         """Published stride of each stage, in pixels of the image."""
-        return {stage: 2 ** (i + 1) for i, stage in enumerate(BLOCKS)}
+        return {f"stage{i}" if i else "stem": 2 ** (i + 1) for i in range(len(self.blocks))}
 
     @nn.nowrap
     def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
@@ -122,16 +124,17 @@ class MobileNetV2Backbone(Backbone):
         stem = conv(rounded(32 * self.width_multiplier), (3, 3), strides=2, padding=self.padding, name="stem_conv")
         x = nn.relu6(norm(name="stem_bn")(stem(x)))
         reached = 2
-        for stage, rows in BLOCKS.items():
+        last = list(self.stage_strides)[-1]
+        for stage, rows in zip(self.stage_strides, self.blocks, strict=True):
             blocks = [(*row[:2], row[3] if i == 0 else 1) for row in rows for i in range(row[2])]
             for number, (expansion, channels, strides) in enumerate(blocks, start=1):
                 fields = self.atrous_fields(reached, strides)
                 features = rounded(channels * self.width_multiplier)
                 x = unit(features, expansion, **fields, name=f"{stage}_block{number}")(x)
                 reached *= strides
-            if stage == "stage4":
-                x = conv(rounded(1280 * max(1.0, self.width_multiplier)), (1, 1), name="stage4_conv")(x)
-                x = nn.relu6(norm(name="stage4_bn")(x))
+            if stage == last:
+                x = conv(rounded(1280 * max(1.0, self.width_multiplier)), (1, 1), name=f"{stage}_conv")(x)
+                x = nn.relu6(norm(name=f"{stage}_bn")(x))
             yield stage, x
 
 

@@ -12,21 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import heaviside
+from flaxvision.models.backbone import Dtype
 from flaxvision.registry import register
-
-Dtype = Any
 
 
 class Perceptron(nn.Module):
     """One layer of threshold logic units over flattened features.
 
-    `apply` gives the weighted sums `[N, num_classes]`, as every classifier gives logits; `threshold=True` gives the
-    units' outputs, 0 or 1. One unit (`num_classes=1`) tells a class from the rest.
+    A call returns the weighted sums `[N, num_classes]`, which are the logits. With `threshold=True` it returns the
+    outputs of the units, 0 or 1. A single unit (`num_classes=1`) separates one class from the rest.
 
     Attributes:
-        num_classes: The number of units; 0 gives the flattened features.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        num_classes: Number of units; 0 returns the flattened features.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
     """
 
     num_classes: int = 1
@@ -49,7 +48,7 @@ class Perceptron(nn.Module):
 
 
 def perceptron_update(params: Any, x: jax.Array, y: jax.Array, learning_rate: float = 1.0) -> tuple[Any, jax.Array]:
-    """Shows the perceptron each example once, in order, by Rosenblatt's rule `w += eta (y - y_hat) x`.
+    """Updates a perceptron by one pass over the examples, in order, with Rosenblatt's rule `w += eta (y - y_hat) x`.
 
     Args:
         params: The parameters of `Perceptron`.
@@ -58,17 +57,17 @@ def perceptron_update(params: Any, x: jax.Array, y: jax.Array, learning_rate: fl
         learning_rate: `eta`.
 
     Returns:
-        The new parameters, and the number of wrong outputs met on the way. Where the classes are linearly separable,
-        repeated calls reach 0 in finitely many steps (Novikoff 1962).
+        The new parameters and the number of wrong outputs during the pass. If the classes are linearly separable, the
+        number becomes 0 after finitely many passes (Novikoff 1962).
 
     Raises:
-        ValueError: The shapes of `x`, `y` and the parameters do not fit.
+        ValueError: The shapes of `x`, `y` and the parameters do not match.
     """
     units = params["units"]
     features, outputs = units["kernel"].shape
     if x.ndim != 2 or x.shape[1] != features or y.shape != (x.shape[0], outputs):
         raise ValueError(
-            f"x must be [N, {features}] and y [N, {outputs}], as the kernel {units['kernel'].shape} says; "
+            f"x must be [N, {features}] and y [N, {outputs}] for a kernel {units['kernel'].shape}; "
             f"got x {x.shape} and y {y.shape}"
         )
 

@@ -37,7 +37,7 @@ class SEBasicBlock(nn.Module):
         features: Output channels.
         strides: Strides of the first convolution and of the shortcut, a projection where the shape changes.
         dilation: Dilation of the convolutions.
-        atrous: Whether to keep the resolution: instead of using `strides`, what follows is dilated by them.
+        atrous: Whether to keep the resolution: `strides` then multiply the dilation of the later convolutions.
         conv: Makes a convolution without bias.
         norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.
         se: Makes the squeeze-and-excitation block.
@@ -79,7 +79,7 @@ class SEBottleneck(nn.Module):
         stride_in_1x1: Whether the first 1x1 convolution has the strides, or the 3x3.
         shortcut_size: Kernel size of the projection, 1 or 3.
         dilation: Dilation of the 3x3 convolutions.
-        atrous: Whether to keep the resolution: instead of using `strides`, what follows is dilated by them.
+        atrous: Whether to keep the resolution: `strides` then multiply the dilation of the later convolutions.
         conv: Makes a convolution without bias.
         norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.
         se: Makes the squeeze-and-excitation block.

@@ -108,7 +108,7 @@ class SqueezeNet(Classifier):
     classifier_padding: int = 0
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the pooled features if there are none."""
         x = self.last_stage(features)
         if self.num_classes:

@@ -94,7 +94,7 @@ class VGG(Classifier):
     dense_evaluation: bool = False
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
         backbone = self.backbone
         x = max_pool(self.last_stage(features), 2)

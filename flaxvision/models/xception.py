@@ -37,7 +37,7 @@ class XceptionBlock(nn.Module):
         first_relu: Whether a ReLU precedes the first convolution.
         pool_padding: Padding of the max-pool, before dilation.
         dilation: Dilation of the convolutions and of the max-pool.
-        atrous: Whether to keep the resolution, with 1 in place of `strides`.
+        atrous: Whether to keep the resolution by using a stride of 1.
         conv: Makes a convolution without bias.
         separable: Makes a separable convolution without bias.
         norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.

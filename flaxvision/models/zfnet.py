@@ -75,7 +75,7 @@ class ZFNet(Classifier):
     """ZFNet: the last pool and three dense layers on a `ZFNetBackbone`.
 
     The maps are flattened at the size that they have, so the parameters fit one image size: 224 or 225 pixels as
-    published, 55 or more in general. The other fields are those of `Classifier`.
+    published, 47 or more in general. The other fields are those of `Classifier`.
 
     Attributes:
         hidden_features: Units of the two hidden dense layers, fc6 and fc7.
@@ -87,7 +87,7 @@ class ZFNet(Classifier):
     kernel_init: Initializer | None = _normal
 
     @nn.compact
-    def head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
+    def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
         dense = functools.partial(nn.Dense, kernel_init=self.kernel_init or _normal, **self.backbone.dtypes)
         x = max_pool(self.last_stage(features), 3, 2, ceil_mode=True)

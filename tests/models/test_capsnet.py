@@ -209,13 +209,15 @@ def test_fields():
 
 def test_errors():
     model = fv.create_model("capsnet")
-    with pytest.raises(ValueError, match=r"need images of 17x17, got \(16, 28\)"):
+    with pytest.raises(ValueError, match="images must be at least 17x17 pixels; got 16x28"):
         model.init(jax.random.key(0), jnp.zeros((1, 16, 28, 1)))
-    with pytest.raises(ValueError, match=r"the decoder draws images \(28, 28, 1\), got \(32, 32, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"x must have the image_shape \(28, 28, 1\) of the decoder; got \(32, 32, 1\)"
+    ):
         fv.create_model("capsnet", decoder=True).init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))
-    with pytest.raises(ValueError, match="num_classes=0 has none"):
+    with pytest.raises(ValueError, match="num_classes must be at least 1 if decoder is set; got 0"):
         fv.create_model("capsnet", decoder=True, num_classes=0).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    with pytest.raises(ValueError, match="set decoder=True"):
+    with pytest.raises(ValueError, match="decoder must be True for decode; got False"):
         model.apply({"params": {}}, jnp.zeros((1, 10, 16)), method="decode")
 
 

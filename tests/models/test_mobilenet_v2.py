@@ -33,7 +33,7 @@ def filled(shapes, seed=0):
 
 
 def test_the_table_of_the_paper():
-    assert sum(repetitions for rows in BLOCKS.values() for *_, repetitions, _ in rows) == 17
+    assert sum(repetitions for rows in BLOCKS for *_, repetitions, _ in rows) == 17
     assert [rounded(c) for c in (1, 12, 24 * 0.35, 32 * 0.75, 1280 * 1.4)] == [8, 16, 8, 24, 1792]
 
 
@@ -106,7 +106,7 @@ def test_names(source, first, expand, projection, last):
 def test_eight_bits_and_back():
     fields = fv.weights.fields("mobilenet_v2", "coral")
     model = fv.create_model("mobilenet_v2", **fields)
-    assert (model.num_classes, model.padding, model.epsilon) == (1001, "SAME", 1e-3)
+    assert (model.num_classes, model.backbone.padding, model.backbone.epsilon) == (1001, "SAME", 1e-3)
     variables = filled(shapes_of(model, (32, 32))[1])
     tensors = fv.weights.export("mobilenet_v2", variables, source="coral", **fields)
     assert len(tensors) == 3 * 53

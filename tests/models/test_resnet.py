@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 import flaxvision as fv
-from flaxvision.models import BasicBlock, Bottleneck, CifarResNet, ResNet, ResNetBackbone, pad_shortcut
+from flaxvision.models import (
+    BasicBlock,
+    Bottleneck,
+    CifarResNet,
+    CifarResNetBackbone,
+    ResNet,
+    ResNetBackbone,
+    pad_shortcut,
+)
 from flaxvision.weights.names.resnet import (
     LAYOUTS,
     akamaster_name,
@@ -18,7 +26,7 @@ from flaxvision.weights.names.resnet import (
 )
 
 eval_norm = functools.partial(nn.BatchNorm, use_running_average=True)
-TINY = {"stage_sizes": (1, 2, 1), "features": (4, 6, 8), "num_classes": 5}
+TINY = {"stage_sizes": (1, 2, 1), "features": (4, 6, 8)}
 
 
 def fill(shapes, seed=0):
@@ -108,7 +116,7 @@ def test_pad_shortcut_puts_zeros_on_both_sides():
     y = pad_shortcut(x, 5, 2)
     assert y.shape == (1, 2, 2, 5)
     np.testing.assert_array_equal(y[0, 1, 0], [0, 13, 14, 0, 0])
-    with pytest.raises(ValueError, match="features must be at least the 2 channels of x, got 1"):
+    with pytest.raises(ValueError, match="features must be at least the 2 channels of x; got 1"):
         pad_shortcut(x, 1)
 
 
@@ -130,11 +138,14 @@ def test_cifar_nets_count_their_layers_and_have_no_projection(name):
 
 
 @pytest.mark.parametrize(
-    ("model", "size"),
-    [(ResNet(**TINY), (64, 96)), (ResNet(bottleneck=False, **TINY), (32, 64)), (CifarResNet(), (8, 12))],
+    ("backbone", "size"),
+    [
+        (ResNetBackbone(**TINY), (64, 96)),
+        (ResNetBackbone(bottleneck=False, **TINY), (32, 64)),
+        (CifarResNetBackbone(), (8, 12)),
+    ],
 )
-def test_stages_have_the_sizes_that_their_strides_say(model, size):
-    backbone = model.make_backbone(name=None)
+def test_stages_have_the_sizes_that_their_strides_say(backbone, size):
     stages = jax.eval_shape(
         lambda x: backbone.init_with_output(jax.random.key(0), x)[0], jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     )
@@ -147,12 +158,14 @@ def test_stages_have_the_sizes_that_their_strides_say(model, size):
     assert stages["stage3"].shape[-1] == width
 
 
-@pytest.mark.parametrize("model", [ResNet(**TINY), CifarResNet(stage_sizes=(1, 1, 1), features=(4, 6, 8))])
+@pytest.mark.parametrize(
+    "model", [ResNet(ResNetBackbone(**TINY), 5), CifarResNet(CifarResNetBackbone((1, 1, 1), (4, 6, 8)))]
+)
 def test_a_classifier_is_its_backbone_a_mean_and_a_dense_layer(model):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 19, 26, 3)), jnp.float32)
     variables = variables_of(model, x.shape)
     trunk = {collection: v["backbone"] for collection, v in variables.items()}
-    stages = jax.jit(model.make_backbone(name=None).apply)(trunk, x)
+    stages = jax.jit(model.backbone.apply)(trunk, x)
     head = variables["params"]["head"]
     pooled = np.asarray(stages["stage3"], np.float64).mean((1, 2))
     expected = pooled @ np.asarray(head["kernel"]) + np.asarray(head["bias"])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import flaxvision as fv
-from flaxvision.models import Fire, SqueezeNet
+from flaxvision.models import Fire, SqueezeNet, SqueezeNetBackbone
 from flaxvision.weights.names.squeezenet import LAYOUTS, with_dots, with_slashes
 
-TINY = {"stem_features": 2, "fires": (((1, 2),), ((1, 2),), ((2, 3),)), "num_classes": 4}
+TINY = {"stem_features": 2, "fires": (((1, 2),), ((1, 2),), ((2, 3),))}
 
 
 def filled(module, x, seed=0):
@@ -61,9 +61,9 @@ def test_the_least_size():
 def test_the_padded_classifier_also_averages_the_border():
     """Zeros around a 1x1 convolution's input give a border of the biases' ReLUs."""
     x = images(64, 80)
-    plain, padded = (SqueezeNet(**TINY, classifier_padding=p) for p in (0, 1))
+    plain, padded = (SqueezeNet(SqueezeNetBackbone(**TINY), num_classes=4, classifier_padding=p) for p in (0, 1))
     variables = filled(plain, x)
-    stages = jax.jit(plain.make_backbone(name=None).apply)({"params": variables["params"]["backbone"]}, x)
+    stages = jax.jit(plain.backbone.apply)({"params": variables["params"]["backbone"]}, x)
     h, w = stages["stage3"].shape[1:3]
     inner = np.asarray(jax.jit(plain.apply)(variables, x)) * h * w
     border = np.maximum(np.asarray(variables["params"]["head"]["bias"]), 0) * ((h + 2) * (w + 2) - h * w)

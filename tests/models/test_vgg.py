@@ -12,7 +12,11 @@ from flaxvision.layers import conv, max_pool
 from flaxvision.models import VGG, VGGBackbone
 from flaxvision.weights.names.vgg import LAYOUTS, flat_windows, square_windows
 
-TINY = {"stage_sizes": (1, 1, 1, 1, 1), "features": (2, 2, 3, 3, 3), "hidden_features": 5, "num_classes": 4}
+TINY = {"stage_sizes": (1, 1, 1, 1, 1), "features": (2, 2, 3, 3, 3)}
+
+
+def tiny(dense_evaluation=False, **fields):
+    return VGG(VGGBackbone(**TINY, **fields), num_classes=4, hidden_features=5, dense_evaluation=dense_evaluation)
 
 
 @functools.cache
@@ -70,9 +74,9 @@ def test_backbone(name):
 
 def test_dense_evaluation_is_the_mean_over_windows():
     """Maps of 8x9 have six windows of 7x7; the mean of their logits is the logits of the mean."""
-    model, x = VGG(**TINY, dense_evaluation=True), images(256, 288)
+    model, x = tiny(dense_evaluation=True), images(256, 288)
     variables = filled(model, x)
-    backbone = VGGBackbone(stage_sizes=TINY["stage_sizes"], features=TINY["features"])
+    backbone = VGGBackbone(**TINY)
     stages = jax.jit(backbone.apply)({"params": variables["params"]["backbone"]}, x)
     maps = np.asarray(max_pool(stages["stage5"], 2))
     assert maps.shape[1:3] == (8, 9)
@@ -86,21 +90,21 @@ def test_dense_evaluation_is_the_mean_over_windows():
                 y = y if name == "head" else np.maximum(y, 0)
             logits.append(y)
     np.testing.assert_allclose(jax.jit(model.apply)(variables, x), np.mean(logits, 0), rtol=1e-4, atol=1e-4)
-    averaged = jax.jit(VGG(**TINY).apply)(variables, x)
+    averaged = jax.jit(tiny().apply)(variables, x)
     assert float(jnp.abs(averaged - np.mean(logits, 0)).max()) > 1e-2
 
 
 def test_dense_evaluation_of_a_small_image_is_the_average():
     x = images(40, 64)
-    variables = filled(VGG(**TINY), x)
-    one, other = (jax.jit(VGG(**TINY, dense_evaluation=dense).apply)(variables, x) for dense in (False, True))
+    variables = filled(tiny(), x)
+    one, other = (jax.jit(tiny(dense).apply)(variables, x) for dense in (False, True))
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["conv", "pool"])
 def test_where_batch_norm_lies(norm):
     """torchvision: between a convolution and its ReLU. The book: after each pool."""
-    model, x = VGG(**TINY, norm=norm, epsilon=0.01), images(32, 36)
+    model, x = tiny(norm=norm, epsilon=0.01), images(32, 36)
     variables = filled(model, x)
     params, stats = (variables[k]["backbone"] for k in ("params", "batch_stats"))
     assert ("pool5_bn" in variables["params"]) == (norm == "pool")
@@ -117,8 +121,7 @@ def test_where_batch_norm_lies(norm):
 
     one = max_pool(stage(x, 1), 2)
     two = stage(normalized(one, "pool1_bn") if norm == "pool" else one, 2)
-    backbone = model.make_backbone(name=None)
-    stages = jax.jit(backbone.apply)({"params": params, "batch_stats": stats}, x)
+    stages = jax.jit(model.backbone.apply)({"params": params, "batch_stats": stats}, x)
     np.testing.assert_allclose(stages["stage2"], two, rtol=1e-4, atol=1e-5)
 
 
