@@ -1,6 +1,8 @@
 """Every derivative and transformation of a function, for comparison with the same function in plain lax."""
 
 import contextlib
+import functools
+import itertools
 from functools import partial
 
 import jax
@@ -16,19 +18,38 @@ DEVICES = 2
 
 
 @contextlib.contextmanager
-def plain_lax():
-    """Replaces every form by its definition in plain lax, which JAX differentiates by its own rules."""
+def plain_lax(exact_max=True):
+    """Replaces every form by its definition in plain lax, which JAX differentiates by its own rules.
+
+    Args:
+        exact_max: Compute max-pools by comparisons of slices. In float64, lax differentiates its own with reduced
+            precision.
+    """
+
+    def call(form, *operands):
+        return (
+            slices_max(form, *operands) if exact_max and isinstance(form, pooling.MaxWindows) else form.plain(*operands)
+        )
+
     modules = (convolution, pooling, reductions, rows)
     kept = [module.call for module in modules]
     jax.clear_caches()
     try:
         for module in modules:
-            module.call = lambda form, *operands: form.plain(*operands)
+            module.call = call
         yield
     finally:
-        for module, call in zip(modules, kept, strict=True):
-            module.call = call
+        for module, original in zip(modules, kept, strict=True):
+            module.call = original
         jax.clear_caches()
+
+
+def slices_max(form, x):
+    """Computes `pooling.MaxWindows` by comparisons of slices. Random numbers have no ties."""
+    x = jnp.pad(x, ((0, 0), *form.padding, (0, 0)), constant_values=-jnp.inf)
+    sizes = zip(x.shape[1:-1], form.window, form.strides, strict=True)
+    spans = [[slice(p, p + (n - k) // s * s + 1, s) for p in range(k)] for n, k, s in sizes]
+    return functools.reduce(jnp.maximum, [x[(slice(None), *place)] for place in itertools.product(*spans)])
 
 
 def drawn(like, seed, dtype=jnp.float64):
@@ -37,8 +58,14 @@ def drawn(like, seed, dtype=jnp.float64):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), dtype), like)
 
 
-def transformed(function, params, x):
+def transformed(function, params, x, without=()):
     """Applies every transformation to `function(params, x) -> y`, each of which is independent per row of `x`.
+
+    Args:
+        function: The function.
+        params: Its parameters, a tree that may be empty.
+        x: Its input.
+        without: Names of transformations to leave out.
 
     Returns:
         A dict of results by the name of the transformation.
@@ -63,21 +90,23 @@ def transformed(function, params, x):
     origin = jnp.zeros(2)
     two, many = jnp.stack([x, dx]), jax.tree.map(lambda a, b: jnp.stack([a, b]), params, dp)
     results = {
-        "value": function(params, x),
-        "jvp": jax.jvp(function, (params, x), (dp, dx))[1],
-        "linearize": jax.linearize(function, params, x)[1](dp, dx),
-        "vjp": jax.vjp(function, params, x)[1](g),
-        "jacfwd": jax.jacfwd(line)(origin),
-        "jacrev": jax.jacrev(lambda t: line(t)[:1].reshape(-1)[:3])(origin),
-        "forward over reverse": jax.jvp(grad, (params, x), (dp, dx))[1],
-        "reverse over forward": jax.grad(direction, (0, 1))(params, x),
-        "reverse over reverse": jax.grad(lambda p, x: dot(grad(p, x), (dp, dx)), (0, 1))(params, x),
-        "vmap over x": jax.vmap(grad, (None, 0))(params, two),
-        "vmap over both": jax.vmap(direction)(many, two),
-        "scan": lax.scan(lambda carry, x: (carry, grad(params, x)), 0, two)[1],
-        "checkpoint": jax.grad(jax.checkpoint(loss), (0, 1))(params, x),
+        "value": lambda: function(params, x),
+        "jvp": lambda: jax.jvp(function, (params, x), (dp, dx))[1],
+        "linearize": lambda: jax.linearize(function, params, x)[1](dp, dx),
+        "vjp": lambda: jax.vjp(function, params, x)[1](g),
+        "jacfwd": lambda: jax.jacfwd(line)(origin),
+        "jacrev": lambda: jax.jacrev(lambda t: line(t)[:1].reshape(-1)[:3])(origin),
+        "forward over reverse": lambda: jax.jvp(grad, (params, x), (dp, dx))[1],
+        "reverse over forward": lambda: jax.grad(direction, (0, 1))(params, x),
+        "reverse over reverse": lambda: jax.grad(lambda p, x: dot(grad(p, x), (dp, dx)), (0, 1))(params, x),
+        "vmap over x": lambda: jax.vmap(grad, (None, 0))(params, two),
+        "vmap over both": lambda: jax.vmap(direction)(many, two),
+        "scan": lambda: lax.scan(lambda carry, x: (carry, grad(params, x)), 0, two)[1],
+        "checkpoint": lambda: jax.grad(jax.checkpoint(loss), (0, 1))(params, x),
     }
-    return results | ({"vmap over params": jax.vmap(grad, (0, None))(many, x)} if params else {})
+    if params:
+        results["vmap over params"] = lambda: jax.vmap(grad, (0, None))(many, x)
+    return {name: result() for name, result in results.items() if name not in without}
 
 
 def over_devices(function, params, x):

@@ -1,8 +1,6 @@
 """Every layer under every transformation, in float64, against plain lax that JAX differentiates by its own rules."""
 
 import collections
-import functools
-import itertools
 import re
 
 import chex
@@ -56,20 +54,6 @@ CASES = {name: (layer, (4, 6, 5, 4)) for name, layer in (CONV | POOLS).items()} 
 }
 
 
-def slices_max(x, window, strides, pads=((0, 0), (0, 0))):
-    """A max-pool by comparisons of slices: lax's own is differentiated twice with reduced precision."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    out = [(n - window) // strides + 1 for n in x.shape[1:-1]]
-    spans = lambda place: [slice(p, p + (n - 1) * strides + 1, strides) for p, n in zip(place, out, strict=True)]
-    places = itertools.product(range(window), repeat=len(out))
-    return functools.reduce(jnp.maximum, [x[(slice(None), *spans(place))] for place in places])
-
-
-REFERENCES = {
-    "max pool": lambda x: slices_max(x, 3, 2, ((0, 1), (1, 1))),
-    "max pool apart": lambda x: slices_max(x, 2, 2),
-    "max pool 3d": lambda x: slices_max(x, 2, 1, ((0, 0),) * 3),
-}
 # The cases that are not slow.
 DEFAULT = ("conv strided", "max pool", "trainable avg pool")
 
@@ -109,8 +93,6 @@ def test_every_transformation(name, float64):
     function, params, x = function_of(*CASES[name])
     got = jax.jit(lambda params, x: transformed(function, params, x))(params, x)
     devices, program = over_devices(function, params, x), exported(function, params, x)
-    if name in REFERENCES:
-        function = lambda params, x: REFERENCES[name](x)
     with plain_lax():
         want = jax.jit(lambda params, x: transformed(function, params, x))(params, x)
         loss = lambda params, x: jnp.sum(jnp.sin(function(params, x)))
@@ -160,6 +142,6 @@ def test_other_platforms_run_plain_lax(name, platform):
     loss = lambda params, x: jnp.sin(function(params, x)).sum()
     lowered = lambda: {key: operations(program(loss), params, x, platform) for key, program in PROGRAMS.items()}
     got = lowered()
-    with plain_lax():
+    with plain_lax(exact_max=False):
         want = lowered()
     assert got == want
