@@ -186,7 +186,7 @@ def test_a_bundle_says_what_it_is(tmp_path, loaded, file):
     assert again == model
     assert_same(flat(found), flat(variables))
     wider, found = fv.weights.load_model(NAME, path, num_classes=6, channels=1, dtype=jnp.bfloat16)
-    assert (wider.num_classes, wider.dtype) == (6, jnp.bfloat16)
+    assert (wider.num_classes, wider.backbone.dtype) == (6, jnp.bfloat16)
     assert wider.apply(found, jnp.zeros((1, 32, 32, 1))).shape == (1, 6)
     with pytest.raises(ValueError, match=r"mine\.safetensors holds resnet20_cifar, not resnet32_cifar"):
         fv.weights.load("resnet32_cifar", path)
