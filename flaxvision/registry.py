@@ -108,6 +108,11 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Raises:
         ValueError: There is no such model, or `num_classes` is negative.
         TypeError: Neither the model nor its backbone has such a field, or `num_classes` is not an integer.
+
+    Example:
+        >>> model = create_model("resnet18", num_classes=10, output_stride=16)
+        >>> model.num_classes, model.backbone.output_stride
+        (10, 16)
     """
     module, backbone, info = _find(name)
     inner = [] if backbone is None else _fields_of(backbone)
@@ -137,6 +142,10 @@ def create_backbone(name: str, **overrides: Any) -> Any:
     Raises:
         ValueError: There is no such model, or it has no backbone.
         TypeError: Neither the model nor its backbone has such a field.
+
+    Example:
+        >>> create_backbone("resnet18", stages=("stage2", "stage3")).strides
+        {'stage2': 8, 'stage3': 16}
     """
     if _find(name).backbone is None:
         have = ", ".join(n for n, entry in sorted(_MODELS.items()) if entry.backbone is not None)
@@ -172,6 +181,10 @@ def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
 
     Raises:
         ValueError: There is no such task.
+
+    Example:
+        >>> list_models("inception*")
+        ['inception_resnet_v2', 'inception_v3', 'inception_v4']
     """
     if task not in (None, "classification", "detection", "segmentation"):
         raise ValueError(f"task must be 'classification', 'detection' or 'segmentation'; got {task!r}")
@@ -189,5 +202,10 @@ def model_info(name: str) -> ModelInfo:
 
     Raises:
         ValueError: There is no such model.
+
+    Example:
+        >>> info = model_info("resnet50")
+        >>> info.params, info.input_size, info.weights[0]
+        (25557032, (224, 224), 'torchvision/IMAGENET1K_V1')
     """
     return _find(name).info

@@ -63,6 +63,11 @@ def load(
         ValueError: There is no data set of this name (the message lists the nearest names), no such split, an option
             is out of range or does not apply to this data set, or a file is missing or damaged.
         RuntimeError: A TFDS set is not prepared and cannot be prepared; the message says what to do.
+
+    Example:
+        >>> digits = load("digits", "train")
+        >>> len(digits), digits[0]["image"].shape, digits.classes[:3]
+        (1438, (8, 8, 1), ('0', '1', '2'))
     """
     check_channels(channels)
     check_image_size(image_size)

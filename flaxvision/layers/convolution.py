@@ -50,6 +50,10 @@ def conv(
 
     Raises:
         ValueError: The ranks, channels, groups, strides or padding do not fit each other.
+
+    Example:
+        >>> conv(jnp.ones((1, 5, 5, 3)), jnp.ones((3, 3, 3, 8)), strides=2).shape
+        (1, 3, 3, 8)
     """
     rank = _rank(x, kernel)
     strides, dilation = _each(strides, rank, "strides"), _each(kernel_dilation, rank, "kernel_dilation")
@@ -120,6 +124,10 @@ def conv_transpose(
 
     Raises:
         ValueError: The ranks, channels, strides or padding do not fit each other.
+
+    Example:
+        >>> conv_transpose(jnp.ones((1, 5, 5, 3)), jnp.ones((2, 2, 3, 8)), strides=2).shape
+        (1, 10, 10, 8)
     """
     rank = _rank(x, kernel)
     strides, dilation = _each(strides, rank, "strides"), _each(kernel_dilation, rank, "kernel_dilation")

@@ -47,6 +47,11 @@ def max_pool(
 
     Raises:
         ValueError: The rank, window, strides or padding is wrong, or the window is larger than the padded input.
+
+    Example:
+        >>> x = jnp.arange(6.0).reshape(1, 6, 1)
+        >>> max_pool(x, 2).ravel().tolist(), max_pool(x, 3, 2, ceil_mode=True).ravel().tolist()
+        ([1.0, 3.0, 5.0], [2.0, 4.0, 5.0])
     """
     window, steps, pads, _ = _geometry(x, window_shape, strides, padding, ceil_mode)
     return max_windows(x, window, steps, pads)
@@ -81,6 +86,11 @@ def avg_pool(
 
     Raises:
         ValueError: The rank, window, strides or padding is wrong, or the window is larger than the padded input.
+
+    Example:
+        >>> x = jnp.arange(5.0).reshape(1, 5, 1)
+        >>> avg_pool(x, 3, 2, "SAME", count_include_pad=False).ravel().tolist()
+        [0.5, 2.0, 3.5]
     """
     window, steps, pads, asked = _geometry(x, window_shape, strides, padding, ceil_mode)
     total = sum_windows(_accumulated(x), window, steps, pads)

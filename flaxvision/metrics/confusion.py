@@ -21,6 +21,11 @@ class ConfusionMatrix(Accumulator):
 
     Attributes:
         counts: `[K, K]` integers; rows are labels, columns are predictions.
+
+    Example:
+        >>> matrix = ConfusionMatrix.init(2).update(jnp.asarray([0, 1, 1]), jnp.asarray([0, 0, 1]))
+        >>> matrix.counts.tolist(), matrix.iou.tolist()
+        ([[1, 1], [0, 1]], [0.5, 0.5])
     """
 
     counts: Any

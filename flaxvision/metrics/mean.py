@@ -18,6 +18,10 @@ class Mean(Accumulator):
     Attributes:
         total: Sum of weight times value, a scalar.
         weight: Sum of the weights, a scalar.
+
+    Example:
+        >>> Mean.of(jnp.asarray([1.0, 2.0, 9.0]), jnp.asarray([1.0, 1.0, 0.0])).compute()
+        1.5
     """
 
     total: Any

@@ -115,6 +115,11 @@ def schedule(
 
     Raises:
         ValueError: `name` is unknown, the numbers of steps do not fit, or `one_cycle` is given `warmup_steps`.
+
+    Example:
+        >>> rate = schedule("cosine", 0.1, 100, warmup_steps=10)
+        >>> [round(float(rate(step)), 4) for step in (0, 10, 55, 100)]
+        [0.0091, 0.1, 0.05, 0.0]
     """
     if name not in SCHEDULES:
         raise ValueError(_unknown("schedule", name, SCHEDULES))

@@ -35,6 +35,10 @@ def fields(name: str, source: str) -> dict[str, Any]:
 
     Raises:
         ValueError: There is no such model, or no known layout of it in the library.
+
+    Example:
+        >>> fields("xception", "timm")
+        {'pool_padding': ((1, 1), (1, 1)), 'epsilon': 1e-05, 'momentum': 0.9}
     """
     return dict(layout_of(name, source).fields)
 
@@ -50,6 +54,10 @@ def sources(name: str) -> list[str]:
 
     Raises:
         ValueError: There is no such model.
+
+    Example:
+        >>> sources("squeezenet1_0")
+        ['deep_compression', 'torchvision']
     """
     return sorted({layout.source for layout in layouts() if model_info(name).name in layout.models})
 

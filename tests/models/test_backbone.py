@@ -11,29 +11,10 @@ import pytest
 
 import flaxvision as fv
 from flaxvision import models
+from tests.models.smallest import QUICK, SMALLEST, sample_of, with_backbone
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # halves the compilation
-SMALL = {"stage_sizes": (1, 1, 1, 1)}
-# One model of each family, at a small input, without repetitions.
-FAMILIES = {
-    "alexnet": (63, {}),
-    "alexnet_dli": (195, {}),
-    "zfnet": (63, {}),
-    "vgg11_bn": (32, {}),
-    "vgg16_dli": (32, {}),
-    "squeezenet1_0": (33, {}),
-    "googlenet": (65, {"aux_heads": True}),
-    "bn_inception": (33, {}),
-    "inception_v3": (299, {"aux_heads": True}),
-    "inception_v4": (75, {"stage_sizes": (1, 1, 1)}),
-    "inception_resnet_v2": (75, {"stage_sizes": (1, 1, 2)}),
-    "resnet18": (33, SMALL),
-    "resnet20_cifar": (16, {"stage_sizes": (1, 1, 1)}),
-    "se_resnet18": (33, SMALL),
-    "senet154": (33, SMALL),
-    "xception": (71, {"middle_blocks": 1}),
-    "mobilenet_v2": (33, {}),
-}
+# Networks with auxiliary classifiers have them here, on images that are large enough for them.
+AUXILIARY = {"googlenet": (65, 65), "googlenet_bn": (65, 65), "inception_v3": (299, 299)}
 TINY = {"stage_sizes": (1, 2, 2, 1), "features": (4, 6, 6, 8)}
 
 
@@ -72,12 +53,13 @@ def whole(model, variables, x, train):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", with_backbone())
 def test_a_call_is_the_head_of_the_features(name, train):
     """As programs: operation for operation the same, and so bit for bit."""
-    size, fields = FAMILIES[name]
-    model = fv.create_model(name, num_classes=5, **fields)
-    x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    size, fields, _ = SMALLEST[name]
+    auxiliary = {"aux_heads": True} if name in AUXILIARY else {}
+    model = fv.create_model(name, num_classes=5, **fields, **auxiliary)
+    x = sample_of(AUXILIARY.get(name, size), 3)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     (one, outputs), (other, expected) = (
         jax.make_jaxpr(functools.partial(f, model, train=train), return_shape=True)(variables, x)
@@ -105,23 +87,23 @@ def test_features_need_no_parameters_of_the_head():
     assert set(stages) == set(model.backbone.strides)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", with_backbone())
 def test_the_stages_wanted(name):
     """Only these are returned, and no layer after the last of them has parameters."""
-    size, fields = FAMILIES[name]
+    size, fields, _ = SMALLEST[name]
     whole = fv.create_backbone(name, **fields)
     known = list(whole.strides)
     wanted = (known[1], known[0])
     backbone = fv.create_backbone(name, stages=wanted, **fields)
     assert backbone.strides == {stage: whole.strides[stage] for stage in known[:2]}
-    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    x = sample_of(size, 3, rows=1)
     stages, variables = jax.eval_shape(backbone.init_with_output, jax.random.key(0), x)
     everything, all_variables = jax.eval_shape(whole.init_with_output, jax.random.key(0), x)
     chex.assert_trees_all_equal(stages, {stage: everything[stage] for stage in wanted})
     params, all_params = variables["params"], all_variables["params"]
     assert len(params) < len(all_params)
     chex.assert_trees_all_equal(params, {layer: all_params[layer] for layer in params})
-    last = shapes_of(fv.create_backbone(name, stages=known[-1:], **fields), size)
+    last = jax.eval_shape(fv.create_backbone(name, stages=known[-1:], **fields).init, jax.random.key(0), x)
     chex.assert_trees_all_equal(last, all_variables)
 
 

@@ -75,7 +75,7 @@ def test_routing_against_a_loop(iterations):
 
 
 def test_routing_needs_a_round():
-    with pytest.raises(ValueError, match="at least 1 iteration, got 0"):
+    with pytest.raises(ValueError, match="iterations must be at least 1; got 0"):
         routing_by_agreement(jnp.ones((1, 2, 3, 4)), 0)
 
 
@@ -136,7 +136,7 @@ def test_export_of_any_batch():
 
 
 def test_primary_capsules_want_a_map_as_large_as_the_window():
-    with pytest.raises(ValueError, match=r"a map of \(8, 9\) is smaller than the window \(9, 9\)"):
+    with pytest.raises(ValueError, match=r"x must be at least as large as the window \(9, 9\); got \(8, 9\)"):
         PrimaryCapsules().init(jax.random.key(0), jnp.zeros((1, 8, 9, 4)))
 
 
