@@ -210,16 +210,18 @@ def _fetch_from_hub(url: str, digest: str | None, revision: str | None, director
             f"{url} could not be downloaded: {type(error).__name__} {error}; check the connection"
         ) from error
     if wrong := _wrong_on_hub(path, digest):
+        expected, found = wrong
         path.resolve().unlink()
-        raise ValueError(f"digest of {url} must begin with {wrong}, and the file was not kept")
+        raise ValueError(f"digest of {url} must begin with {expected}; got {found}, and the file was not kept")
     return path
 
 
-def _wrong_on_hub(path: Path, digest: str | None) -> str | None:
+def _wrong_on_hub(path: Path, digest: str | None) -> tuple[str, str] | None:
+    """Returns the expected and the found digest if they differ."""
     # The hub's library names the blob of a large file by the SHA-256 that the hub states.
     blob = path.resolve().name
     stated = f"sha256:{blob}" if re.fullmatch(r"[0-9a-f]{64}", blob) else None
     for expected in filter(None, (digest, stated)):
         if wrong := _differs(path, expected):
-            return f"{expected}; got {wrong}"
+            return expected, wrong
     return None

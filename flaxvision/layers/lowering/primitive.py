@@ -49,7 +49,7 @@ class Form:
 
     def transpose(self, cotangents: list[jax.Array], operands: list[Any], linear: tuple[int, ...]) -> list[jax.Array]:
         """Returns the cotangent of each operand in `linear`, whose entries of `operands` are shapes."""
-        raise TypeError(f"{self} must be linear in its operands {linear} to be transposed; it is not")
+        raise TypeError(f"form must be linear in its operands {linear} to be transposed; got {self}")
 
     def batched(self, axes: Axes, size: int, operands: list[jax.Array]) -> Any:
         """Applies the form over a leading axis of the operands where `axes` is 0, and of all results."""

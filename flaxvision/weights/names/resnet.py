@@ -72,7 +72,7 @@ def fold_biases(tensors: Tensors) -> Tensors:
     bare = [name for name in tensors if name.endswith("_conv/kernel") and name[:-6] + "bias" not in tensors]
     if bare:
         missing = ", ".join(name[:-6] + "bias" for name in bare)
-        raise ValueError(f"every convolution of a Keras ResNet must have a bias; missing: {missing}")
+        raise ValueError(f"tensors must hold a bias for every convolution of a Keras ResNet; got none for {missing}")
     out = dict(tensors)
     for name, bias in tensors.items():
         mean = name.removesuffix("_conv/bias") + "_bn/moving_mean"

@@ -1,0 +1,79 @@
+"""The primitive behind all platform-specific arithmetic: what it promises beyond derivatives."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flaxvision
+from flaxvision import layers
+from flaxvision.layers.lowering import max_windows
+from flaxvision.layers.lowering.pooling import MaxWindows, SumWindows
+from flaxvision.layers.lowering.primitive import call, form_p
+
+
+def test_one_file_imports_the_semi_private_modules():
+    folder = Path(flaxvision.__file__).parent
+    private = re.compile(r"jax\.(interpreters|extend|_src)")
+    importing = [str(p.relative_to(folder)) for p in folder.rglob("*.py") if private.search(p.read_text())]
+    assert importing == ["layers/lowering/primitive.py"]
+
+
+def test_no_hand_written_derivative_hides_one():
+    folder = Path(flaxvision.__file__).parent
+    assert not [p for p in folder.rglob("*.py") if re.search(r"custom_(vjp|jvp|gradient)", p.read_text())]
+
+
+def test_calls_of_equal_shape_are_lowered_once():
+    layer = layers.Conv(4, (3, 3))
+    x = jnp.ones((2, 6, 6, 4))
+    variables = layer.init(jax.random.key(0), x)
+    twice = jax.jit(lambda x: layer.apply(variables, layer.apply(variables, x)))
+    assert len(re.findall(r"func\.func private @\S*cpu", twice.lower(x).as_text())) <= 1
+
+
+def test_a_form_that_is_not_linear_has_no_transpose():
+    with pytest.raises(TypeError, match=r"form must be linear in its operands \(0,\) to be transposed; got MaxWindows"):
+        MaxWindows((2,), (2,), ((0, 0),)).transpose([], [], (0,))
+
+
+def test_without_jit_and_from_numpy():
+    x = np.random.default_rng(0).standard_normal((1, 4, 4, 2)).astype(np.float32)
+    with jax.disable_jit():
+        slow = max_windows(jnp.asarray(x), (2, 2), (2, 2), ((0, 0), (0, 0)))
+    np.testing.assert_array_equal(slow, x.reshape(1, 2, 2, 2, 2, 2).max((2, 4)))
+    assert call(SumWindows((2, 2), (2, 2), ((0, 0), (0, 0))), x).shape == (1, 2, 2, 2)
+
+
+@pytest.mark.parametrize("axes", [((0, None), 0), ((None, 3), 1), ((2, 1), 2)])
+def test_vmap_of_any_axes(axes):
+    (in_axes, out_axis) = axes
+    x, kernel = (
+        jnp.ones((3, 3, 3, 3, 3)[: 4 + (in_axes[0] is not None)]),
+        jnp.ones((3, 3, 3, 3, 3)[: 4 + (in_axes[1] is not None)]),
+    )
+    x = x * jnp.arange(x.size).reshape(x.shape)
+    kernel = kernel * jnp.cos(jnp.arange(kernel.size)).reshape(kernel.shape)
+    got = jax.vmap(layers.conv, in_axes, out_axis)(x, kernel)
+    take = lambda a, axis, i: a if axis is None else jnp.take(a, i, axis)
+    want = jnp.stack([layers.conv(take(x, in_axes[0], i), take(kernel, in_axes[1], i)) for i in range(3)], out_axis)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+def test_policies_of_checkpoint():
+    layer = layers.Conv(3, (3, 3))
+    x = jnp.ones((1, 5, 5, 3))
+    variables = layer.init(jax.random.key(0), x)
+    loss = lambda v: jnp.sin(layer.apply(v, layer.apply(v, x))).sum()
+    want = jax.grad(loss)(variables)
+    for policy in (
+        jax.checkpoint_policies.everything_saveable,
+        jax.checkpoint_policies.nothing_saveable,
+        jax.checkpoint_policies.dots_saveable,
+        lambda primitive, *_, **__: primitive is form_p,
+    ):
+        got = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy)))(variables)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
