@@ -28,6 +28,7 @@ _NAMES = {
     "torchvision": {"alexnet_tv": "alexnet", "googlenet_bn": "googlenet"},
     "timm": {
         "xception": "legacy_xception",
+        "mobilenet_v1": "mobilenetv1_100",
         "mobilenet_v2": "mobilenetv2_100",
         "senet154": "legacy_senet154",
         **{f"se_resnet{n}": f"legacy_seresnet{n}" for n in (18, 34, 50, 101, 152)},
@@ -39,6 +40,7 @@ _NAMES = {
         "inception_v3": "InceptionV3",
         "inception_resnet_v2": "InceptionResNetV2",
         "xception": "Xception",
+        "mobilenet_v1": "MobileNet",
         "mobilenet_v2": "MobileNetV2",
         **{f"resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
     },

@@ -29,6 +29,8 @@ CASES = {
         comparison.Pair("inception_v3", "keras", (75, 97), **SMALL),
         comparison.Pair("inception_v3", "torchvision", (299, 315), aux=True, **SMALL),
         comparison.Pair("inception_v4", "timm", (75, 97), **SMALL),
+        comparison.Pair("mobilenet_v1", "keras", (65, 82), **SMALL),
+        comparison.Pair("mobilenet_v1", "timm", (65, 81), **SMALL),
         comparison.Pair("mobilenet_v2", "keras", (65, 82), **SMALL),
         comparison.Pair("mobilenet_v2", "torchvision", (65, 81), **SMALL),
         comparison.Pair("resnet18", "torchvision", (65, 81), **SMALL),
