@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.smallest import filled
 
 import flaxvision as fv
 from flaxvision.models.mobilenet_v1 import BLOCKS, DepthwiseSeparable
 from flaxvision.weights.names import mobilenet_v1 as names
+from tests.models.smallest import filled
 
 NORM = partial(nn.BatchNorm, use_running_average=True, epsilon=1e-3)
 
@@ -49,7 +49,7 @@ def test_one_unit_against_numpy():
     for strides, padding, strided in ((1, "SAME", None), (2, ((1, 1), (1, 1)), None), (2, "SAME", ((0, 1), (0, 1)))):
         unit = DepthwiseSeparable(4, strides=strides, padding=padding, strided_padding=strided, norm=NORM)
         x = np.random.default_rng(1).normal(size=(1, 5, 6, 3)).astype(np.float32)
-        variables = filled(shapes_of(unit, (5, 6))[1])
+        variables = jax.tree.map(np.asarray, filled(shapes_of(unit, (5, 6))[1]))
         p, s = variables["params"], variables["batch_stats"]
 
         def bn(y, name, p=p, s=s):
