@@ -12,7 +12,7 @@ Deviations from the paper:
 
 Keras pads the depthwise convolutions of stride 2 by one row and one column at the end even where the input has odd
 sides: `strided_padding=((0, 1), (0, 1))`. timm pads symmetrically and has an epsilon of 1e-5:
-`padding=((1, 1), (1, 1)), epsilon=1e-5, momentum=0.9, dropout_rate=0.0`.
+`padding=((1, 1), (1, 1)), epsilon=1e-5, momentum=0.9`.
 """
 
 from __future__ import annotations

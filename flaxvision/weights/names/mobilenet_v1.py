@@ -31,7 +31,7 @@ def keras(path: str) -> str:
 
 
 _FIRST = "backbone/stem_conv"
-_TIMM = {"padding": ((1, 1), (1, 1)), "epsilon": 1e-5, "momentum": 0.9, "dropout_rate": 0.0}
+_TIMM = {"padding": ((1, 1), (1, 1)), "epsilon": 1e-5, "momentum": 0.9}
 
 LAYOUTS = (
     Layout("timm", ("mobilenet_v1",), timm, fields=_TIMM, first=_FIRST),
