@@ -24,10 +24,11 @@ Batch = tuple[np.ndarray, np.ndarray]
 AUX_WEIGHT = 0.3
 
 # Names that differ from ours.
-_NAMES = {
+NAMES = {
     "torchvision": {"alexnet_tv": "alexnet", "googlenet_bn": "googlenet"},
     "timm": {
         "xception": "legacy_xception",
+        "mobilenet_v1": "mobilenetv1_100",
         "mobilenet_v2": "mobilenetv2_100",
         "senet154": "legacy_senet154",
         **{f"se_resnet{n}": f"legacy_seresnet{n}" for n in (18, 34, 50, 101, 152)},
@@ -39,6 +40,7 @@ _NAMES = {
         "inception_v3": "InceptionV3",
         "inception_resnet_v2": "InceptionResNetV2",
         "xception": "Xception",
+        "mobilenet_v1": "MobileNet",
         "mobilenet_v2": "MobileNetV2",
         **{f"resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
     },
@@ -89,7 +91,7 @@ def build(
     Raises:
         ValueError: There is no such source.
     """
-    name = _NAMES.get(source, {}).get(model, model)
+    name = NAMES.get(source, {}).get(model, model)
     if source == "keras":
         return KerasNetwork(name, size, classes, double)
     return TorchNetwork(_torch_module(source, name, classes, aux), source, double, AUX_HEADS[model] if aux else ())
@@ -342,7 +344,9 @@ class KerasNetwork:
                 trainable = [p - rate * v for p, v in zip(trainable, velocity, strict=True)]
                 losses.append(float(loss))
         paths, values = self._trainable + self._others, [*trainable, *others]
-        return Trained(losses, {path: np.asarray(value) for path, value in zip(paths, values, strict=True)})
+        # `_others` includes the seeds of dropout layers, which are no weights.
+        state = {path: np.asarray(v) for path, v in zip(paths, values, strict=True) if path in self.shapes}
+        return Trained(losses, state)
 
     def _images(self, images: np.ndarray) -> Any:
         return self._jax.numpy.asarray(images, "float64" if self.double else "float32")

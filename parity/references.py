@@ -1,16 +1,19 @@
 """Writes tests/parity/references.npz: the outputs of torchvision, timm, pytorchcv and Keras for drawn weights.
 
     pip install -e ".[reference]" pytorchcv
-    python -m parity.references
+    python -m parity.references                  # all cases
+    python -m parity.references --models vgg*    # only these; keeps the others
 
 The file holds logits, auxiliary logits and two numbers for each BatchNorm. `tests/parity/test_parity.py` draws the same
 weights and images again, without any of these libraries.
 """
 
+import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from parity import comparison
 
@@ -29,6 +32,8 @@ CASES = {
         comparison.Pair("inception_v3", "keras", (75, 97), **SMALL),
         comparison.Pair("inception_v3", "torchvision", (299, 315), aux=True, **SMALL),
         comparison.Pair("inception_v4", "timm", (75, 97), **SMALL),
+        comparison.Pair("mobilenet_v1", "keras", (65, 82), **SMALL),
+        comparison.Pair("mobilenet_v1", "timm", (65, 81), **SMALL),
         comparison.Pair("mobilenet_v2", "keras", (65, 82), **SMALL),
         comparison.Pair("mobilenet_v2", "torchvision", (65, 81), **SMALL),
         comparison.Pair("resnet18", "torchvision", (65, 81), **SMALL),
@@ -61,17 +66,25 @@ def make(pair: comparison.Pair) -> dict[str, np.ndarray]:
     return found
 
 
-def main() -> None:
-    """Writes the file."""
+def main(models: str = "*") -> None:
+    """Writes the file.
+
+    Args:
+        models: Shell pattern of registry names. The results of other models stay.
+    """
     import torch
 
     torch.set_num_threads(1)
-    arrays: dict[str, Any] = {
-        f"{case}/{name}": value for case, pair in CASES.items() for name, value in make(pair).items()
-    }
+    kept = {} if models == "*" else dict(np.load(FILE))
+    arrays: dict[str, Any] = {}
+    for case, pair in CASES.items():
+        if fnmatch.fnmatchcase(pair.model, models):
+            arrays |= {f"{case}/{name}": value for name, value in make(pair).items()}
+        else:
+            arrays |= {key: value for key, value in kept.items() if key.rpartition("/")[0] == case}
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -26,6 +26,7 @@ GOLDEN = {
     "lenet5_modern": 61_706,
     "lenet_dli": 1_199_882,
     "mlp": 266_610,
+    "mobilenet_v1": 4_231_976,
     "mobilenet_v2": 3_504_872,
     "perceptron": 3,
     "resnet101": 44_549_160,

@@ -48,6 +48,9 @@ from flaxvision.models.lenet import LeNet5 as LeNet5
 from flaxvision.models.lenet import LeNet5Modern as LeNet5Modern
 from flaxvision.models.lenet_dli import LeNetDLI as LeNetDLI
 from flaxvision.models.mlp import MLP as MLP
+from flaxvision.models.mobilenet_v1 import DepthwiseSeparable as DepthwiseSeparable
+from flaxvision.models.mobilenet_v1 import MobileNetV1 as MobileNetV1
+from flaxvision.models.mobilenet_v1 import MobileNetV1Backbone as MobileNetV1Backbone
 from flaxvision.models.mobilenet_v2 import InvertedResidual as InvertedResidual
 from flaxvision.models.mobilenet_v2 import MobileNetV2 as MobileNetV2
 from flaxvision.models.mobilenet_v2 import MobileNetV2Backbone as MobileNetV2Backbone

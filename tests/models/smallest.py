@@ -39,6 +39,11 @@ SMALLEST: dict[str, tuple[tuple[int, ...], dict, int]] = {
     "se_resnet50": ((33, 40), {**SHORT, **NARROW, "reduction": 4}, 64),
     "senet154": ((33, 40), {**SHORT, **NARROW, "reduction": 4, "stem_features": (4, 4, 8), "groups": 4}, 64),
     "xception": ((71, 72), {"middle_blocks": 1}, 2048),
+    "mobilenet_v1": (
+        (33, 40),
+        {"width_multiplier": 0.25, "blocks": (((32, 1),), ((64, 2),), ((64, 2), (64, 1)))},
+        16,
+    ),
     "mobilenet_v2": (
         (33, 40),
         {"width_multiplier": 0.2, "blocks": (((1, 16, 1, 1),), ((6, 24, 2, 2),), ((6, 32, 1, 2),))},

@@ -166,7 +166,7 @@ def test_families_without_dilation(name):
 
 
 @pytest.mark.parametrize(("name", "smallest"), [
-    ("resnet50", 4), ("resnet20_cifar", 1), ("senet154", 4), ("mobilenet_v2", 2), ("xception", 2)
+    ("resnet50", 4), ("resnet20_cifar", 1), ("senet154", 4), ("mobilenet_v1", 2), ("mobilenet_v2", 2), ("xception", 2)
 ])  # fmt: skip
 def test_output_strides(name, smallest):
     published = fv.create_backbone(name).strides
@@ -190,7 +190,8 @@ ATROUS = {
     "senet154": models.SENetBackbone(
         **TINY, reduction=2, groups=2, widths=(2, 4), stride_in_1x1=False, shortcut_size=3, stem_features=(4, 4, 6)
     ),
-    "mobilenet": models.MobileNetV2Backbone(width_multiplier=0.1),
+    "mobilenet v1": models.MobileNetV1Backbone(width_multiplier=0.1, padding=((1, 1), (1, 1))),
+    "mobilenet v2": models.MobileNetV2Backbone(width_multiplier=0.1),
     "xception": models.XceptionBackbone(pool_padding=((1, 1), (1, 1))),
 }
 

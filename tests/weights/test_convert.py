@@ -84,6 +84,8 @@ def test_every_variable_has_a_place_of_its_own(name):
         ("resnet20_cifar", "akamaster", {}),
         ("squeezenet1_0", "torchvision", {"num_classes": 10}),
         ("googlenet_bn", "torchvision", {"aux_heads": True, "num_classes": 7}),
+        ("mobilenet_v1", "timm", {}),
+        ("mobilenet_v1", "keras", {"num_classes": 3}),
         ("mobilenet_v2", "timm", {}),
         ("mobilenet_v2", "keras", {"num_classes": 3}),
         ("xception", "keras", {}),

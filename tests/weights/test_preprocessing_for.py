@@ -93,6 +93,7 @@ def test_against_timm(size):
         ("resnet50", "resnet50.a1_in1k"),
         ("resnet18", "resnet18.tv_in1k"),
         ("inception_resnet_v2", "inception_resnet_v2.tf_in1k"),
+        ("mobilenet_v1", "mobilenetv1_100.ra4_e3600_r224_in1k"),
         ("mobilenet_v2", "mobilenetv2_100.ra_in1k"),
         ("xception", "legacy_xception.tf_in1k"),
     ):
@@ -113,6 +114,7 @@ def test_against_keras(monkeypatch):
         ("resnet50", keras.applications.resnet),
         ("vgg16", keras.applications.vgg16),
         ("xception", keras.applications.xception),
+        ("mobilenet_v1", keras.applications.mobilenet),
         ("mobilenet_v2", keras.applications.mobilenet_v2),
         ("inception_v3", keras.applications.inception_v3),
         ("inception_resnet_v2", keras.applications.inception_resnet_v2),

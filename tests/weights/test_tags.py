@@ -6,6 +6,7 @@ import pytest
 
 import flaxvision as fv
 from flaxvision import published
+from parity.libraries import NAMES
 
 NAME = "resnet20_cifar"
 
@@ -87,10 +88,7 @@ def test_the_tags_against_the_libraries(name):
                 assert (info.top1, info.top5) == (metrics["acc@1"], metrics["acc@5"])
             assert info.recipe == weights.meta["recipe"]
         if library == "timm":
-            old = name.startswith("se") or name == "xception"
-            theirs = {"mobilenet_v2": "mobilenetv2_100"}.get(name, name)
-            theirs = f"legacy_{name.replace('se_resnet', 'seresnet')}" if old else theirs
-            cfg = timm.get_pretrained_cfg(f"{theirs}.{label}")
+            cfg = timm.get_pretrained_cfg(f"{NAMES['timm'].get(name, name)}.{label}")
             assert info.url == (f"hf://{cfg.hf_hub_id}/model.safetensors" if cfg.hf_hub_id else cfg.url)
             assert info.licence.lower() == cfg.license
             assert info.classes == cfg.num_classes
