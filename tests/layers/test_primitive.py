@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import flaxvision
 from flaxvision import layers
-from flaxvision.layers.lowering import max_windows
+from flaxvision.layers.lowering import channel_sum, max_windows
 from flaxvision.layers.lowering.pooling import MaxWindows, SumWindows
 from flaxvision.layers.lowering.primitive import call, form_p
 
@@ -77,3 +78,49 @@ def test_policies_of_checkpoint():
     ):
         got = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy)))(variables)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_explicit_meshes():
+    """Shardings are part of the types there. lax has no gradient of a convolution on such a mesh."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4], axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.arange(576.0).reshape(4, 6, 6, 4), PartitionSpec("a"))
+        for pool in (layers.max_pool, layers.avg_pool):
+            y = jax.jit(lambda x, pool=pool: pool(x, 2))(x)
+            assert jax.typeof(y).sharding.spec == PartitionSpec("a", None, None, None)
+            gradient = jax.jit(jax.grad(lambda x, pool=pool: pool(x, 2).sum()))(x)
+            np.testing.assert_allclose(gradient.sum(), y.size)
+        assert jax.typeof(layers.conv(x, jnp.ones((3, 3, 4, 2)))).sharding.spec[0] == "a"
+
+
+def test_a_nan_is_found_and_an_infinite_padding_is_none():
+    x = np.full((1, 4, 4, 2), np.nan, np.float32)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jax.jit(lambda x: layers.max_pool(x, 2))(x)
+    with jax.debug_infs(True):
+        assert jax.jit(lambda x: layers.max_pool(x, 3, 2, "SAME"))(np.ones((1, 4, 4, 2), np.float32)).sum() == 8
+
+
+@pytest.mark.parametrize("layer", [layers.Conv(4, (3, 3)), layers.RoutedCapsules(3, 2)], ids=["conv", "capsules"])
+def test_the_precision_is_that_of_the_trace(layer):
+    """A program may be lowered after the context in which it was traced."""
+    x = jnp.ones((2, 5, 5, 4) if isinstance(layer, layers.Conv) else (2, 5, 3))
+    variables = layer.init(jax.random.key(0), x)
+    grad = jax.grad(lambda x: layer.apply(variables, x).sum())
+    with jax.default_matmul_precision("highest"):
+        traced = jax.jit(grad).trace(x)
+    with jax.default_matmul_precision("default"):
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", text)
+    assert products
+    assert all("HIGHEST" in line and "DEFAULT" not in line for line in products)
+
+
+def test_a_tie_gives_the_same_derivative_in_both_modes():
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (1, 6, 6, 1)), jnp.float32)
+    for pool in (lambda x: layers.max_pool(x, 2), lambda x: layers.max_pool(x, 3, 2, "SAME")):
+        np.testing.assert_array_equal(jax.jacfwd(pool)(x), jax.jacrev(pool)(x))
+
+
+def test_sums_of_integers():
+    np.testing.assert_array_equal(channel_sum(jnp.arange(6).reshape(3, 2)), [6, 9])

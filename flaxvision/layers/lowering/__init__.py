@@ -3,7 +3,8 @@
 The rest of the package reaches everything specific to a platform through the functions that are exported here. Plain
 lax defines each of them, and it is what cuda and tpu run. On a CPU they take another form of the same sums, chosen when
 a program is lowered. Parameters, results (up to rounding) and derivatives of any order are the same on all platforms;
-see `primitive`.
+see `primitive`. There is one exception: on cuda and tpu, forward-mode derivatives of a max-pool at ties are those of
+`lax.reduce_window`, which differ from its reverse-mode derivatives.
 """
 
 from flaxvision.layers.lowering.convolution import conv_general_dilated

@@ -65,7 +65,7 @@ def conv_general_dilated(
         "dimension_numbers": dimension_numbers,
         "feature_group_count": feature_group_count,
         "batch_group_count": batch_group_count,
-        "precision": precision,
+        "precision": tuple(precision) if isinstance(precision, list) else precision,
         "preferred_element_type": preferred_element_type,
     }
     # Every error that lax raises is raised here.
@@ -91,9 +91,7 @@ def conv_general_dilated(
         padding = lax.padtype_to_pads(size, window, strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
     w = Window(strides, pads, tuple(lhs_dilation or ones), dilation, feature_group_count)
-    # The default is read here, since the form is traced later, when the program is lowered.
-    precision = jax.config.jax_default_matmul_precision if precision is None else precision
-    return call(Convolution(w, precision), lhs, rhs)
+    return call(Convolution(w, options["precision"]), lhs, rhs)
 
 
 @lru_cache(maxsize=4096)

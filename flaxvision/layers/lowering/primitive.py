@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 Axes = tuple[int | None, ...]
 
@@ -63,8 +64,7 @@ class LinearForm(Form):
 
     def tangents(self, primals, tangents, moving):
         """Replaces one operand at a time by its tangent."""
-        parts = [call(self, *(tangents[j] if j == i else x for j, x in enumerate(primals))) for i in moving]
-        return sum(parts[1:], parts[0])
+        return _linear_tangents(self, primals, tangents, moving)
 
     def transpose(self, cotangents, operands, linear):
         """Transposes one operand; the others are known."""
@@ -73,7 +73,7 @@ class LinearForm(Form):
 
     def transposed(self, index: int, cotangent: jax.Array, operands: list[Any]) -> jax.Array:
         """Returns the cotangent of `operands[index]`, which is a shape."""
-        form = Transposed(self, index, jax.ShapeDtypeStruct(operands[index].shape, operands[index].dtype))
+        form = Transposed(self, index, _struct(operands[index]))
         return call(form, *(cotangent if i == index else x for i, x in enumerate(operands)))
 
 
@@ -89,7 +89,9 @@ def call(form: Form, *operands: jax.Array) -> Any:
     """
     # A `shard_map` that checks wants all operands to vary over the same axes. The transpose of the cast is a sum.
     union = frozenset().union(*(jax.typeof(x).mat.varying for x in operands))
-    results = form_p.bind(*(_varying(x, union) for x in operands), form=form)
+    # The precision is read here, because the form is traced later, when the program is lowered.
+    precision = jax.config.jax_default_matmul_precision
+    results = form_p.bind(*(_varying(x, union) for x in operands), form=form, precision=precision)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -223,7 +225,7 @@ class Vmapped(Form):
     def tangents(self, primals, tangents, moving):
         """Stays itself where the form is linear."""
         if isinstance(_unmapped(self), LinearForm):
-            return LinearForm.tangents(self, primals, tangents, moving)  # type: ignore[arg-type]
+            return _linear_tangents(self, primals, tangents, moving)
         return super().tangents(primals, tangents, moving)
 
     def transpose(self, cotangents, operands, linear):
@@ -246,14 +248,21 @@ def transpose(function: Callable[[jax.Array], jax.Array], like: Any, cotangent: 
 
     Args:
         function: Linear in its array.
-        like: The shape and dtype of that array.
+        like: The shape, dtype and sharding of that array.
         cotangent: An array like the function's result.
 
     Returns:
         An array like `like`.
     """
     # Not `jax.linear_transpose`: it refuses scans that are linear in their constants.
-    return jax.vjp(function, zeros_varying_as(cotangent, like.shape, like.dtype))[1](cotangent)[0]
+    zeros = zeros_varying_as(cotangent, like.shape, like.dtype)
+    zeros = zeros if like.sharding is None else jax.sharding.reshard(zeros, like.sharding)
+    return jax.vjp(function, zeros)[1](cotangent)[0]
+
+
+def _linear_tangents(form: Form, primals: list[jax.Array], tangents: list[Any], moving: tuple[int, ...]) -> jax.Array:
+    parts = [call(form, *(tangents[j] if j == i else x for j, x in enumerate(primals))) for i in moving]
+    return sum(parts[1:], parts[0])
 
 
 def _of_moving(implementation, primals, moving):
@@ -286,20 +295,30 @@ def _results(form: Form, operands: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[ja
     return _tuple(jax.eval_shape(form.plain, *operands))
 
 
-def _abstract(*avals, form):
-    results = _results(form, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals))
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape and dtype, and the sharding where it is part of the type: on a mesh with explicit axes."""
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding if explicit else None)
+
+
+def _abstract(*avals, form, precision):
+    del precision
     like = avals[0]
-    sharding = lambda rank: like.sharding.update(spec=jax.sharding.PartitionSpec(*(None,) * rank))
-    return [like.update(r.shape, r.dtype, weak_type=False, sharding=sharding(len(r.shape))) for r in results]
+    unsharded = lambda rank: like.sharding.update(spec=jax.sharding.PartitionSpec(*(None,) * rank))
+    return [
+        like.update(r.shape, r.dtype, weak_type=False, sharding=r.sharding or unsharded(len(r.shape)))
+        for r in _results(form, tuple(map(_struct, avals)))
+    ]
 
 
-def _jvp(primals, tangents, *, form):
-    results = form_p.bind(*primals, form=form)
+def _jvp(primals, tangents, *, form, precision):
+    results = form_p.bind(*primals, form=form, precision=precision)
     moving = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
     return results, list(_tuple(form.tangents(list(primals), list(tangents), moving)))
 
 
-def _transpose(cotangents, *operands, form):
+def _transpose(cotangents, *operands, form, precision):
+    del precision
     linear = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
     if all(type(ct) is ad.Zero for ct in cotangents):
         return [ad.Zero(x.aval) if i in linear else None for i, x in enumerate(operands)]
@@ -312,7 +331,8 @@ def _transpose(cotangents, *operands, form):
     return [by_index.get(i) for i in range(len(operands))]
 
 
-def _batch(operands, dims, *, form):
+def _batch(operands, dims, *, form, precision):
+    del precision
     axes = tuple(None if d is None else 0 for d in dims)
     size = next(x.shape[d] for x, d, axis in zip(operands, dims, axes, strict=True) if axis == 0)
     leading = [x if axis is None else jnp.moveaxis(x, d, 0) for x, d, axis in zip(operands, dims, axes, strict=True)]
@@ -320,17 +340,23 @@ def _batch(operands, dims, *, form):
     return results, [0] * len(results)
 
 
-_compiled = jax.jit(form_p.bind, static_argnames="form")
+_compiled = jax.jit(form_p.bind, static_argnames=("form", "precision"))
 
 
-def _impl(*operands, form):
-    if not jax.config.jax_disable_jit:
-        return _compiled(*operands, form=form)
-    return list(_tuple((form.cpu if jax.default_backend() == "cpu" else form.plain)(*operands)))
+def _impl(*operands, form, precision):
+    # Op by op, for a user who debugs: also the search for a NaN, which evaluates a failed program again.
+    if jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+        with jax.default_matmul_precision(precision):
+            return list(_tuple(form.plain(*operands)))
+    return _compiled(*operands, form=form, precision=precision)
 
 
 def _lowered(implementation):
-    return mlir.lower_fun(lambda *operands, form: list(_tuple(implementation(form, *operands))), multiple_results=True)
+    def results(*operands, form, precision):
+        with jax.default_matmul_precision(precision):
+            return list(_tuple(implementation(form, *operands)))
+
+    return mlir.lower_fun(results, multiple_results=True)
 
 
 # Jitted, so that calls of equal shape are traced and lowered once.
