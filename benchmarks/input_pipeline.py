@@ -1,21 +1,19 @@
-"""Measures the throughput of `flaxvision.data.train_batches` and of the same batches made by Grain.
+"""Times the batches of `flaxvision.data.train_batches` beside the same batches made by Grain.
 
     pip install grain
     python -m benchmarks.input_pipeline --output benchmarks/results/input_pipeline.jsonl
 
-Three sources: scikit-learn's digits (8x8x1) and 50,000 arrays of CIFAR-10's size, both in memory, and a folder of JPEG
-files that are decoded and resized to 224x224. Four pipelines:
+There are three sources: scikit-learn's digits (8x8x1) and 50,000 arrays of CIFAR-10's size, both in memory, and a
+folder of JPEG files that are decoded and resized to 224x224. There are four pipelines:
 
 * ours: `train_batches`.
-* grain: `MapDataset.source(source).seed(0).shuffle().repeat().batch(B)`, read by the threads of Grain.
-* grain_indices: the same for the indices only, with a `map` that gathers a batch. For arrays only.
-* grain_threads: a `MapDataset.map` that reads a whole batch of `train_batches`, run by the threads of Grain.
+* grain: `MapDataset.source(source).seed(0).shuffle().repeat().batch(B)`, read by Grain's threads, in another order.
+* grain_indices: the same for the indices alone, with a `map` that gathers a batch; arrays only, in another order.
+* grain_threads: our positions in a `MapDataset.map` that gathers a batch, read by Grain's threads, in the same order.
 
-The order of the examples is that of `train_batches` in `ours` and `grain_threads`, and Grain's in the other two.
-
-The pipelines are interleaved. In each round a pipeline starts at step 1,000,000, as a run that resumes does. `first_ms`
-is the time to its first batch, `images_per_s` counts the batches after it, and `cpu_ms` is the processor time of a
-batch, summed over all threads. The batches are not used. The figures are medians with quartiles over the rounds.
+The pipelines are interleaved. In each round a pipeline starts at step 1,000,000, like a run that resumes. `first_ms`
+is the time to its first batch, `images_per_s` counts the batches after it, and `cpu_ms` is the processor time per batch
+over all threads. Nothing consumes the batches. The figures are medians with quartiles over the rounds.
 """
 
 import os
@@ -35,7 +33,6 @@ import tyro
 from PIL import Image
 
 from benchmarks import machine
-from benchmarks.machine import cores
 from flaxvision import data
 
 START = 1_000_000
@@ -46,18 +43,18 @@ class Config:
     """Time the input pipelines."""
 
     rounds: int = 9
-    """Times that each pipeline is started and timed."""
+    """Rounds; each pipeline starts once per round."""
     quick: bool = False
-    """Few batches and files: a check that everything runs."""
+    """Few batches and files, to check that everything runs."""
     only: str = ""
-    """Run only the sources whose name contains this."""
+    """Only time the sources with this text in their name."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """A .jsonl file to which one line per source and pipeline is appended."""
+    """File of JSON lines that the records are appended to, one per source and pipeline."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A source, its batch size and how many batches are timed in a round."""
+    """A source, its batch size and the number of batches timed in a round."""
 
     name: str
     source: data.Source
@@ -66,7 +63,7 @@ class Case:
 
 
 def cases(config: Config, folder: Path) -> Iterator[Case]:
-    """The three sources."""
+    """Yields the three sources."""
     rng = np.random.default_rng(0)
     quick = config.quick
     yield Case("digits in memory", data.load("digits", "train"), 128, 20 if quick else 500)
@@ -74,14 +71,22 @@ def cases(config: Config, folder: Path) -> Iterator[Case]:
     image = rng.integers(0, 256, (length, 32, 32, 3), np.uint8)
     arrays = data.ArraySource(image, rng.integers(0, 10, length), name="arrays")
     yield Case(f"{length:,} 32x32x3 in memory", arrays, 128, 20 if quick else 500)
-    count = 40 if quick else 640
     photos = folder / "photos"
-    for k in range(count):
-        path = photos / str(k % 4) / f"{k}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
-        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    write_photos(photos, 40 if quick else 640)
     yield Case("folder of 500x375 JPEGs to 224", data.load(photos, "all"), 32, 4 if quick else 24)
+
+
+def write_photos(root: Path, count: int) -> None:
+    """Writes JPEG files of 500x375 pixels in four class folders."""
+
+    def write(number: int) -> None:
+        path = root / str(number % 4) / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(np.random.default_rng(number).integers(0, 256, (30, 40, 3), np.uint8))
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        list(pool.map(write, range(count)))
 
 
 def ours(case: Case) -> Iterator[Any]:
@@ -95,7 +100,11 @@ def grain(case: Case) -> Iterator[Any]:
 
     source: Any = case.source  # Grain's protocol names the argument of __getitem__
     dataset = pg.MapDataset.source(source).seed(0).shuffle().repeat().batch(case.batch_size, drop_remainder=True)
-    return iter(dataset[START:].to_iter_dataset(pg.ReadOptions(num_threads=cores(), prefetch_buffer_size=4 * cores())))
+    return iter(
+        dataset[START:].to_iter_dataset(
+            pg.ReadOptions(num_threads=machine.cores(), prefetch_buffer_size=4 * machine.cores())
+        )
+    )
 
 
 def grain_indices(case: Case) -> Iterator[Any]:
@@ -104,7 +113,11 @@ def grain_indices(case: Case) -> Iterator[Any]:
 
     dataset = pg.MapDataset.range(len(case.source)).seed(0).shuffle().repeat()
     dataset = dataset.batch(case.batch_size, drop_remainder=True).map(case.source.gather)  # type: ignore[attr-defined]
-    return iter(dataset[START:].to_iter_dataset(pg.ReadOptions(num_threads=cores(), prefetch_buffer_size=4 * cores())))
+    return iter(
+        dataset[START:].to_iter_dataset(
+            pg.ReadOptions(num_threads=machine.cores(), prefetch_buffer_size=4 * machine.cores())
+        )
+    )
 
 
 def grain_threads(case: Case) -> Iterator[Any]:
@@ -112,9 +125,9 @@ def grain_threads(case: Case) -> Iterator[Any]:
     import grain as pg
 
     batches = data.train_batches(case.source, case.batch_size, seed=0)
-    pool = ThreadPoolExecutor(cores())  # idle for arrays
+    pool = ThreadPoolExecutor(machine.cores())  # idle for arrays
     dataset = pg.MapDataset.range(2**40).map(lambda step: batches._read(int(step), pool))
-    return iter(dataset[START:].to_iter_dataset(pg.ReadOptions(num_threads=cores(), prefetch_buffer_size=3)))
+    return iter(dataset[START:].to_iter_dataset(pg.ReadOptions(num_threads=machine.cores(), prefetch_buffer_size=3)))
 
 
 PIPELINES: dict[str, Callable[[Case], Iterator[Any]]] = {
@@ -123,7 +136,7 @@ PIPELINES: dict[str, Callable[[Case], Iterator[Any]]] = {
 
 
 def measure(pipeline: Callable[[Case], Iterator[Any]], case: Case) -> dict[str, float]:
-    """One round of one pipeline."""
+    """Times one round of one pipeline."""
     start = time.perf_counter()
     batches = pipeline(case)
     batch = next(batches)
@@ -143,55 +156,51 @@ def measure(pipeline: Callable[[Case], Iterator[Any]], case: Case) -> dict[str, 
 
 
 def quartiles(name: str, values: list[float]) -> dict[str, float]:
-    """Median and quartiles of one figure."""
+    """Returns the median and the quartiles of one figure."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {key: float(f"{v:.4g}") for key, v in {name: median, f"{name}_q1": q1, f"{name}_q3": q3}.items()}
 
 
-def compare(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
-    """Times all pipelines on one source, interleaved, and yields a record for each."""
-    names = [name for name in PIPELINES if hasattr(case.source, "gather") or name != "grain_indices"]
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for k in range(rounds + 1):
-        for name in names:
-            figure = measure(PIPELINES[name], case)
-            if k:  # the first round imports, and reads files that are not cached yet
-                figures[name].append(figure)
-    for name in names:
-        record: dict[str, Any] = {"benchmark": "input_pipeline", "case": case.name, "pipeline": name}
-        record |= {"batch_size": case.batch_size, "batches": case.batches, "rounds": rounds}
-        for key in ("images_per_s", "cpu_ms", "first_ms"):
-            record |= quartiles(key, [figure[key] for figure in figures[name]])
-        yield record
-
-
 def main(config: Config) -> int:
-    """Times every pipeline on every source; returns the exit status of the process."""
+    """Times every pipeline on every source; returns the process's exit status."""
     if config.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {config.rounds}")
     machine.check_output(config.output)
     try:
         import grain as pg
     except ImportError:
-        raise ValueError("Grain is not installed; pip install grain") from None
-    where = machine.describe(jax.devices()[0]) | {"grain": pg.__version__, "quick": config.quick}
+        raise ValueError("grain is not installed, and the benchmark compares with it; run pip install grain") from None
+    where = machine.describe(jax.devices()[0])
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(config, Path(folder)):
-            for record in compare(case, config.rounds) if config.only in case.name else ():
+            if config.only not in case.name:
+                continue
+            in_memory = hasattr(case.source, "gather")
+            pipelines = [name for name in PIPELINES if in_memory or name != "grain_indices"]
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
+            for k in range(config.rounds + 1):
+                for name in pipelines:
+                    figures = measure(PIPELINES[name], case)
+                    if k:  # the first round imports, and reads files that are not cached yet
+                        rounds[name].append(figures)
+            for name, figures in rounds.items():
+                line: dict[str, Any] = {"benchmark": "input_pipeline", "case": case.name, "pipeline": name}
+                line |= {"batch_size": case.batch_size, "batches": case.batches, "rounds": config.rounds}
+                for key in ("images_per_s", "cpu_ms", "first_ms"):
+                    line |= quartiles(key, [figure[key] for figure in figures])
                 print(
-                    f"{case.name:32} {record['pipeline']:14} {record['images_per_s']:10.0f} images/s, "
-                    f"{record['cpu_ms']:.3f} ms of processor time per batch, first batch after "
-                    f"{record['first_ms']:.1f} ms",
+                    f"{case.name:32} {name:14} {line['images_per_s']:10.0f} images/s "
+                    f"{line['cpu_ms']:8.3f} ms of processor time a batch, first after {line['first_ms']:.1f} ms",
                     flush=True,
                 )
                 if config.output:
-                    load = round(os.getloadavg()[0], 2)
-                    machine.append(config.output, record | where | {"load_after": load})
+                    line |= where | {"grain": pg.__version__, "load_after": round(os.getloadavg()[0], 2)}
+                    machine.append(config.output, line | {"quick": config.quick})
     return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
+        sys.exit(main(tyro.cli(Config, description=__doc__, prog="python -m benchmarks.input_pipeline")))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

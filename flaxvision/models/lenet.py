@@ -15,7 +15,7 @@ import numpy as np
 
 from flaxvision.layers import RBF, Conv, TrainableAvgPool, avg_pool, digit_codes, random_codes
 from flaxvision.layers.lowering import conv_general_dilated
-from flaxvision.models.backbone import Dtype
+from flaxvision.models.backbone import Dtype, as_float32
 from flaxvision.registry import register
 
 # Table I of the paper: the maps of S2 that each map of C3 sees.
@@ -112,7 +112,7 @@ class LeNet5(nn.Module):
         x = scaled_tanh(Conv(120, (5, 5), padding="VALID", kernel_init=_uniform_by_fan_in(400), name="c5", **policy)(x))
         x = x.reshape((x.shape[0], -1))
         x = scaled_tanh(nn.Dense(84, kernel_init=_uniform_by_fan_in(120), name="f6", **policy)(x))
-        x = x.astype(jnp.float32)
+        x = as_float32(x)
         if not self.num_classes:
             return x
         codes = digit_codes() if self.num_classes == 10 else random_codes(self.num_classes, 84)
@@ -146,7 +146,7 @@ class LeNet5Modern(nn.Module):
         x = jnp.tanh(nn.Dense(84, name="f6", **policy)(x))
         if self.num_classes:
             x = nn.Dense(self.num_classes, name="output", **policy)(x)
-        return x.astype(jnp.float32)
+        return as_float32(x)
 
 
 def _check_size(x: jax.Array) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import heaviside
-from flaxvision.models.backbone import Dtype
+from flaxvision.models.backbone import Dtype, as_float32
 from flaxvision.registry import register
 
 
@@ -34,16 +34,16 @@ class Perceptron(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False, threshold: bool = False) -> jax.Array:
-        """Maps `x [N, ...]` to weighted sums `[N, num_classes]` float32, or to 0 and 1 with `threshold=True`."""
+        """Maps `x [N, ...]` to weighted sums `[N, num_classes]`, float32 or wider, or to 0 and 1 with `threshold=True`."""
         del train
         x = x.reshape((x.shape[0], -1))
         if not self.num_classes:
-            return x.astype(jnp.float32)
+            return as_float32(x)
         zeros = nn.initializers.zeros
         x = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=zeros, name="units")(
             x
         )
-        x = x.astype(jnp.float32)
+        x = as_float32(x)
         return heaviside(x) if threshold else x
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import flaxvision as fv
 from tests.layers.derivatives import drawn, exported, over_devices, plain_lax, transformed
-from tests.models.smallest import QUICK, SLOW, SMALLEST, filled, sample_of
+from tests.models.smallest import QUICK, SMALLEST, filled, sample_of
 
 
 def name_of_each_family():
@@ -15,9 +15,10 @@ def name_of_each_family():
 
 
 def function_of(name):
-    """The model as `f(params, x)`, its parameters and an input. Deep networks of fixed widths end after two stages."""
+    """The model as `f(params, x)`, its parameters and an input. Backbones end after their second stage."""
     size, fields, _ = SMALLEST[name]
-    early = {"stages": ("stage1", "stage2")} if name in SLOW | {"mobilenet_v2"} else {}
+    backbone = getattr(fv.create_model(name, **fields), "backbone", None)
+    early = {"stages": tuple(backbone.strides)[:2]} if backbone else {}
     model = fv.create_model(name, num_classes=3, **fields, **early)
     like = sample_of(size, fv.model_info(name).channels)
     variables = dict(filled(jax.eval_shape(model.init, jax.random.key(0), like)))
