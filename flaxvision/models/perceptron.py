@@ -34,7 +34,10 @@ class Perceptron(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False, threshold: bool = False) -> jax.Array:
-        """Maps `x [N, ...]` to weighted sums `[N, num_classes]` or, with `threshold=True`, to 0 and 1; float32 or wider."""
+        """Maps `x [N, ...]` to weighted sums `[N, num_classes]`, or to 0 and 1 with `threshold=True`.
+
+        The result is float32 or wider.
+        """
         del train
         x = x.reshape((x.shape[0], -1))
         if not self.num_classes:
