@@ -42,6 +42,7 @@ def test_one_form(path):
         argument = " must " in text and "; got " in text
         state = "; " in text.partition(" must ")[0] or (" must " not in text and ": " in text)
         assert argument or state or text in REASONS, f"{path.name}:{line}: {text}"
+        assert " must " in text or ": " in text or "; got " not in text, f"{path.name}:{line}: {text}"
         assert not text.endswith("."), f"{path.name}:{line}: {text}"
 
 

@@ -331,11 +331,16 @@ def read_idx(path: Path) -> np.ndarray:
         # For a damaged file gzip raises OSError, EOFError or zlib.error.
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {raw[:4].hex()!r}")
+        raise ValueError(
+            f"{path} is not an IDX file of unsigned bytes: it starts with {raw[:4].hex()!r} and has {len(raw)} bytes; "
+            "get it again"
+        )
     shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
     if body.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} is damaged: its header says {list(shape)} bytes, the file has {body.size}")
+        raise ValueError(
+            f"{path} is damaged: its header says {list(shape)} bytes, the file has {body.size}; get it again"
+        )
     return body.reshape(shape)
 
 

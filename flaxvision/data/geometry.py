@@ -16,9 +16,6 @@ from jax.typing import ArrayLike
 
 from flaxvision.data.pixels import PerChannel, Size, pair, per_channel, shape_of, symmetric
 
-# Keys that geometry does not concern. Other scalars of an example stay too; anything else unknown is refused.
-UNMOVED = ("label", "labels", "valid", "visible", "crowd", "difficult", "mask")
-
 
 def move(
     op: str, example: Mapping[str, Any], image: Array, matrix: Array, *, size: Array | None = None
@@ -30,7 +27,8 @@ def move(
     Args:
         op: Name of the op, for errors.
         example: The example before the op: `image` [H, W, C] and optionally `boxes` [M, 4] with `valid` [M], `masks`
-            [M, h, w], `label` [H, W] and `keypoints` [..., 2] with `visible` [...].
+            [M, h, w], `label` [H, W] and `keypoints` [..., 2] with `visible` [...]. These stay as they are: `label` []
+            or [K] of the whole image, `labels`, `crowd` and `difficult` [M], `mask` [] and other scalars.
         image: The image after the op, [H', W', C].
         matrix: [2, 3], which maps (x, y, 1) before the op to (x, y) after it.
         size: The `size` of the example after the op, for ops that support it.
@@ -41,15 +39,13 @@ def move(
         sampled at the nearest pixel; beyond the image they are 0 and 255.
 
     Raises:
-        ValueError: The example holds something that the op cannot move.
+        ValueError: The example holds an unknown array, or an array of another shape than these.
     """
+    _check_shapes(op, example, size)
     height, width = image.shape[:2]
     before, moved = example["image"].shape[:2], {**example, "image": image}
     for key, value in example.items():
-        rank = jnp.ndim(value)
         if key == "boxes":
-            if "valid" not in example:
-                raise ValueError(f"{op} needs `valid` [M] beside `boxes` [M, 4] to drop boxes; got {sorted(example)}")
             boxes = _move_boxes(value, matrix, height, width)
             inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
             valid = jnp.asarray(example["valid"])
@@ -63,15 +59,51 @@ def move(
                 moved["visible"] = jnp.where(inside, visible, jnp.zeros_like(visible))
         elif key == "masks":
             moved["masks"] = _move_masks(op, jnp.asarray(value), matrix, before, (height, width))
-        elif key == "label" and rank == 2:
-            if value.shape != before:
-                raise ValueError(f"label must have the size of the image {before} for {op}; got {value.shape}")
+        elif key == "label" and jnp.ndim(value) == 2:
             moved["label"] = _sample(jnp.asarray(value), matrix, (height, width), fill=255)
-        elif key == "size" and size is not None:
+        elif key == "size":
             moved["size"] = size
-        elif key != "image" and (key == "size" or (rank and key not in UNMOVED)):
-            raise ValueError(f"{op} cannot move {key!r} of shape {jnp.shape(value)}; remove the key or the op")
     return moved
+
+
+def _check_shapes(op, example, size):
+    """Refuses what `move` would leave behind: arrays of unknown keys, and known keys of another shape."""
+    shapes = {key: jnp.shape(value) for key, value in example.items()}
+    if "boxes" in shapes and "valid" not in shapes:
+        raise ValueError(
+            f"example must hold valid [M] beside boxes [M, 4] for {op}, which drops boxes; got the keys "
+            f"{sorted(shapes)}"
+        )
+    for key in sorted(set(shapes) - {"image"}):  # boxes before valid, keypoints before visible
+        shape, rank = shapes[key], len(shapes[key])
+        match key:
+            case "boxes":
+                fits, right = rank == 2 and shape[1] == 4, "[M, 4]"
+            case "keypoints":
+                fits, right = rank > 0 and shape[-1] == 2, "[..., 2]"
+            case "visible" if "keypoints" in shapes:
+                fits = shape == shapes["keypoints"][:-1]
+                right = f"{list(shapes['keypoints'][:-1])}, one entry for each key point,"
+            case "masks":
+                fits, right = rank == 3, "[M, h, w]"
+            case "valid" if "boxes" in shapes:
+                fits, right = shape == shapes["boxes"][:1], f"[{shapes['boxes'][0]}], one entry for each box,"
+            case "labels" | "valid" | "visible" | "crowd" | "difficult":
+                fits, right = rank == 1, "[M]"
+            case "label":
+                fits = rank < 2 or shape == shapes["image"][:2]
+                right = f"a class [], targets [K] or the classes {list(shapes['image'][:2])} of the image's pixels"
+            case "mask":
+                fits, right = rank == 0, "one number []"
+            case _:
+                if (key == "size" and size is None) or (key != "size" and rank):
+                    raise ValueError(
+                        f"example must hold only keys that {op} can move; got {key!r} of the shape {list(shape)}; "
+                        "remove the key or the op"
+                    )
+                continue
+        if not fits:
+            raise ValueError(f"{key} must be {right} for {op}; got the shape {list(shape)}")
 
 
 def _ones(points):
@@ -97,8 +129,6 @@ def _move_boxes(boxes, matrix, height, width):
 
 def _move_masks(op, masks, matrix, before, after):
     """Masks [M, h, w] cover the image at a resolution of their own, which stays."""
-    if masks.ndim != 3:
-        raise ValueError(f"masks must be [M, h, w] for {op}; got shape {masks.shape}")
     scale = [m / b for m, b in zip(masks.shape[1:], before, strict=True)]
     size = tuple(a * s for a, s in zip(after, scale, strict=True))
     if any(s != round(s) for s in size):

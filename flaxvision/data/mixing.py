@@ -123,7 +123,10 @@ def _prepare(name, rng, batch, alpha, num_classes, probability):
         raise ValueError(f"alpha must be at least 0; got {alpha}")
     for key in ("boxes", "masks", "keypoints"):
         if key in batch:
-            raise ValueError(f"{name} cannot mix {key!r} of shape {batch[key].shape}; remove the key or {name}")
+            shape = list(jnp.shape(batch[key]))
+            raise ValueError(
+                f"batch must hold no {key} for {name}; got {key!r} of the shape {shape}; remove the key or {name}"
+            )
     image = batch["image"]
     if image.ndim != 4 or not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(f"batch['image'] must be floats [N, H, W, C]; got {image.dtype}{list(image.shape)}")

@@ -55,13 +55,15 @@ def validate(
     num_classes = num_classes or len(source.classes)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if isinstance(source, ArraySource):
+        batch = {"image": source.image, "label": source.label}
+        _check_keys(batch, source.name, task)
         if len(source.label) != len(source):
             raise ValueError(
                 f"label must have one row for each of the {len(source)} images of {source.name!r}; got shape "
                 f"{list(source.label.shape)}"
             )
         _check_images(source.image, source.name, channels, size)
-        _TARGETS[task]({"image": source.image, "label": source.label}, source.name, num_classes)
+        _TARGETS[task](batch, source.name, num_classes)
         return
     labels = getattr(source, "label", None)
     if labels is not None and task == "classification":
@@ -73,9 +75,7 @@ def validate(
     for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)):
         where = f"{source.name}[{index}]"
         example = {k: np.asarray(v)[None] for k, v in source[int(index)].items()}
-        for key in ("image", *_KEYS.get(task, ("label",))):
-            if key not in example:
-                raise ValueError(f"an example must hold {key!r} for {task}; got {sorted(example)} in {where!r}")
+        _check_keys(example, where, task)
         _check_images(example["image"], where, channels, size)
         _TARGETS[task](example, where, num_classes)
         if task == "regression" and shapes.setdefault("label", example["label"].shape) != example["label"].shape:
@@ -83,6 +83,12 @@ def validate(
                 f"label must have shape {list(shapes['label'][1:])} as in the first example; got "
                 f"{list(example['label'].shape[1:])} in {where!r}"
             )
+
+
+def _check_keys(example: Mapping[str, np.ndarray], name: str, task: Task) -> None:
+    for key in ("image", *_KEYS.get(task, ("label",))):
+        if key not in example:
+            raise ValueError(f"an example must hold {key!r} for {task}; got {sorted(example)} in {name!r}")
 
 
 def _check_images(image: np.ndarray, name: str, channels: int | None, size: tuple[int, int] | None) -> None:

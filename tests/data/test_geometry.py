@@ -145,16 +145,39 @@ def test_a_flip_with_a_size_mirrors_the_valid_part():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"depth": np.zeros((24, 32))}, r"random_shift cannot move 'depth' of shape \(24, 32\); remove the key or the op"),
-    ({"size": np.array([24, 30])}, r"random_shift cannot move 'size' of shape \(2,\)"),
-    ({"valid": None}, r"random_shift needs `valid` \[M\] beside `boxes` \[M, 4\]"),
-    ({"label": np.zeros((12, 16), int)}, r"label must have the size of the image \(24, 32\) for random_shift; got"),
-    ({"masks": np.zeros((3, 5, 4, 1))}, r"masks must be \[M, h, w\] for random_shift"),
+    ({"depth": np.zeros((24, 32))}, r"only keys that random_shift can move; got 'depth' of the shape \[24, 32\]; rem"),
+    ({"size": np.array([24, 30])}, r"example must hold only keys that random_shift can move; got 'size' .* \[2\]"),
+    ({"valid": None}, r"example must hold valid \[M\] beside boxes \[M, 4\] for random_shift, .*; got the keys \['b"),
+    ({"label": np.zeros((12, 16), int)}, r"label must be .* \[24, 32\] of the image's pixels for random_shift; got"),
+    ({"label": np.zeros((24, 32, 1), int)}, r"label must be a class \[\], .*; got the shape \[24, 32, 1\]"),
+    ({"label": np.zeros((24, 32, 5))}, r"label must be a class \[\], .*; got the shape \[24, 32, 5\]"),
+    ({"mask": np.ones((24, 32))}, r"mask must be one number \[\] for random_shift; got the shape \[24, 32\]"),
+    ({"labels": np.ones((24, 32))}, r"labels must be \[M\] for random_shift; got the shape \[24, 32\]"),
+    ({"valid": np.ones((24, 32))}, r"valid must be \[3\], one entry for each box, .*; got the shape \[24, 32\]"),
+    ({"valid": np.ones(1)}, r"valid must be \[3\], one entry for each box, for random_shift; got the shape \[1\]"),
+    ({"boxes": None, "valid": np.ones((24, 32))}, r"valid must be \[M\] for random_shift; got the shape \[24, 32\]"),
+    ({"crowd": np.ones((24, 32))}, r"crowd must be \[M\] for random_shift; got the shape \[24, 32\]"),
+    ({"difficult": np.ones((24, 32))}, r"difficult must be \[M\] for random_shift; got the shape \[24, 32\]"),
+    ({"boxes": np.ones((3, 5))}, r"boxes must be \[M, 4\] for random_shift; got the shape \[3, 5\]"),
+    ({"boxes": np.ones(4)}, r"boxes must be \[M, 4\] for random_shift; got the shape \[4\]"),
+    ({"keypoints": np.ones((4, 3))}, r"keypoints must be \[..., 2\] for random_shift; got the shape \[4, 3\]"),
+    ({"visible": np.ones((24, 32))}, r"visible must be \[2, 4\], one entry for each key point, .*; got the shape \[24"),
+    ({"keypoints": None}, r"visible must be \[M\] for random_shift; got the shape \[2, 4\]"),
+    ({"masks": np.zeros((3, 5, 4, 1))}, r"masks must be \[M, h, w\] for random_shift; got the shape \[3, 5, 4, 1\]"),
 ])  # fmt: skip
 def test_what_cannot_move_is_refused_when_traced(change, message):
     example = {k: v for k, v in (scene() | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(augment.random_shift, jax.random.key(0), example)
+
+
+def test_what_belongs_to_the_whole_image_or_to_a_box_stays():
+    example = scene() | {"crowd": np.array([0, 1, 0]), "difficult": np.array([1, 0, 0]), "mask": np.float32(1), "id": 7}
+    for label in (np.int32(3), np.array([0.25, 0.75], np.float32)):
+        out = augment.random_flip(jax.random.key(0), example | {"label": label}, probability=1.0)
+        kept = ("labels", "crowd", "difficult", "mask", "id")
+        chex.assert_trees_all_equal([out[key] for key in kept], [example[key] for key in kept])
+        np.testing.assert_array_equal(out["label"], label)
 
 
 def test_photometric_ops_move_nothing():
@@ -192,7 +215,7 @@ def test_ops_that_return_no_example_and_mixing_of_objects_are_refused():
         image_only(jax.random.key(0), batch)
     for mix in (augment.mixup, augment.cutmix):
         for key in ("boxes", "masks", "keypoints"):
-            with pytest.raises(ValueError, match=f"{mix.__name__} cannot mix '{key}' of shape"):
+            with pytest.raises(ValueError, match=rf"batch must hold no {key} for {mix.__name__}; got '{key}' of"):
                 mix(jax.random.key(0), {"image": batch["image"], "label": np.arange(4), key: batch[key]}, num_classes=4)
     with pytest.raises(ValueError, match=r"mode must be 'zero' for random_crop of an example with \['boxes'"):
         augment.random_crop(jax.random.key(0), scene(), mode="reflect")

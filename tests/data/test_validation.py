@@ -54,6 +54,11 @@ def with_pixel(value, dtype=np.float32):
             {},
             r"label must have one row for each of the 6 images .*; got shape \[5\]",
         ),
+        (
+            toy(),
+            {"task": "detection"},
+            r"an example must hold 'boxes' for detection; got \['image', 'label'\] in 'toy'",
+        ),
         (toy(), {"task": "sorting"}, "task must be one of classification, multilabel, .*; got 'sorting'"),
     ],
 )
