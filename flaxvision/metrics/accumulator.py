@@ -18,6 +18,7 @@ class Accumulator:
     returns a new accumulator, and `compute`. The other methods fit accumulators made of sums. A metric that needs more,
     such as the average precision of a detector, overrides them: on the device it holds the arrays of one batch,
     `all_reduce` gathers them, and `to_host` returns an object of its own with `merge` and `compute` that keeps lists.
+    Such a metric belongs to evaluation: metrics of training are merged on the device and must keep their shapes.
     """
 
     def merge(self, other: Self) -> Self:

@@ -21,6 +21,7 @@ import numpy as np
 from flaxvision import metrics as fm
 from flaxvision.train.parallel import prefetch
 from flaxvision.train.state import TrainState
+from flaxvision.train.step import check_loss
 
 
 class TrainData(Protocol):
@@ -67,10 +68,10 @@ class EarlyStopping:
             metrics: The values of the evaluation.
 
         Raises:
-            KeyError: `metric` is not among them.
+            ValueError: `metric` is not among them.
         """
         if self.metric not in metrics:
-            raise KeyError(f"metric must be one of {', '.join(metrics)}; got {self.metric!r}")
+            raise ValueError(f"metric must be one of {', '.join(metrics)}; got {self.metric!r}")
         value = metrics[self.metric]
         sign = 1 if self.mode == "max" else -1
         if not math.isnan(value) and (self.best is None or sign * (value - self.best) > self.min_delta):
@@ -150,9 +151,15 @@ def fit(
     bit-identical results: data and randomness are functions of the step, and the metrics of the current window are in
     the checkpoint.
 
+    The loop does not wait for the values of a record. It writes a record at the first step that finds them ready, at
+    the latest before the next record, an evaluation, a checkpoint or the end, and also if the run ends with an error.
+    A loss that is not finite is reported at that time: up to one record later, but always before a checkpoint.
+
     Args:
         state: The state to start from. The loop donates its buffers, so do not use it afterwards.
-        step: A compiled train step. Batches are copied to its `batch_sharding`, if it has one, two steps ahead.
+        step: A compiled train step. Its metrics must include `"loss"`, a `Mean`, and keep their names and shapes from
+            step to step and when they are merged. The metrics of `evaluate` may grow, since they are merged on the
+            host. Batches are copied to the step's `batch_sharding`, if it has one, two steps ahead.
         data: The batches, such as `flaxvision.data.train_batches`.
         num_steps: Total number of steps of the run.
         rng: The key of the run.
@@ -173,14 +180,15 @@ def fit(
     Raises:
         FloatingPointError: A loss or a parameter was not finite. The message names the step and the last checkpoint;
             no state that is not finite was saved.
-        ValueError: An interval is not positive.
+        ValueError: An interval is not positive, the data end before `num_steps`, the training metrics lack a loss or
+            change their shapes, or an evaluation lacks the metric of `early_stopping`.
     """
     for name, every in {"eval_every": eval_every, "log_every": log_every, "checkpoint_every": checkpoint_every}.items():
         if every is not None and every < 1:
             raise ValueError(f"{name} must be at least 1; got {every}")
     eval_every = eval_every or num_steps
     checkpoint_every = checkpoint_every or eval_every
-    window, metrics = _Window(), {}
+    window, metrics, shapes = _Window(), {}, None
     early_stopping = dataclasses.replace(early_stopping) if early_stopping else None  # leave the caller's unchanged
     saved = None
     restored = checkpoints.restore(state) if checkpoints else None
@@ -215,6 +223,7 @@ def fit(
             writer.start(start)
         signals = stack.enter_context(_Signals())
         log = _Log(write, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flaxvision-metrics")))
+        stack.push(lambda kind, error, traceback: log.close(error, saved))
         source = data.from_step(start)
         if hasattr(source, "close"):
             stack.callback(source.close)
@@ -222,12 +231,16 @@ def fit(
         batches = prefetch(needed, getattr(step, "batch_sharding", None))
         at = start
         while at < num_steps and not stopped:
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"data must give batches for {num_steps} steps; got {at}")
             state, step_metrics = step(state, batch, rng)
             at += 1
+            shapes = _check_metrics(step_metrics, shapes)
             window.add(step_metrics, at, len(batch["image"]))
             for bar in bars:
                 bar.advance(len(batch["image"]))
+            log.settle(saved, wait=False)
             last = at == num_steps
             if at % log_every == 0 or at % eval_every == 0 or last:
                 log.settle(saved)
@@ -283,9 +296,10 @@ class _Log:
     """Writes training records without making the loop wait for the device.
 
     The loop would stand still at every record if it fetched the values at once, and the device would run out of work.
-    So a thread fetches them, and the record is written when the loop needs it: before the next record, an evaluation, a
-    checkpoint or the end. The records and their order are the same, and a checkpoint never precedes its records. The
-    thread also takes the time at which the device was done, so `images_per_second` stays exact.
+    So a thread fetches them, and the loop writes the record at the first step that finds them fetched, at the latest
+    before the next record, an evaluation, a checkpoint or the end. The records and their order are the same, and a
+    checkpoint never precedes its records. The thread also takes the time at which the device was done, so
+    `images_per_second` stays exact.
     """
 
     def __init__(self, write: Callable[[dict[str, Any]], None], thread: ThreadPoolExecutor):
@@ -297,12 +311,13 @@ class _Log:
         """Starts to fetch the values of a window. The learning rate is fetched too: it is computed on the device."""
         self._pending = step, window, self.thread.submit(_fetch, window, learning_rate)
 
-    def settle(self, saved: int | None) -> None:
-        """Waits for the values of the open record, if there is one, and writes it."""
-        if self._pending is None:
+    def settle(self, saved: int | None, wait: bool = True) -> None:
+        """Writes the open record, if there is one. Waits for its values, or returns if they are not there yet."""
+        if self._pending is None or not (wait or self._pending[2].done()):
             return
-        (step, window, future), self._pending = self._pending, None
-        metrics, learning_rate, now = future.result()
+        step, window, future = self._pending
+        metrics, learning_rate, now = future.result()  # an interrupt here leaves the record open for `close`
+        self._pending = None
         window.check(saved)
         record = {"step": step, "split": "train", **fm.compute(metrics)}
         if learning_rate is not None:
@@ -310,6 +325,33 @@ class _Log:
         record["images_per_second"] = window.images / (now - self.clock)
         self.clock = now
         self.write(record)
+
+    def close(self, error: BaseException | None, saved: int | None) -> None:
+        """Writes the open record of a run that ends with an error. A failure here becomes a note of that error."""
+        try:
+            self.settle(saved)
+        except BaseException as failure:
+            if error is None:
+                raise
+            if failure is not error:
+                error.add_note(f"the last training record was not written: {failure!r}")
+
+
+def _check_metrics(metrics: dict[str, fm.Accumulator], shapes: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the shapes of the metrics; raises if they are not those of the first step or if merging changes them."""
+    # Otherwise `_merge` would compile at every step, and a checkpoint could not be resumed.
+
+    def shapes_of(metrics: Any) -> dict[str, Any]:
+        return {name: [np.shape(x) for x in jax.tree.leaves(metric)] for name, metric in metrics.items()}
+
+    found = shapes_of(metrics)
+    if shapes is None:
+        check_loss(metrics)
+        shapes, found = found, shapes_of(jax.eval_shape(fm.merge, metrics, metrics))
+    if found != shapes:
+        before, after = ({k: v for k, v in x.items() if v != y.get(k)} for x, y in ((shapes, found), (found, shapes)))
+        raise ValueError(f"training metrics must keep their names and shapes; got {before} and then {after}")
+    return shapes
 
 
 def _fetch(window: _Window, learning_rate: Any) -> tuple[dict[str, Any], Any, float]:

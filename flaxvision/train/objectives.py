@@ -8,8 +8,11 @@ An objective maps `(apply_fn, params, collections, batch, rng, train)` to `loss,
 * `collections` are the other Linen collections after the pass.
 
 In training, BatchNorm also sees the padded rows, as zeros, so train on full batches. A new task needs a new objective
-and no change in the step, the loop or the checkpoints. Metrics of training are merged on the device, so they must keep
-their shape; an accumulator of lists belongs to evaluation (`train=False`).
+and no change in the step, the loop or the checkpoints.
+
+Metrics of training (`train=True`) are merged on the device and stored in checkpoints. They must include `"loss"` and
+keep their names and shapes, both from step to step and when they are merged; otherwise `train_step` or `fit` raises
+ValueError. Metrics of evaluation are merged on the host and may grow, so an accumulator of lists belongs there.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def train_step(
         The state after the step, and the accumulators of the batch over all devices, by name.
 
     Raises:
-        ValueError: `accumulate` does not divide N.
+        ValueError: `accumulate` does not divide N, or the objective gives no metric `"loss"` that is a `Mean`.
     """
     rng = jax.random.fold_in(rng, state.step)
     if axis_name is not None:
@@ -61,6 +61,7 @@ def train_step(
             return objective(state.apply_fn, params, collections, part, key, True)
 
         grads, (metrics, collections) = jax.grad(loss, has_aux=True)(state.params)
+        check_loss(metrics)
         weight = metrics["loss"].weight
         # Parts and devices have mean losses of different weights; what can be added up are the weighted sums.
         return collections, jax.tree.map(lambda g: g * weight.astype(g.dtype), grads), metrics
@@ -96,6 +97,20 @@ def train_step(
     weight = jnp.maximum(metrics["loss"].weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     return state.apply_gradients(grads, collections), metrics
+
+
+def check_loss(metrics: Mapping[str, Any]) -> None:
+    """Checks that the metrics of a train step include the loss.
+
+    Args:
+        metrics: Accumulators by name.
+
+    Raises:
+        ValueError: There is no metric `"loss"`, or it is not a `Mean`.
+    """
+    if not isinstance(metrics.get("loss"), fm.Mean):
+        found = {name: type(metric).__name__ for name, metric in metrics.items()}
+        raise ValueError(f"training metrics must include 'loss', a Mean; got {found}")
 
 
 def _mean(x: jax.Array, axis_name: str) -> jax.Array:

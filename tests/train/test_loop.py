@@ -241,7 +241,7 @@ def test_early_stopping_by_itself():
     for value in (np.nan, 1.0, np.nan):
         by_loss.update({"loss": value})
     assert (by_loss.best, by_loss.waited) == (1.0, 1)
-    with pytest.raises(KeyError, match=r"metric must be one of loss; got 'accuracy'"):
+    with pytest.raises(ValueError, match=r"metric must be one of loss; got 'accuracy'"):
         stopping.update({"loss": 1.0})
     with pytest.raises(ValueError, match="patience must be at least 1; got 0"):
         EarlyStopping(0)

@@ -333,3 +333,12 @@ def test_given_variables_stay_the_callers():
     state = state_of(variables=variables)
     jit_step(partial(train_step, objective=OBJECTIVE), one_device())(state, batch_of(), RNG)
     assert not any(x.is_deleted() for x in jax.tree.leaves(variables))
+
+
+def test_the_objective_gives_the_loss_as_a_mean():
+    def objective(apply_fn, params, collections, batch, rng, train):
+        loss, (metrics, collections) = OBJECTIVE(apply_fn, params, collections, batch, rng, train)
+        return loss, ({"error": metrics["loss"]}, collections)
+
+    with pytest.raises(ValueError, match=r"training metrics must include 'loss', a Mean; got \{'error': 'Mean'\}"):
+        jax.eval_shape(partial(train_step, objective=objective), state_of(), batch_of(), RNG)
