@@ -94,13 +94,18 @@ def _fields_of(module: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(module) if field.init and field.name not in ("parent", "name")]
 
 
+def tuples(value: Any) -> Any:
+    """Converts a list, and the lists in it, to tuples; returns other values as they are."""
+    return tuple(map(tuples, value)) if type(value) in (list, tuple) else value  # a named tuple stays
+
+
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """Builds a registered model.
 
     Args:
         name: One of `list_models()`.
         **overrides: Fields of the model or of its backbone, such as `num_classes`, `dtype` or `stages`. Each goes to
-            the module that has it.
+            the module that has it. Lists become tuples, because fields must be hashable.
 
     Returns:
         A `flax.linen.Module` without variables.
@@ -123,7 +128,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         )
     if "num_classes" in overrides and operator.index(overrides["num_classes"]) < 0:
         raise ValueError(f"num_classes must be at least 0; got {overrides['num_classes']}")
-    values = {**dict(info.defaults), **overrides}
+    values = {**dict(info.defaults), **{key: tuples(value) for key, value in overrides.items()}}
     parts = {} if backbone is None else {"backbone": backbone(**{k: values.pop(k) for k in inner if k in values})}
     return module(**parts, **values)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import pickle
 
 import flax.linen as nn
 import jax
@@ -161,6 +162,22 @@ def test_fields_rebuild_a_model(name):
             "parent",
             "name",
         }
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_models_and_backbones_pickle(name):
+    """Processes that decode or evaluate receive models by pickle."""
+    model = fv.create_model(name, num_classes=3)
+    for module in (model, getattr(model, "backbone", model)):
+        assert pickle.loads(pickle.dumps(module)) == module
+
+
+def test_lists_become_tuples():
+    """Manifests and bundles hold lists. Fields must be hashable, because jit hashes a module."""
+    model = fv.create_model("resnet18", stages=["stage1"], stage_sizes=[1, 1, 1, 1])
+    assert model == fv.create_model("resnet18", stages=("stage1",), stage_sizes=(1, 1, 1, 1))
+    assert hash(model) == hash(fv.create_model("resnet18", stages=("stage1",), stage_sizes=(1, 1, 1, 1)))
+    assert fv.create_backbone("mobilenet_v2", blocks=[[[1, 16, 1, 1]]]).blocks == (((1, 16, 1, 1),),)
 
 
 def test_a_backbone_is_asked_of_a_model_that_has_one():

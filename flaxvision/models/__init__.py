@@ -4,9 +4,6 @@ A network with a feature hierarchy is composed of a backbone and a classifier:
 
     backbone = fv.models.ResNetBackbone(stage_sizes=(2, 2, 2, 2), bottleneck=False)
     model = fv.models.ResNet(backbone, num_classes=10)  # equals fv.create_model("resnet18", num_classes=10)
-
-To add a network, write one file in this package that ends with `flaxvision.registry.register`, and import its classes
-here.
 """
 
 from flaxvision.models.alexnet import AlexNet as AlexNet

@@ -115,6 +115,11 @@ class AlexNet(Classifier):
     dropout_first: bool = False
     pooled_size: int | None = None
 
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return _uniform_by_fan_in if self.backbone.torch_init else nn.initializers.normal(0.01)
+
     @nn.compact
     def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
@@ -127,7 +132,7 @@ class AlexNet(Classifier):
 
         def dense(x, features, name, bias):
             init = _initializers(backbone.torch_init, x.shape[-1], bias)
-            init |= {"kernel_init": self.kernel_init} if self.kernel_init else {}
+            init["kernel_init"] = self.kernel_init or self.default_kernel_init
             return nn.Dense(features, name=name, **init, **backbone.dtypes)(x)
 
         for name in ("fc6", "fc7"):
@@ -191,13 +196,17 @@ class AlexNetDLI(Classifier):
     num_classes: int = 17
     hidden_features: int = 4096
     dropout_rate: float = 0.5
-    kernel_init: Initializer | None = nn.initializers.glorot_uniform()
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return nn.initializers.glorot_uniform()
 
     @nn.compact
     def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
         backbone = self.backbone
-        init = self.kernel_init or nn.initializers.glorot_uniform()
+        init = self.kernel_init or self.default_kernel_init
         dense = functools.partial(nn.Dense, kernel_init=init, **backbone.dtypes)
         norm = backbone.make_norm(train, epsilon=backbone.epsilon, momentum=backbone.momentum)
         x = norm(name="bn3")(max_pool(self.last_stage(features), 3, 2))
@@ -217,6 +226,10 @@ def _initializers(torch_init: bool, fan_in: int, bias: float) -> dict[str, Any]:
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32, *, limit: float) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def _uniform_by_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+    return _uniform(key, shape, dtype, limit=shape[0] ** -0.5)
 
 
 _IMAGENET = {

@@ -172,13 +172,22 @@ class Classifier(nn.Module):
         backbone: Maps images to a dict of stages.
         num_classes: Number of logits; 0 returns the pooled features of the last stage instead.
         dropout_rate: Rate of the dropout before the linear layer.
-        kernel_init: Initializer of the kernel of the linear layer, None for the default of the family.
+        kernel_init: Initializer of the kernels of the head, None for `default_kernel_init`.
     """
 
     backbone: Backbone
     num_classes: int = 1000
     dropout_rate: float = 0.0
     kernel_init: Initializer | None = None
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the kernels of the head unless `kernel_init` is set; families override it.
+
+        This is a property and not the default of the field, because JAX's initializers are closures: a model with one
+        in a field cannot be pickled.
+        """
+        return nn.initializers.lecun_normal()
 
     def features(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]` to the stages of the backbone."""
@@ -207,20 +216,19 @@ class Classifier(nn.Module):
         return features[list(self.backbone.strides)[-1]]
 
     @nn.nowrap
-    def linear(self, x: jax.Array, *, train: bool, kernel_init: Initializer | None = None) -> jax.Array:
+    def linear(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Applies dropout and the linear layer `head` within the compact method that calls it.
 
         Args:
             x: Pooled features `[N, C]`.
             train: Whether to drop features.
-            kernel_init: Default of the field `kernel_init`; None for `lecun_normal`.
 
         Returns:
             Logits `[N, num_classes]`, or `x` if `num_classes` is 0; float32 or wider.
         """
         if self.num_classes:
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-            init = self.kernel_init or kernel_init or nn.initializers.lecun_normal()
+            init = self.kernel_init or self.default_kernel_init
             x = nn.Dense(self.num_classes, kernel_init=init, name="head", **self.backbone.dtypes)(x)
         return as_float32(x)
 
@@ -237,4 +245,6 @@ def check_images(images: jax.Array) -> None:
         ValueError: `images` is not of rank 4.
     """
     if images.ndim != 4:
-        raise ValueError(f"images must have the shape [N, H, W, C], one image images[None]; got {images.shape}")
+        raise ValueError(
+            f"images must be a batch [N, H, W, C] (pass one image as image[None]); got the shape {list(images.shape)}"
+        )

@@ -211,6 +211,11 @@ class GoogLeNet(Classifier):
     aux_heads: bool = False
     aux_dropout_rate: float = 0.7
 
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return self.backbone.kernel_init
+
     @nn.compact
     def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`, float32 or wider.
@@ -220,7 +225,7 @@ class GoogLeNet(Classifier):
                 their inputs.
         """
         backbone = self.backbone
-        init = self.kernel_init or backbone.kernel_init
+        init = self.kernel_init or self.default_kernel_init
         if self.aux_heads and self.num_classes and (train or self.is_initializing()):
             if not set(_AUX.values()) <= set(features):
                 raise ValueError(
@@ -240,7 +245,7 @@ class GoogLeNet(Classifier):
                 logits = aux(name=f"aux_head{number}")(features[tap], train=train)
                 if not self.is_initializing():  # at init, the logits would become part of the variables
                     self.sow("aux_logits", f"aux{number}", logits)
-        return self.linear(global_avg_pool(self.last_stage(features)), train=train, kernel_init=init)
+        return self.linear(global_avg_pool(self.last_stage(features)), train=train)
 
 
 _PAPER = {

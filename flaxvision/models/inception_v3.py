@@ -302,8 +302,12 @@ class InceptionV3(Classifier):
     """
 
     dropout_rate: float = 0.5
-    kernel_init: Initializer | None = nn.initializers.normal(0.1)
     aux_heads: bool = False
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return nn.initializers.normal(0.1)
 
     @nn.compact
     def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:

@@ -149,7 +149,11 @@ class MobileNetV1(Classifier):
     """
 
     dropout_rate: float = 1e-3
-    kernel_init: Initializer | None = _glorot
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return _glorot
 
 
 register(

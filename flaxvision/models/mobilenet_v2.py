@@ -148,7 +148,11 @@ class MobileNetV2(Classifier):
     """
 
     dropout_rate: float = 0.2
-    kernel_init: Initializer | None = nn.initializers.normal(0.01)
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return nn.initializers.normal(0.01)
 
 
 register(

@@ -182,7 +182,10 @@ class ResNet(Classifier):
     The fields are those of `Classifier`.
     """
 
-    kernel_init: Initializer | None = _dense_init
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return _dense_init
 
 
 class CifarResNetBackbone(Backbone):
@@ -228,7 +231,11 @@ class CifarResNet(Classifier):
     """
 
     num_classes: int = 10
-    kernel_init: Initializer | None = _he_fan_in
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return _he_fan_in
 
 
 def _stages(

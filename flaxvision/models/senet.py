@@ -199,7 +199,11 @@ class SENet(Classifier):
     """
 
     dropout_rate: float = 0.2
-    kernel_init: Initializer | None = _dense_init
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return _dense_init
 
 
 _SENET154 = {

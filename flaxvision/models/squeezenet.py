@@ -104,8 +104,12 @@ class SqueezeNet(Classifier):
     """
 
     dropout_rate: float = 0.5
-    kernel_init: Initializer | None = nn.initializers.normal(0.01)
     classifier_padding: int = 0
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return nn.initializers.normal(0.01)
 
     @nn.compact
     def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
@@ -113,7 +117,7 @@ class SqueezeNet(Classifier):
         x = self.last_stage(features)
         if self.num_classes:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-            init = self.kernel_init or nn.initializers.normal(0.01)
+            init = self.kernel_init or self.default_kernel_init
             conv = functools.partial(Conv, kernel_init=init, **self.backbone.dtypes)
             x = nn.relu(conv(self.num_classes, (1, 1), padding=self.classifier_padding, name="head")(x))
         return as_float32(global_avg_pool(x))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import Conv, adaptive_avg_pool, global_avg_pool, max_pool
-from flaxvision.models.backbone import Backbone, Classifier, as_float32
+from flaxvision.models.backbone import Backbone, Classifier, Initializer, as_float32
 from flaxvision.registry import register
 
 # Height and width of the maps after the five pools, for an image of 224 pixels.
@@ -93,6 +93,11 @@ class VGG(Classifier):
     dropout_rate: float = 0.5
     dense_evaluation: bool = False
 
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return nn.initializers.glorot_uniform() if self.backbone.norm == "pool" else nn.initializers.normal(0.01)
+
     @nn.compact
     def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
@@ -106,8 +111,8 @@ class VGG(Classifier):
         if (h, w) != x.shape[1:3]:
             x = adaptive_avg_pool(x, (h, w))
         x = _windows(x, _POOLED)
-        init = nn.initializers.glorot_uniform() if backbone.norm == "pool" else nn.initializers.normal(0.01)
-        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init or init, **backbone.dtypes)
+        init = self.kernel_init or self.default_kernel_init
+        dense = functools.partial(nn.Dense, kernel_init=init, **backbone.dtypes)
         for name in ("fc6", "fc7"):
             x = nn.relu(dense(self.hidden_features, name=name)(x))
             if name == "fc7":

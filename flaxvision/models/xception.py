@@ -150,7 +150,10 @@ class Xception(Classifier):
     The fields are those of `Classifier`.
     """
 
-    kernel_init: Initializer | None = _glorot
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return _glorot
 
 
 register(

@@ -84,12 +84,17 @@ class ZFNet(Classifier):
 
     hidden_features: int = 4096
     dropout_rate: float = 0.5
-    kernel_init: Initializer | None = _normal
+
+    @property
+    def default_kernel_init(self) -> Initializer:
+        """Initializer of the head unless `kernel_init` is set."""
+        return _normal
 
     @nn.compact
     def apply_head(self, features: dict[str, jax.Array], *, train: bool = False) -> jax.Array:
         """Maps the stages of the backbone to logits `[N, num_classes]`; to the features of fc7 if there are none."""
-        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init or _normal, **self.backbone.dtypes)
+        init = self.kernel_init or self.default_kernel_init
+        dense = functools.partial(nn.Dense, kernel_init=init, **self.backbone.dtypes)
         x = max_pool(self.last_stage(features), 3, 2, ceil_mode=True)
         x = x.reshape((x.shape[0], -1))
         for name in ("fc6", "fc7"):

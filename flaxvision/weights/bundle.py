@@ -16,7 +16,7 @@ import numpy as np
 
 from flaxvision import atomic
 from flaxvision.manifest import json_value
-from flaxvision.registry import create_model
+from flaxvision.registry import create_model, tuples
 from flaxvision.weights.convert import Variables, check, flat, nested, shapes_of
 from flaxvision.weights.files import read, sha256_of
 
@@ -144,7 +144,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
         card = json.loads(card_path.read_text())
         stored = {key: card[key] for key in ("format", "model", "overrides", "channels", "input_size", "sha256")}
         overrides = {
-            key: jnp.dtype(value) if "dtype" in key and value is not None else _hashable(value)
+            key: jnp.dtype(value) if "dtype" in key and value is not None else tuples(value)
             for key, value in stored["overrides"].items()
         }
         names = card.get("class_names")  # older bundles have none
@@ -156,12 +156,8 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{card_path} is damaged: {type(error).__name__} {error}; copy the bundle again") from error
     if stored["format"] != FORMAT:
         raise ValueError(f"format of {card_path} must be {FORMAT}; got {stored['format']!r}")
-    own = {"overrides": overrides, "input_size": _hashable(stored["input_size"]), "class_names": _hashable(names)}
+    own = {"overrides": overrides, "input_size": tuples(stored["input_size"]), "class_names": tuples(names)}
     return {"metadata": {}} | card | own
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def read_bundle(path: str | os.PathLike[str]) -> tuple[Variables, dict[str, Any]]:

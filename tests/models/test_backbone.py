@@ -78,6 +78,14 @@ def test_a_call_is_the_head_of_the_features_bit_for_bit(train):
     chex.assert_trees_all_equal(halves(model, variables, x, train), whole(model, variables, x, train))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "lenet_dli"])
+def test_one_image_is_no_batch(name):
+    model = fv.create_model(name)
+    message = r"images must be a batch \[N, H, W, C\] \(pass one image as image\[None\]\); got the shape \[33, 33, 3\]"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((33, 33, 3)))
+
+
 def test_features_need_no_parameters_of_the_head():
     model = fv.create_model("resnet18")
     x = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
