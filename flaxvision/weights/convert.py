@@ -139,9 +139,9 @@ def export(
         if slot.constant is None:
             tensors[slot.name] = np.ascontiguousarray(slot.backward(array))
         elif not np.all(array == slot.constant):
-            lost.append(f"{slot.path} must be {slot.constant}")
+            lost.append(f"{slot.path} from {array.min():g} to {array.max():g}, not {slot.constant:g}")
     if lost:
-        raise ValueError(f"{source} cannot store some variables of {name}: {'; '.join(lost)}")
+        raise ValueError(f"variables must be the constants that {source}'s {name} implies; got {', '.join(lost)}")
     return layout.restore(tensors) if layout.restore else tensors
 
 

@@ -85,9 +85,13 @@ def load(
     """Loads variables for `create_model(name, **overrides)`.
 
     If the network of the weights has other fields than this model, the result is an error that lists them:
-    `load_model` sets them, and so do `**fields(name, source)`. A tensor that is missing, unexpected or of the wrong
-    shape is an error too. Two things may differ on request. Both are logged by the logger `flaxvision.weights.load`,
-    newly initialized layers as a warning:
+    `load_model` sets them, and so do `**fields(name, source)`. The number of classes is no such field: unless
+    `num_classes` asks for another one, the head has as many outputs as the weights, and `create_model` needs that
+    number. Auxiliary heads, dropout rates, dtypes and `axis_name` may differ as well. A tensor that is missing,
+    unexpected or of the wrong shape is an error.
+
+    Two things may differ on request. Both are logged by the logger `flaxvision.weights.load`, newly initialized layers
+    as a warning:
 
     * With another `num_classes`, the layers that depend on it are initialized anew and all others are kept. 0 leaves
       them out.
@@ -179,7 +183,8 @@ def load_weights(
         shapes = {key: leaf.shape for key, leaf in network.shapes(classes, depth).items()}
         check(f"{path} does not fit {name} with {overrides or 'no overrides'}", leaves, shapes)
         if strict:
-            _require_fields_of_bundle(name, path, card["overrides"], overrides, network, classes, depth)
+            wanted = {key: value for key, value in card["overrides"].items() if key not in _OPTIONAL}
+            require_fields(name, wanted, overrides, f"the network of {path}")
         names = card["class_names"]
     else:
         layout = layout_of(name, source)
@@ -211,23 +216,6 @@ def load_weights(
         channels=None if depth == network.channels else depth,
         input_size=input_size,
     )
-
-
-def _require_fields_of_bundle(
-    name: str,
-    path: Path,
-    stored: dict[str, Any],
-    overrides: dict[str, Any],
-    network: _Network,
-    classes: int,
-    depth: int,
-) -> None:
-    """Raises ValueError if the variables fit the caller's model although it has another definition."""
-    wanted = {key: value for key, value in stored.items() if key not in _OPTIONAL}
-    callers = _Network(name, overrides, network.input_size)
-    theirs = {key: leaf.shape for key, leaf in network.shapes(classes, depth).items()}
-    if all(theirs.get(key) == leaf.shape for key, leaf in callers.shapes(classes, depth).items()):
-        require_fields(name, wanted, overrides, f"the network of {path}")
 
 
 def _find(name: str, weights: str | os.PathLike[str], source: str | None) -> tuple[Path, str | None]:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import flaxvision as fv
-from flaxvision.weights.convert import flat, layout_of, shapes_of
+from flaxvision.weights.convert import flat, layout_of, nested, shapes_of
 from flaxvision.weights.load import fold, load_weights
 from flaxvision.weights.slots import slots_of
 
@@ -83,10 +83,10 @@ def test_fresh_values_are_the_initializers(tmp_path):
     path = tmp_path / "a.safetensors"
     fv.weights.save(path, variables, name="mlp", features=(6,), num_classes=3, input_size=(4,))
     own = fv.create_model("mlp", features=(6,), num_classes=5).init(jax.random.key(0), x)
-    new = fv.weights.load("mlp", path, num_classes=5)
+    new = fv.weights.load("mlp", path, num_classes=5, features=(6,))
     np.testing.assert_array_equal(new["params"]["hidden1"]["kernel"], variables["params"]["hidden1"]["kernel"])
     np.testing.assert_allclose(new["params"]["head"]["kernel"], own["params"]["head"]["kernel"], rtol=1e-6)
-    other = fv.weights.load("mlp", path, num_classes=5, rng=jax.random.key(1))
+    other = fv.weights.load("mlp", path, num_classes=5, features=(6,), rng=jax.random.key(1))
     assert np.abs(other["params"]["head"]["kernel"] - new["params"]["head"]["kernel"]).max() > 0.01
 
 
@@ -164,7 +164,7 @@ def test_a_dense_first_layer_cannot_be_folded(tmp_path):
     options = {"features": (6,), "num_classes": 3, "input_size": (4, 4), "channels": 3}
     fv.weights.save(path, variables, name="mlp", **options)
     with pytest.raises(ValueError, match=r"must be 3, since params/hidden1/kernel \[48, 6\] cannot be folded; got 1"):
-        fv.weights.load("mlp", path, channels=1)
+        fv.weights.load("mlp", path, channels=1, features=(6,))
 
 
 def test_a_tensor_that_does_not_fit_is_an_error(tmp_path):
@@ -250,7 +250,7 @@ def test_another_definition_is_an_error_for_variables_alone(tmp_path):
     with pytest.raises(ValueError, match=r"must include padding='SAME', epsilon=0.001, momentum=0.999 for keras's mob"):
         fv.weights.load(name, path, **options)
     chex.assert_trees_all_equal(fv.weights.load(name, path, **options, **fields), variables)
-    # Bundles are no different, as far as the variables would run in the caller's model.
+    # Bundles are no different.
     fv.weights.save(bundle, variables, name=name, num_classes=0, **fields)
     again, found = fv.weights.load_model(name, bundle)
     assert again == model
@@ -258,6 +258,27 @@ def test_another_definition_is_an_error_for_variables_alone(tmp_path):
     with pytest.raises(ValueError, match=r"must include padding='SAME', .* for the network of .*bundle\.safetensors"):
         fv.weights.load(name, bundle)
     chex.assert_trees_all_equal(fv.weights.load(name, bundle, **fields), variables)
+
+
+def test_a_bundle_of_other_shapes_is_an_error_for_variables_alone(tmp_path):
+    """The number of classes may differ; the shapes of the network may not."""
+    path, sizes = tmp_path / "small.safetensors", {"stage_sizes": (1, 1, 1)}
+    shapes = shapes_of(NAME, fv.create_model(NAME, num_classes=3, **sizes))
+    variables = nested({key: np.ones(leaf.shape, np.float32) for key, leaf in shapes.items()})
+    fv.weights.save(path, variables, name=NAME, num_classes=3, **sizes)
+    with pytest.raises(
+        ValueError, match=r"must include stage_sizes=\(1, 1, 1\) for the network of .*small\.safetensors"
+    ):
+        fv.weights.load(NAME, path)
+    with pytest.raises(
+        ValueError, match=r"must include stage_sizes=\(1, 1, 1\) for the network of .*small\.safetensors"
+    ):
+        fv.weights.load(NAME, path, num_classes=3)
+    chex.assert_trees_all_equal(fv.weights.load(NAME, path, **sizes), variables)
+    chex.assert_trees_all_equal(fv.weights.load(NAME, path, stage_sizes=[1, 1, 1]), variables)
+    model, found = fv.weights.load_model(NAME, path)
+    assert model == fv.create_model(NAME, num_classes=3, **sizes)
+    chex.assert_trees_all_equal(found, variables)
 
 
 def test_class_names_stay_with_the_classes_that_they_name(tmp_path, file):
