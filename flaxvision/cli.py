@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -67,7 +68,8 @@ class Predict:
     preprocessing: str | None = None
     """Tag or source that gives the evaluation transform. Default: the transform of the weights."""
     classes: Path | None = None
-    """Text file with one class name per line. Default: the class names of the weights, or numbers if there are none."""
+    """Text file in UTF-8 with one class name per line. Default: the class names of the weights, or numbers if there are
+    none."""
     top: int = 5
     """Number of classes to print."""
 
@@ -85,7 +87,7 @@ class Predict:
         if not count:
             raise ValueError(f"WEIGHTS must have classes; got {self.weights}, which gives features")
         if self.classes is not None:
-            names = tuple(self.classes.read_text().splitlines())
+            names = tuple(self.classes.read_text(encoding="utf-8").splitlines())
             if len(names) != count:
                 raise ValueError(f"--classes must have one name for each of {count} classes; got {len(names)} names")
         stated = self.preprocessing or self.source or self.weights
@@ -155,12 +157,17 @@ def main(args: list[str] | None = None) -> int:
         args: The arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, or 1 after an error.
+        The exit status: 0, or 1 after an error. If the reader of the output is gone, as in `flaxvision list | head -1`,
+        the status is 1 without a message.
     """
     commands: dict[str, Any] = {"list": List, "predict": Predict, "convert": Convert}
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="flaxvision", description=__doc__, args=args)
     try:
         command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its exit
+        return 1
     except (ValueError, OSError, ImportError, flax.errors.FlaxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -147,7 +147,10 @@ def place(arrays: Mapping[str, np.ndarray], leaves: Leaves, template: Any) -> An
             return key if sharding is None else jax.device_put(key, sharding)
         placed = jax.device_put(arrays[name], sharding)
         if placed.dtype != leaf.dtype:
-            raise ValueError(f"{name} is {leaf.dtype}, but JAX converts it to {placed.dtype}; set jax_enable_x64")
+            raise ValueError(
+                f"state must have dtypes that JAX keeps (set jax_enable_x64 for 64 bits); got {leaf.dtype} at {name},"
+                f" which becomes {placed.dtype}"
+            )
         return placed
 
     return jax.tree_util.tree_map_with_path(one, template)

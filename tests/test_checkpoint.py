@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flaxvision import checkpoint
 from flaxvision.checkpoint import Checkpoints
+from flaxvision.manifest import place
 
 
 @flax.struct.dataclass
@@ -299,6 +300,12 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         with pytest.raises(ValueError, match="best_mode must be 'max' or 'min'; got 'best'"):
             Checkpoints(tmp_path, best_mode="best")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dtype_that_jax_would_narrow_is_refused():
+    template = {"a": jax.ShapeDtypeStruct((2,), np.float64)}
+    with pytest.raises(ValueError, match=r"state must have dtypes that JAX keeps .*; got float64 at a, .* float32"):
+        place({"a": np.ones(2)}, {}, template)
 
 
 def test_a_file_in_the_way(tmp_path):

@@ -1,6 +1,9 @@
 """Tests of the command line."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -161,3 +164,23 @@ def test_the_numbers_of_names_and_classes(folder, capsys):
     args = ["predict", NAME, str(folder / "theirs.npz"), str(folder / "photo.png"), "--source", "akamaster"]
     assert cli.main([*args, "--classes", str(folder / "few.txt")]) == 1
     assert "--classes must have one name for each of 10 classes; got 1 names" in capsys.readouterr().err
+
+
+def test_names_are_read_as_utf8(folder, monkeypatch, capsys):
+    """Whatever the encoding of the locale, which is ASCII here."""
+    read_text = Path.read_text
+    ascii_locale = lambda path, encoding="ascii", **options: read_text(path, encoding=encoding, **options)
+    (folder / "utf8.txt").write_text("".join(f"Fuß {i}\n" for i in range(10)), encoding="utf-8")
+    monkeypatch.setattr(Path, "read_text", ascii_locale)
+    args = ["predict", NAME, str(folder / "theirs.npz"), str(folder / "photo.png"), "--source", "akamaster"]
+    assert cli.main([*args, "--top", "1", "--classes", str(folder / "utf8.txt")]) == 0
+    assert "Fuß" in capsys.readouterr().out
+
+
+def test_a_reader_that_is_gone_ends_the_output_silently(monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert cli.main(["list"]) == 1
+    assert capfd.readouterr() == ("", "")
