@@ -64,7 +64,7 @@ def test_the_examples_of_backbones_and_weights(tmp_path, monkeypatch, capsys):
     with h5py.File("resnet50.h5", "w") as file:
         for name, tensor in keras.items():
             file[name] = tensor
-    monkeypatch.setattr("flaxvision.weights.load.fetch", lambda *_, **__: tmp_path / "published.safetensors")
+    monkeypatch.setitem(fv.weights.load.__globals__, "fetch", lambda *_, **__: tmp_path / "published.safetensors")
     photo = np.zeros((40, 50, 3), np.uint8)
     names = {"fv": fv, "photo": photo, "state_dict": theirs}
     exec(weights, names)
