@@ -81,10 +81,10 @@ class Checkpoints:
     Args:
         directory: The directory of the checkpoints. `prepare` and the first save create it.
         manifest: JSON values by name that identify the run (model, overrides, config, data fingerprint). `restore`
-            compares each of them with the checkpoint's. Differences in `versions` are only logged.
+            compares each of them with the value in the checkpoint. Differences in `versions` are only logged.
         keep_latest: Number of newest checkpoints to keep, at least 1.
         best_metric: The key of `metrics` that ranks checkpoints, or None to keep no best checkpoints.
-        best_mode: "max" if a larger metric is better, "min" if a smaller one is. Of equal ones the earlier is better.
+        best_mode: "max" if a larger metric is better, "min" if a smaller one is. On a tie the earlier one wins.
         keep_best: Number of best checkpoints to keep, at least 0. They may be among the latest.
 
     Raises:
@@ -143,7 +143,7 @@ class Checkpoints:
         """Saves a state. Returns once the state is copied to the host, so that its buffers may be donated.
 
         Nothing is written if the step is already saved with the same contents (`metrics=None` keeps its metrics).
-        Other contents replace it once they are complete.
+        If the contents differ, the new ones replace the old ones once they are complete.
 
         Args:
             step: The step, at least 0.
@@ -186,8 +186,8 @@ class Checkpoints:
 
         Args:
             template: A state, or the result of `jax.eval_shape`, with the expected tree structure, shapes and dtypes.
-                Each array gets the sharding of its leaf. For a leaf that is uncommitted or has no sharding it is
-                uncommitted on the default device. For a NumPy leaf it stays a NumPy array.
+                Each array gets the sharding of its leaf. If the leaf is uncommitted or has no sharding, the array is
+                uncommitted on the default device. If the leaf is a NumPy array, so is the result.
 
         Returns:
             The contents of the checkpoint, or None if there is no checkpoint.
@@ -201,7 +201,7 @@ class Checkpoints:
         return self._restore(self._entries()[::-1], template)
 
     def restore_best(self, template: Any) -> Restored | None:
-        """Restores the best undamaged checkpoint by the metric, or None if none has it; otherwise like `restore`."""
+        """Restores the best undamaged checkpoint by the metric; None if none has it. Otherwise like `restore`."""
         self.wait()
         return self._restore(self._ranked(), template)
 
@@ -362,7 +362,7 @@ if _AT_EXIT:
 
 @contextlib.contextmanager
 def _orbax(reading: str = "") -> Iterator[Any]:
-    """Yields Orbax v1 under a lock, since it confuses concurrent saves. Errors of `reading` become `Damage`."""
+    """Yields Orbax v1 under a lock, since it confuses concurrent saves. With `reading`, errors become `Damage`."""
     from orbax.checkpoint import v1
 
     def foreign(record: logging.LogRecord) -> bool:
@@ -387,7 +387,7 @@ def _read_record(entry: _Entry) -> dict[str, Any]:
         sealed = dict(ocp.checkpointables_metadata(entry.path).custom_metadata)
     record = manifest_lib.unseal(sealed)
     if record["step"] != entry.step:
-        raise Damage(f"record is of step {record['step']}")
+        raise Damage(f"record belongs to step {record['step']}")
     return record
 
 

@@ -251,7 +251,7 @@ def check_manifest(stored: dict[str, Any], given: dict[str, Any], named: str) ->
     for key, value in given.items():
         for name, old, new in _differences(stored.get(key), value, key):
             if key != "versions":
-                raise ValueError(f"{name} must be {old!r} as in {named}, which is of another run; got {new!r}")
+                raise ValueError(f"{name} must be {old!r} as in {named}, which belongs to another run; got {new!r}")
             if old is not None and new is not None:
                 notices.append(f"{name} {old} (now {new})")
     return "; ".join(notices)

@@ -106,7 +106,7 @@ def curves(
     if not panels:
         raise ValueError(
             f"records must hold `step`, `split` and {'one of ' + ', '.join(names) if names else 'a metric'}; got "
-            f"{len(records)} without"
+            f"no such record among {len(records)}"
         )
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)

@@ -22,12 +22,12 @@ class ModelInfo:
         task: `"classification"`, `"detection"` or `"segmentation"`.
         paper: The publication that defines the model.
         year: Year of the publication.
-        input_size: Height and width in pixels of the published input; `(features,)` for models of feature vectors.
+        input_size: Published height and width in pixels; `(features,)` for models that take feature vectors.
         channels: Input channels of the published input.
         params: Exact number of trainable parameters at the defaults.
         mean: Per-channel mean of the published preprocessing, in [0, 1].
         std: Per-channel standard deviation of the published preprocessing, in [0, 1].
-        defaults: Fields of the model, or of its backbone, that the name sets.
+        defaults: Values that the name sets for fields of the model or of its backbone.
     """
 
     name: str
@@ -67,7 +67,7 @@ def register(
     """Registers a model under a name.
 
     Args:
-        module: A `flax.linen.Module` class. With `backbone`, its field `backbone` takes an instance of that class.
+        module: A `flax.linen.Module` class. If `backbone` is given, it has a field `backbone` for an instance.
         name: The registry name, in lower case.
         backbone: The class of the backbone, None for a model that has none.
         defaults: Values of fields of `module` or `backbone`.
@@ -132,7 +132,7 @@ def create_backbone(name: str, **overrides: Any) -> Any:
     """Builds the backbone of a registered model.
 
     Args:
-        name: One of `list_models()`, of a model that has a backbone.
+        name: One of `list_models()` that has a backbone.
         **overrides: As for `create_model`; fields of the classifier have no effect.
 
     Returns:
@@ -159,7 +159,7 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
     `create_model(name, **model_fields(model))` rebuilds a model of that name.
 
     Args:
-        model: A model, such as `create_model` returns.
+        model: A model, such as one returned by `create_model`.
 
     Returns:
         Values by field name. The field `backbone` is replaced by the fields of the backbone.

@@ -249,7 +249,7 @@ def test_another_run_is_refused(tmp_path, caplog):
     assert Checkpoints(tmp_path, manifest=manifest | {"versions": {"jax": "0.2"}}).restore(template).step == 300
     assert "checkpoint 300 was saved with versions.jax 0.1 (now 0.2)" in caplog.text
     for change, message in (
-        ({"model": "mlp"}, r"model must be 'lenet5' as in checkpoint 300 .* of another run; got 'mlp'"),
+        ({"model": "mlp"}, r"model must be 'lenet5' as in checkpoint 300 .* belongs to another run; got 'mlp'"),
         ({"overrides": {"num_classes": 7, "sizes": [1, 2]}}, r"overrides.num_classes must be 10 .*; got 7"),
         ({"overrides": {"num_classes": 10}}, r"overrides.sizes must be \[1, 2\] .*; got None"),
         ({"data": "abc"}, r"data must be None .*; got 'abc'"),

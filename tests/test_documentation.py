@@ -61,9 +61,14 @@ def test_the_examples_of_backbones_and_weights(tmp_path, monkeypatch, capsys):
     save_file(theirs, tmp_path / "published.safetensors")
     keras = fv.weights.export("resnet50", variables, source="keras", **fv.weights.fields("resnet50", "keras"))
     monkeypatch.chdir(tmp_path)
+    layers = sorted({name.rpartition("/")[0] for name in keras})
     with h5py.File("resnet50.h5", "w") as file:
-        for name, tensor in keras.items():
-            file[name] = tensor
+        file.attrs["layer_names"] = layers
+        for layer in layers:
+            mine = [name for name in keras if name.rpartition("/")[0] == layer]
+            file.create_group(layer).attrs["weight_names"] = [f"{name}:0" for name in mine]
+            for name in mine:
+                file[layer][f"{name}:0"] = keras[name]
     monkeypatch.setitem(fv.weights.load.__globals__, "fetch", lambda *_, **__: tmp_path / "published.safetensors")
     photo = np.zeros((40, 50, 3), np.uint8)
     names = {"fv": fv, "photo": photo, "state_dict": theirs}

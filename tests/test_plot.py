@@ -118,12 +118,12 @@ def test_curves_are_named_by_the_metrics_of_the_records(tmp_path):
     assert [axes.get_ylabel() for axes in figure.axes if axes.lines] == ["loss", "box_loss", "seg_mean_iou", "ap"]
     (axes,) = plot.curves(records, metrics=["ap", "none"]).axes
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[2, 0.25]])
-    with pytest.raises(ValueError, match="`split` and one of recall; got 2 without"):
+    with pytest.raises(ValueError, match="`split` and one of recall; got no such record among 2"):
         plot.curves(records, metrics=["recall"])
 
 
 def test_curves_errors():
-    with pytest.raises(ValueError, match="records must hold `step`, `split` and a metric; got 1 without"):
+    with pytest.raises(ValueError, match="records must hold `step`, `split` and a metric; got no such record among 1"):
         plot.curves([{"step": 1, "split": "train"}])
     with pytest.raises(ValueError, match="steps_per_epoch must be positive; got 0"):
         plot.curves(RECORDS, steps_per_epoch=0)

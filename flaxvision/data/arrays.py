@@ -274,7 +274,7 @@ def load_npz(path: Path, split: str) -> ArraySource:
     if names is None and train_label.size and np.issubdtype(train_label.dtype, np.integer):
         if train_label.max() >= len(train_label):
             raise ValueError(
-                f"train_label in {path} must be class indices from 0 on; got {train_label.max()} among "
+                f"train_label in {path} must be class indices from 0 on; got {train_label.max()} as the largest of "
                 f"{len(train_label)} labels (if there are classes without images, add an array `classes`)"
             )
         # For both splits the training labels determine the classes: a larger test label is an error.

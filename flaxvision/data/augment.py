@@ -8,7 +8,7 @@ An *example* is a dict with `image`, float32 [H, W, C] in [0, 1], and optionally
 * `keypoints` [..., 2], xy in pixels, optionally with `visible` [...].
 
 An *op* is ``(key, example) -> example``. Photometric ops change the image only. Geometric ops move everything that
-lies in the image; for what they cannot move they raise ValueError when traced. A *transform* is
+lies in the image; when traced, they raise ValueError for arrays that they cannot move. A *transform* is
 ``(rng, batch) -> batch`` for a dict of arrays with a batch dimension. `make_transform` builds a transform from ops::
 
     transform = make_transform(
@@ -189,7 +189,7 @@ def compose(*ops: Op) -> Op:
 
 
 def _to_size(batch, size):
-    """Brings a batch to `size`. The images are resized together, as those of a batch without ops always were."""
+    """Brings a batch to `size`. All images are resized in one call."""
     have = batch["image"].shape[1:3]
     if have == size:
         return batch

@@ -1,8 +1,8 @@
 """Geometric augmentations: they move the image and everything that lies in it.
 
 An *op* is ``(key, example) -> example`` for a dict of one example; `flaxvision.data.augment` explains examples and
-ops. Every geometric op here computes the new image with a function of its own (`crop`, `rotate`, ...) and describes
-the same movement as an affine map of pixel coordinates, by which `move` moves boxes, masks, label maps and key points.
+ops. Every geometric op computes the new image with its own function (`crop`, `rotate`, ...) and passes the affine map
+of pixel coordinates to `move`, which applies it to boxes, masks, label maps and key points.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def move(
         sampled at the nearest pixel; beyond the image they are 0 and 255.
 
     Raises:
-        ValueError: The example holds an unknown array, or an array of another shape than these.
+        ValueError: The example holds an array with an unknown key, or with a shape other than those above.
     """
     _check_shapes(op, example, size)
     height, width = image.shape[:2]
@@ -67,7 +67,7 @@ def move(
 
 
 def _check_shapes(op, example, size):
-    """Refuses what `move` would leave behind: arrays of unknown keys, and known keys of another shape."""
+    """Raises ValueError for arrays that `move` cannot move: unknown keys, and known keys with a wrong shape."""
     shapes = {key: jnp.shape(value) for key, value in example.items()}
     if "boxes" in shapes and "valid" not in shapes:
         raise ValueError(
@@ -128,7 +128,7 @@ def _move_boxes(boxes, matrix, height, width):
 
 
 def _move_masks(op, masks, matrix, before, after):
-    """Masks [M, h, w] cover the image at a resolution of their own, which stays."""
+    """Moves masks [M, h, w], which cover the image at their own resolution, and keeps that resolution."""
     scale = [m / b for m, b in zip(masks.shape[1:], before, strict=True)]
     size = tuple(a * s for a, s in zip(after, scale, strict=True))
     if any(s != round(s) for s in size):
@@ -142,7 +142,7 @@ def _move_masks(op, masks, matrix, before, after):
 
 
 def _sample(values, matrix, size, fill):
-    """Nearest values [H, W] under the centres of the pixels of an image of `size`; `fill` beyond the border."""
+    """Samples `values` [H, W] at the nearest pixels for an image of `size` after `matrix`; `fill` beyond the border."""
     (a, b, c), (d, e, f) = matrix
     determinant = a * e - b * d
     y, x = jnp.meshgrid(jnp.arange(size[0]) + 0.5, jnp.arange(size[1]) + 0.5, indexing="ij")
@@ -166,7 +166,7 @@ def _affine(scale_x, shift_x, scale_y, shift_y):
 def random_flip(key: Array, example: Mapping[str, Any], *, probability: float = 0.5) -> dict[str, Any]:
     """Mirrors left and right with this probability.
 
-    With `size` [2] in the example, the height and width of the valid part at the top left, only that part is mirrored.
+    If the example holds `size` [2], the height and width of its valid part at the top left, only that part is mirrored.
     """
     image, size = example["image"], example.get("size")
     width = image.shape[1] if size is None else jnp.asarray(size)[1]
@@ -248,8 +248,8 @@ def random_shift(
 def resize_or_pad(image: Array, size: Size) -> Array:
     """Brings images [..., H, W, C] to `size` (height, width) and keeps the dtype.
 
-    If no axis is more than 4 pixels too small and none too large, the image is centred in zeros, with the odd pixel at
-    the bottom and right (28x28 digits in LeNet-5's 32x32). Otherwise it is resized bilinearly with antialiasing.
+    Images that are 0 to 4 pixels too small on each axis are padded with zeros on all sides, with an odd pixel at the
+    bottom or right (28x28 digits become 32x32 for LeNet-5). Others are resized bilinearly with antialiasing.
     """
     target = pair(size)
     around = _padding(image.shape[-3:-1], target)
@@ -277,7 +277,7 @@ def to_size(key: Array | None, example: Mapping[str, Any], *, size: Size) -> dic
 
 
 def size_matrix(have: tuple[int, ...], want: tuple[int, int]) -> Array:
-    """Returns the map of `resize_or_pad` from an image of (height, width) `have` to `want`, for `move`."""
+    """Returns the affine map of `resize_or_pad` from size `have` to size `want` (height, width), for `move`."""
     around = _padding(have, want)
     if around is not None:
         return _affine(1, around[1][0], 1, around[0][0])
@@ -332,7 +332,7 @@ def random_resized_crop(
 ) -> dict[str, Any]:
     """Resizes a random part to `size` (Szegedy 2014, section 6).
 
-    `area` is the lowest and highest share of the image, `ratio` the lowest and highest width by height; see
+    `area` is the range of the share of the image, and `ratio` is the range of the width divided by the height; see
     `draw_crop_box`.
     """
     image = example["image"]
@@ -347,7 +347,7 @@ def random_resized_crop(
 
 
 def rotate(image: Array, degrees: ArrayLike, fill: PerChannel = 0.0) -> Array:
-    """Rotates counter-clockwise about the centre, bilinear, same size; `fill` where the source lies outside."""
+    """Rotates the content counter-clockwise about the centre, bilinearly; what comes from outside becomes `fill`."""
     # dm-pix's rotate interpolates over the channels too, which takes 50 times as long on a CPU.
     height, width, _ = shape_of(image)
     cos, sin = _cos_sin(degrees)
@@ -379,7 +379,7 @@ def random_rotation(
 
 
 def scale(image: Array, factor: ArrayLike, fill: PerChannel = 0.0) -> Array:
-    """Zooms about the centre, bilinear with antialiasing, same size; a factor below 1 leaves `fill` around."""
+    """Zooms the content about the centre, bilinearly with antialiasing; a factor below 1 leaves a border of `fill`."""
     height, width, _ = shape_of(image)
     background = per_channel("fill", fill, image)
     zoom = jnp.stack([jnp.asarray(factor, jnp.float32)] * 2)

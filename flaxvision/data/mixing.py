@@ -139,7 +139,7 @@ def _prepare(name, rng, batch, alpha, num_classes, probability):
     if integers and num_classes is None:
         raise ValueError("num_classes must be given for integer labels [N]; got None")
     if not integers and num_classes not in (None, label.shape[1]):
-        raise ValueError(f"num_classes must be the {label.shape[1]} columns of the labels; got {num_classes}")
+        raise ValueError(f"num_classes must be {label.shape[1]}, the number of label columns; got {num_classes}")
     targets = jax.nn.one_hot(label, num_classes) if num_classes and integers else label.astype(jnp.float32)
 
     key_weight, key_partner, key_rest = jax.random.split(rng, 3)

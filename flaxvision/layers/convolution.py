@@ -1,9 +1,9 @@
 """Convolutions in 1-D, 2-D and 3-D, channels last: functions of arrays, and Linen modules with Linen's parameters.
 
 Shapes: N batch, C channels in, F features out, `*spatial` one size per spatial dimension (H W for images), `*window`
-the size of the kernel. The results are those of `jax.lax.conv_general_dilated` on every platform;
-On a CPU they are computed by faster arithmetic, see `flaxvision.layers.lowering`. Kernels are not flipped
-(cross-correlation), as in Keras, TensorFlow and torch.
+the size of the kernel. The results are those of `jax.lax.conv_general_dilated` on every platform. On a CPU, faster
+arithmetic computes them; see `flaxvision.layers.lowering`. Kernels are not flipped (cross-correlation), as in Keras,
+TensorFlow and torch.
 """
 
 import operator
@@ -38,9 +38,9 @@ def conv(
         x: `[N, *spatial, C]`, one to three spatial dimensions.
         kernel: `[*window, C / feature_group_count, F]`, of the dtype of `x`.
         strides: Step of the window, one per dimension or one for all.
-        padding: `"SAME"` (output `ceil(size / stride)`, the odd zero at the end), `"VALID"`, `"CIRCULAR"` (wraps
-            around), `"REFLECT"`, `"CAUSAL"` (1-D), one amount for every side, or per dimension an amount or
-            (low, high).
+        padding: `"SAME"` (output `ceil(size / stride)`, with one more zero at the end if their number is odd),
+            `"VALID"`, `"CIRCULAR"` (wraps around), `"REFLECT"` or `"CAUSAL"` (1-D); or a number of zeros for every
+            side; or a sequence with a number or a (low, high) pair for each dimension.
         kernel_dilation: Distance between the kernel's elements ("atrous"; `dilation_rate` in Keras).
         feature_group_count: Number of groups of channels that are convolved separately.
         precision: As in `jax.lax`.
@@ -106,8 +106,8 @@ def conv_transpose(
     """Applies a transposed ("fractionally strided") convolution, like `jax.lax.conv_transpose`.
 
     With `transpose_kernel=True` this is the gradient of `conv` with respect to its input, which is what
-    `keras.ops.conv_transpose` and `tf.nn.conv2d_transpose` compute. Otherwise the kernel is neither flipped nor are its
-    channels swapped.
+    `keras.ops.conv_transpose` and `tf.nn.conv2d_transpose` compute. Otherwise the kernel is not flipped and its
+    channels are not swapped.
 
     Args:
         x: `[N, *spatial, C]`.
@@ -237,7 +237,7 @@ def separable_conv(
 class Conv(nn.Conv):
     """`flax.linen.Conv` with arithmetic chosen by platform: the same fields, parameters and results.
 
-    Equals `keras.layers.Conv1D/2D/3D`. `torch.nn.Conv*d` pads both sides alike, unlike `"SAME"` at stride 2.
+    Equals `keras.layers.Conv1D/2D/3D`. At stride 2, `torch.nn.Conv*d` pads both sides equally, but `"SAME"` does not.
     Parameters: `kernel [*window, C / feature_group_count, features]`, `bias [features]`.
     """
 
@@ -391,7 +391,7 @@ def _rank(x: jax.Array, kernel: jax.Array) -> int:
 
 
 def _transpose_padding(window: int, stride: int, same: bool) -> tuple[int, int]:
-    """Returns the zeros around the dilated input with which "SAME" and "VALID" invert the sizes of a convolution."""
+    """Returns padding of the dilated input for "SAME" and "VALID", which restore the size of a convolution."""
     if same:
         total = window + stride - 2
         low = window - 1 if stride > window - 1 else -(-total // 2)

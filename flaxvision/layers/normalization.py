@@ -103,8 +103,8 @@ def local_response_norm(
 
     To convert from other conventions:
 
-    * Géron's equation 14-2 with radius r, a sum from `i - r/2` to `i + r/2`: `size = 2 * (r // 2) + 1`. Its AlexNet
-      (r=2, alpha=2e-5, beta=0.75, k=1) is `size=3, alpha=2e-5, beta=0.75, k=1`.
+    * Géron's equation 14-2 with radius r, a sum from `i - r/2` to `i + r/2`: `size = 2 * (r // 2) + 1`.
+      The book's AlexNet (r=2, alpha=2e-5, beta=0.75, k=1) is `size=3, alpha=2e-5, beta=0.75, k=1`.
     * `tf.nn.local_response_normalization(depth_radius, bias, alpha, beta)`: `size = 2 * depth_radius + 1`, `k = bias`.
     * `torch.nn.LocalResponseNorm(size, alpha, beta, k)` and Caffe's ACROSS_CHANNELS: divide their alpha by `size`.
 

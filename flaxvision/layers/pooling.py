@@ -1,7 +1,7 @@
 """Pooling over one to three spatial dimensions, over channels, and over whole feature maps.
 
-Arrays are channels last, `[N, *spatial, C]`. On cuda and tpu the pools are `lax.reduce_window`. On a CPU they take a
-faster form with the same values and gradients, ties included; see `flaxvision.layers.lowering`.
+Arrays are channels last, `[N, *spatial, C]`. On cuda and tpu the pools are `lax.reduce_window`. On a CPU they use a
+faster implementation with the same values and gradients, also for ties; see `flaxvision.layers.lowering`.
 """
 
 import functools
@@ -117,9 +117,9 @@ def l2_norm_pool(
 ) -> jax.Array:
     """Computes the Euclidean norm of every window.
 
-    Equals `torch.nn.LPPool*d` with `norm_type=2`, except that with `ceil_mode` torch scales a window that extends
-    beyond the input up to the full window. The gradient at a window of zeros is 0, where the norm is not
-    differentiable. Sums are computed in float32 or wider. Integers give float32.
+    Equals `torch.nn.LPPool*d` with `norm_type=2`, except for windows that extend beyond the input with `ceil_mode`:
+    torch scales their norms up as if the windows were full. The gradient at a window of zeros is 0, where the norm is
+    not differentiable. Sums are computed in float32 or wider. Integers give float32.
 
     Args:
         x: `[N, *spatial, C]` with one to three spatial dimensions.

@@ -237,4 +237,4 @@ def check_images(images: jax.Array) -> None:
         ValueError: `images` is not of rank 4.
     """
     if images.ndim != 4:
-        raise ValueError(f"images must have the shape [N, H, W, C], one image images[None]; got {images.shape}")
+        raise ValueError(f"images must have the shape [N, H, W, C] (images[None] for one image); got {images.shape}")

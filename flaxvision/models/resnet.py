@@ -63,7 +63,7 @@ class BasicBlock(nn.Module):
         strides: Strides of the first convolution and of the shortcut.
         projection: Whether the shortcut is a 1x1 convolution where the shape changes (option B), or `pad_shortcut`.
         dilation: Dilation of the convolutions.
-        atrous: Whether to keep the resolution: `strides` then multiply the dilation of the later convolutions.
+        atrous: Whether to keep the resolution; `strides` then multiplies the dilation of the later convolutions.
         conv: Makes a convolution without bias.
         norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.
     """
@@ -99,10 +99,11 @@ class Bottleneck(nn.Module):
 
     Attributes:
         features: Channels of the first two convolutions; the output has four times as many.
-        strides: Strides of one of them and of the shortcut, which is a projection where the shape changes.
+        strides: Strides of one of the first two convolutions (see `stride_in_1x1`) and of the shortcut. The shortcut
+            is a projection where the shape changes.
         stride_in_1x1: Whether the first 1x1 convolution has the strides (the paper, Keras) or the 3x3 (torchvision).
         dilation: Dilation of the 3x3 convolution.
-        atrous: Whether to keep the resolution: `strides` then multiply the dilation of the later convolutions.
+        atrous: Whether to keep the resolution; `strides` then multiplies the dilation of the later convolutions.
         conv: Makes a convolution without bias.
         norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.
     """

@@ -151,15 +151,15 @@ def fit(
     bit-identical results: data and randomness are functions of the step, and the metrics of the current window are in
     the checkpoint.
 
-    The loop does not wait for the values of a record. It writes a record at the first step that finds them ready, at
-    the latest before the next record, an evaluation, a checkpoint or the end, and also if the run ends with an error.
-    A loss that is not finite is reported at that time: up to one record later, but always before a checkpoint.
+    The loop does not wait for the values of a record. It writes the record once they are available, at the latest
+    before the next record, an evaluation, a checkpoint or the end of the run, even if the run ends with an error. A
+    non-finite loss is reported with its record: up to one record late, but always before a checkpoint.
 
     Args:
         state: The state to start from. The loop donates its buffers, so do not use it afterwards.
         step: A compiled train step. Its metrics must include `"loss"`, a `Mean`, and keep their names and shapes from
             step to step and when they are merged. The metrics of `evaluate` may grow, since they are merged on the
-            host. Batches are copied to the step's `batch_sharding`, if it has one, two steps ahead.
+            host. Batches are copied two steps ahead, to the `batch_sharding` of the step if it has one.
         data: The batches, such as `flaxvision.data.train_batches`.
         num_steps: Total number of steps of the run.
         rng: The key of the run.
@@ -296,10 +296,10 @@ class _Log:
     """Writes training records without making the loop wait for the device.
 
     The loop would stand still at every record if it fetched the values at once, and the device would run out of work.
-    So a thread fetches them, and the loop writes the record at the first step that finds them fetched, at the latest
-    before the next record, an evaluation, a checkpoint or the end. The records and their order are the same, and a
-    checkpoint never precedes its records. The thread also takes the time at which the device was done, so
-    `images_per_second` stays exact.
+    So a thread fetches them, and the loop writes the record once they are available, at the latest before the next
+    record, an evaluation, a checkpoint or the end. The records and their order are those of a loop that waits, and a
+    checkpoint never precedes its records. The thread also notes when the device was done, so `images_per_second`
+    stays exact.
     """
 
     def __init__(self, write: Callable[[dict[str, Any]], None], thread: ThreadPoolExecutor):
@@ -327,7 +327,7 @@ class _Log:
         self.write(record)
 
     def close(self, error: BaseException | None, saved: int | None) -> None:
-        """Writes the open record of a run that ends with an error. A failure here becomes a note of that error."""
+        """Writes the pending record of a run that ends with an error. If that fails, it adds a note to the error."""
         try:
             self.settle(saved)
         except BaseException as failure:

@@ -3,8 +3,9 @@
 An objective maps `(apply_fn, params, collections, batch, rng, train)` to `loss, (metrics, collections)`:
 
 * `loss` is the mean loss over the real rows of the batch (`mask` 1; 0 is padding).
-* `metrics` is a dict of accumulators, see `flaxvision.metrics`. `metrics["loss"]` is a `Mean`; its weight is the weight
-  of the batch, by which gradients of several parts or devices are averaged. Every other metric has weights of its own.
+* `metrics` is a dict of accumulators, see `flaxvision.metrics`. `metrics["loss"]` is a `Mean`. Its weight is also the
+  weight of the gradients when those of several devices or accumulated parts are averaged. Every other metric has its
+  own weights.
 * `collections` are the other Linen collections after the pass.
 
 In training, BatchNorm also sees the padded rows, as zeros, so train on full batches. A new task needs a new objective
@@ -57,7 +58,7 @@ def classification(
     """Makes the objective of single-label classification.
 
     `batch["label"]` holds integers `[N]`, or soft targets `[N, K]` such as those of mixup and cutmix. The metrics are
-    `loss`, `accuracy` and, if K > 5, `top5_accuracy`. For them the class of a soft target is its largest one.
+    `loss`, `accuracy` and, if K > 5, `top5_accuracy`. The class of a soft target is that of its largest entry.
 
     Args:
         label_smoothing: Share of each target that is spread over all classes (Szegedy et al. 2015, section 7).

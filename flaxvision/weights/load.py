@@ -84,16 +84,16 @@ def load(
 ) -> Variables:
     """Loads variables for `create_model(name, **overrides)`.
 
-    If the network of the weights has other fields than this model, the result is an error that lists them:
-    `load_model` sets them, and so do `**fields(name, source)`. A tensor that is missing, unexpected or of the wrong
-    shape is an error too. Two things may differ on request. Both are logged by the logger `flaxvision.weights.load`,
-    newly initialized layers as a warning:
+    If the network of the weights and this model differ in their fields, an error lists the fields. `load_model` and
+    `**fields(name, source)` set them. A tensor that is missing, unexpected or of the wrong shape is an error too.
+    Two things may differ on request; the logger `flaxvision.weights.load` reports both, with a warning for newly
+    initialized layers:
 
     * With another `num_classes`, the layers that depend on it are initialized anew and all others are kept. 0 leaves
       them out.
-    * With other `channels`, the kernel that sees the image is folded. For 1 channel it is summed over its input
-      channels. For more (or 2 of 3) its channels are repeated in turn and scaled by the old number over the new one.
-      This keeps the response to a grey image if the new number is a multiple of the old one.
+    * With other `channels`, the kernel that is applied to the image is folded. For 1 channel it is summed over its
+      input channels. For any other number, its input channels are repeated in turn and scaled by the old number over
+      the new one. This keeps the response to a grey image if the new number is a multiple of the old one.
 
     Non-finite values are loaded, and their variables are named in a warning. torchvision's `IMAGENET1K_FEATURES` has
     some.
@@ -102,11 +102,11 @@ def load(
         name: A registry name.
         weights: A tag of `weights.tags(name)`, such as `"torchvision/IMAGENET1K_V1"`; or the path of a file that
             `weights.read` reads, or of a bundle that `weights.save` wrote. The file of a tag is downloaded into the
-            cache (`weights.cache_dir()`) unless it is there.
+            cache (`weights.cache_dir()`) unless it is already there.
         source: The library that named the tensors; needed for files that are not bundles.
         num_classes: Number of outputs; None for that of the weights.
         channels: Number of image channels; None for that of the weights.
-        input_size: Height and width of the images, for models that flatten; None for the model's own.
+        input_size: Height and width of the images, for models that flatten feature maps; None for the model's own.
         rng: Key for newly initialized layers; None for `jax.random.key(0)`.
         **overrides: Fields of the module.
 
@@ -114,9 +114,9 @@ def load(
         A nested dict of NumPy arrays, for `model.apply`.
 
     Raises:
-        ValueError: There is no such model, tag or source; the tensors do not fit (all that do not are listed); the
-            overrides lack fields of the weights' network; the file is damaged, or the downloaded one is not what was
-            published; `num_classes` is negative or `channels` not positive.
+        ValueError: There is no such model, tag or source; tensors do not fit (the message lists all of them); the
+            overrides lack fields of the weights' network; the file is damaged, or a download has the wrong digest;
+            `num_classes` is negative or `channels` is not positive.
         FileNotFoundError: There is no such file.
         ConnectionError: The tag could not be downloaded.
         ImportError: The file needs torch (extra `reference`), which is not installed.
@@ -159,8 +159,8 @@ def load_weights(
 ) -> Loaded:
     """Loads weights together with the fields of their network and their class names.
 
-    The arguments and errors are those of `load`. With `strict`, fields of the network that neither the model nor the
-    overrides have are an error.
+    The arguments and errors are those of `load`. With `strict`, fields of the network that are set neither by the model
+    nor by the overrides raise an error.
     """
     create_model(name, **overrides)  # reports wrong names before a download
     for option, value, least in (("num_classes", num_classes, 0), ("channels", channels, 1)):
@@ -222,7 +222,7 @@ def _require_fields_of_bundle(
     classes: int,
     depth: int,
 ) -> None:
-    """Raises ValueError if the variables fit the caller's model although it has another definition."""
+    """Raises ValueError if the variables fit the caller's model although its fields differ from the bundle's."""
     wanted = {key: value for key, value in stored.items() if key not in _OPTIONAL}
     callers = _Network(name, overrides, network.input_size)
     theirs = {key: leaf.shape for key, leaf in network.shapes(classes, depth).items()}
@@ -247,7 +247,7 @@ def _find(name: str, weights: str | os.PathLike[str], source: str | None) -> tup
     if path.suffix == ".safetensors" and is_bundle(path):
         return path, None
     known = ", ".join(sources(name)) or "none is known for this model"
-    raise ValueError(f"source must name the library of {path}, which is not a bundle ({known}); got None")
+    raise ValueError(f"source must name the library of {path} ({known}), since the file is not a bundle; got None")
 
 
 class _Network:
@@ -267,7 +267,7 @@ class _Network:
         return shapes_of(self.name, model, channels=channels, input_size=self.input_size)
 
     def read_off(self, layout: Layout, tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
-        """Infers the numbers of classes and channels from the tensors; the model's own where they do not tell."""
+        """Infers the numbers of classes and channels from the tensors, or returns the model's own if it cannot."""
         depth = self.channels
         usual = _shapes_there(layout, self.shapes(None, None))
         if all(key not in tensors or tensors[key].shape == shape for key, shape in usual.items()):
@@ -331,8 +331,8 @@ def fold(kernel: np.ndarray, channels: int) -> np.ndarray:
 
     Args:
         kernel: `[*window, C, F]`.
-        channels: The new number. 1 sums over the old channels; other numbers repeat them in turn, scaled by the old
-            number over the new one.
+        channels: The new number. For 1, the old channels are summed. For any other number they are repeated in turn and
+            scaled by the old number over the new one.
 
     Returns:
         `[*window, channels, F]`.

@@ -492,7 +492,7 @@ def test_mixing_off_and_bad_arguments():
             np.testing.assert_array_equal(out["label"], np.eye(4))
         with pytest.raises(ValueError, match="num_classes must be given for integer labels"):
             mix(jax.random.key(0), batch)
-        with pytest.raises(ValueError, match="num_classes must be the 4 columns of the labels; got 3"):
+        with pytest.raises(ValueError, match="num_classes must be 4, the number of label columns; got 3"):
             mix(jax.random.key(0), batch | {"label": np.eye(4, dtype=np.float32)}, num_classes=3)
         with pytest.raises(ValueError, match="alpha must be at least 0; got -1"):
             mix(jax.random.key(0), batch, num_classes=4, alpha=-1)

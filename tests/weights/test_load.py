@@ -219,7 +219,7 @@ def test_wrong_arguments(tmp_path, file):
         fv.weights.load(NAME, file, source="akamaster", channels=0)
     with pytest.raises(ValueError, match="num_classes must be at least 0; got -1"):
         fv.weights.load(NAME, file, source="akamaster", num_classes=-1)
-    with pytest.raises(ValueError, match=r"must name the library of .*, which is not a bundle \(akamaster\); got None"):
+    with pytest.raises(ValueError, match=r"library of .* \(akamaster\), since the file is not a bundle; got None"):
         fv.weights.load(NAME, file)
     with pytest.raises(ValueError, match=r"must be a library that has resnet20_cifar \(akamaster\); got 'torchvision'"):
         fv.weights.load(NAME, file, source="torchvision")
