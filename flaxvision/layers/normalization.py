@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flaxvision.layers.lowering import channel_sum, spread
+from flaxvision.layers.lowering import channel_sum, standardize
 
 
 class BatchNorm(nn.Module, kw_only=True):
@@ -76,10 +76,8 @@ def _standardize(epsilon, dtype, x, mean, var, scale, bias):
     factor = lax.rsqrt(var + epsilon)
     if scale is not None:
         factor = factor * scale
-    y = (x - spread(mean, x.shape)) * spread(factor, x.shape)
-    if bias is not None:
-        y = y + spread(bias.astype(factor.dtype), x.shape)
-    return y.astype(dtype)
+    shift = jnp.zeros_like(factor) if bias is None else bias.astype(factor.dtype)
+    return standardize(x, mean, factor, shift).astype(dtype)
 
 
 def _moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:

@@ -134,8 +134,12 @@ def operations(program, params, x, platform):
     return collections.Counter(re.sub(r"%[\w#]+", "%", line) for line in lines)
 
 
-# The routing is computed again for its gradient, where JAX keeps intermediate results; XLA merges the two.
-@pytest.mark.parametrize("name", [name for name in CASES if name != "routed capsules"])
+# The first computes its routing again for the gradient, where JAX keeps intermediate results. The others have
+# derivatives of their own, which need fewer sums.
+OWN_DERIVATIVES = ("routed capsules", "batch norm", "conv norm")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OWN_DERIVATIVES])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_other_platforms_run_plain_lax(name, platform):
     function, params, x = function_of(*CASES[name])
@@ -145,3 +149,19 @@ def test_other_platforms_run_plain_lax(name, platform):
     with plain_lax(exact_max=False):
         want = lowered()
     assert got == want
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_batch_norm_needs_fewer_sums_than_plain_lax(platform):
+    layer = layers.BatchNorm(use_running_average=False)
+    x = jnp.ones((4, 3, 2, 3))
+    variables = layer.init(jax.random.key(0), x)
+    loss = lambda variables, x: jnp.sin(layer.apply(variables, x, mutable=["batch_stats"])[0]).sum()
+    lowered = lambda: operations(jax.grad(lambda v, x: loss(v, x), (0, 1)), variables, x, platform)
+    kinds = lambda found: {re.search(r"stablehlo\.(\w+)", line)[1] for line in found}
+    sums = lambda found: sum(count for line, count in found.items() if "stablehlo.reduce" in line)
+    got = lowered()
+    with plain_lax(exact_max=False):
+        want = lowered()
+    assert kinds(got) <= kinds(want)
+    assert sums(got) < sums(want)

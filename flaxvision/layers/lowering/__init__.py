@@ -9,7 +9,7 @@ see `primitive`. There is one exception: on cuda and tpu, forward-mode derivativ
 
 from flaxvision.layers.lowering.convolution import conv_general_dilated
 from flaxvision.layers.lowering.pooling import first_larger, max_windows, sum_windows
-from flaxvision.layers.lowering.reductions import channel_sum, spread
+from flaxvision.layers.lowering.reductions import channel_sum, spread, standardize
 from flaxvision.layers.lowering.rows import map_rows, unfused
 from flaxvision.layers.lowering.window import dimension_numbers_of
 
@@ -21,6 +21,7 @@ __all__ = [
     "map_rows",
     "max_windows",
     "spread",
+    "standardize",
     "sum_windows",
     "unfused",
 ]
