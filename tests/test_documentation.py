@@ -79,7 +79,8 @@ def test_the_examples_of_backbones_and_weights(tmp_path, monkeypatch, capsys):
     from PIL import Image
 
     Image.fromarray(photo).save("photo.jpg")
-    commands = [shlex.split(line, comments=True) for line in blocks("sh")[-1].splitlines()]
+    (block,) = [block for block in blocks("sh") if "flaxvision predict" in block]
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert [command[1] for command in commands] == ["predict", "list", "convert"]
     for command in commands:
         assert cli.main(command[1:]) == 0
