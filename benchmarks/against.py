@@ -1,7 +1,9 @@
 """Compares two checkouts of flaxvision in one interleaved run, for `--against` of `layers.py` and `throughput.py`.
 
 Each checkout gets a worker process. Both run the benchmark code of this checkout; only the package `flaxvision` comes
-from the checkout that is measured. One worker waits while the other one is timed.
+from the checkout that is measured. One worker waits while the other one is timed. The workers do not return freed
+memory to the system: whether the allocator does so changes from process to process, and the page faults that follow can
+double the time of a layer.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from typing import Any
 
 from benchmarks.machine import ROOT
 from benchmarks.timing import Contender
+
+# For glibc, in bytes; other allocators ignore the variables.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
 class Worker:
@@ -43,7 +48,7 @@ class Worker:
         path = [self._folder.name, str(ROOT), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "benchmarks.against", benchmark],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+            env={**os.environ, **KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

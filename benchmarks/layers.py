@@ -2,12 +2,13 @@
 
     python -m benchmarks.layers                                               # about ten minutes on 2 cores
     python -m benchmarks.layers --output benchmarks/results/layers.jsonl      # appends one JSON line per case
-    python -m benchmarks.layers --against ../other-checkout                   # this checkout against another one
+    python -m benchmarks.layers --against ../other-checkout --processes 3     # this checkout against another one
     python -m benchmarks.layers --quick --only pool                           # a few small cases
 
 The two forms of a case take turns, so other load on the machine affects both. The figures are medians with quartiles.
 A ratio is the other form's time divided by ours: above 1, flaxvision is faster. With `--against` it is the other
-checkout's time divided by this one's.
+checkout's time divided by this one's. Where a process happens to place its memory can change the time of a case, so
+`--processes` measures everything again in fresh processes, and the ratio is the median of theirs.
 """
 
 import sys
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from jax import lax
 
@@ -57,8 +59,10 @@ class Config:
     """Only time the cases with this text in their name."""
     seconds: float = 4.0
     """Time to spend on the repetitions of a case; there are at least three, unless one takes longer than that."""
-    steps: int = 15
+    steps: int = 200
     """Most repetitions of a case."""
+    processes: int = 1
+    """Pairs of processes that time every case, one pair after the other; needs `--against` if there are several."""
 
 
 @dataclass(frozen=True)
@@ -239,11 +243,34 @@ def measure(case: Case, config: Config, workers: dict[str, against.Worker] | Non
     return record
 
 
+def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Combines the records of one case from several processes.
+
+    Args:
+        records: What `measure` returned in each process.
+
+    Returns:
+        A record whose figures are medians over the processes, for a ratio with the quartiles over the processes. Under
+        `processes` it has the ratios of each process, by mode.
+    """
+    first, *others = records
+    if not others:
+        return first
+    merged = {key: first[key] for key in ("case", "input")}
+    for mode in MODES:
+        merged[mode] = jax.tree.map(lambda *values: float(np.median(values)), *(record[mode] for record in records))
+        for other, found in merged[mode]["speedup"].items():
+            ratios = [record[mode]["speedup"][other]["ratio"] for record in records]
+            found["q1"], found["q3"] = map(float, np.percentile(ratios, (25, 75)))
+    return merged | {"processes": {mode: [record[mode]["speedup"] for record in records] for mode in MODES}}
+
+
 def main(config: Config) -> None:
     """Prints a table, and appends the records to the output file.
 
     Raises:
-        ValueError: No case's name contains `only`, or the output is a recorded result and the commit is not clean.
+        ValueError: No case's name contains `only`, `processes` is out of range, or the output is a recorded result and
+            the commit is not clean.
         RuntimeError: A worker of `--against` failed.
     """
     machine.check_output(config.output)
@@ -252,6 +279,8 @@ def main(config: Config) -> None:
         raise ValueError(
             f"--only must be part of a case's name ({', '.join(c.name for c in cases())}); got {config.only!r}"
         )
+    if not 1 <= config.processes <= (32 if config.against else 1):
+        raise ValueError(f"--processes must be 1 without --against, and from 1 to 32 with it; got {config.processes}")
     where = {"benchmark": "layers", "quick": config.quick} | machine.describe(jax.devices()[0])
     if config.against:
         where["against"] = {"commit": machine.commit(config.against)}
@@ -260,17 +289,26 @@ def main(config: Config) -> None:
     print(
         f"{'case':32}{'input':>20}" + "".join(f"{mode:>10}{other:>11}{'ratio':>8}{'quartiles':>17}" for mode in MODES)
     )
-    with against.workers(config.against, "benchmarks.layers") if config.against else nullcontext() as workers:
-        for case in chosen:
-            record = machine.rounded(measure(case, config, workers))
-            print(f"{case.name:32}{'x'.join(map(str, record['input'])):>20}", end="")
-            for mode in MODES:
-                ours, theirs, ratio = record[mode]["flaxvision"], record[mode][other], record[mode]["speedup"][other]
-                quartiles = f"[{ratio['q1']:.2f}, {ratio['q3']:.2f}]"
-                print(f"{ours['ms']:10.2f}{theirs['ms']:11.2f}{ratio['ratio']:8.2f}{quartiles:>17}", end="")
-            print(flush=True)
-            if config.output is not None:
-                machine.append(config.output, record | where)
+    found: dict[str, list[dict[str, Any]]] = {case.name: [] for case in chosen}
+    for process in range(config.processes):
+        with against.workers(config.against, "benchmarks.layers") if config.against else nullcontext() as workers:
+            for case in chosen:
+                found[case.name].append(measure(case, config, workers))
+                if process == config.processes - 1:
+                    record = machine.rounded(merge(found[case.name]))
+                    report(record, other)
+                    if config.output is not None:
+                        machine.append(config.output, record | where)
+
+
+def report(record: dict[str, Any], other: str) -> None:
+    """Prints one line of the table."""
+    print(f"{record['case']:32}{'x'.join(map(str, record['input'])):>20}", end="")
+    for mode in MODES:
+        ours, theirs, ratio = record[mode]["flaxvision"], record[mode][other], record[mode]["speedup"][other]
+        quartiles = f"[{ratio['q1']:.2f}, {ratio['q3']:.2f}]"
+        print(f"{ours['ms']:10.2f}{theirs['ms']:11.2f}{ratio['ratio']:8.2f}{quartiles:>17}", end="")
+    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,24 @@ def test_layers_beside_linen(tmp_path, capsys):
         layers.main(layers.Config(only="nothing"))
 
 
+def test_figures_of_several_processes():
+    def record(ratio):
+        mode = {
+            "flaxvision": {"ms": 2.0},
+            "against": {"ms": 2 * ratio},
+            "speedup": {"against": {"ratio": ratio, "q1": 0.0, "q3": 9.0}},
+        }
+        return {"case": "pool", "input": (1, 2), "forward": mode, "train": mode}
+
+    merged = layers.merge([record(ratio) for ratio in (0.5, 1.0, 2.0)])
+    assert (merged["case"], merged["input"]) == ("pool", (1, 2))
+    assert merged["train"]["against"] == {"ms": 2.0}
+    assert merged["train"]["speedup"]["against"] == {"ratio": 1.0, "q1": 0.75, "q3": 1.5}
+    assert [each["against"]["ratio"] for each in merged["processes"]["forward"]] == [0.5, 1.0, 2.0]
+    with pytest.raises(ValueError, match="--processes must be 1 without --against, and from 1 to 32 with it; got 2"):
+        layers.main(layers.Config(quick=True, processes=2))
+
+
 def test_names_of_cases_are_unique():
     names = [case.name for case in layers.cases()]
     assert len(set(names)) == len(names)
