@@ -1,0 +1,79 @@
+"""Runs a Python program in several processes on this machine, joined by JAX over the loopback address."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.conftest import CACHE
+
+ROOT = Path(__file__).resolve().parents[1]
+PRELUDE = """
+import jax, sys
+jax.config.update("jax_compilation_cache_dir", {cache!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_default_matmul_precision", "highest")
+from flaxvision import processes
+if {count} > 1:
+    processes.initialize({coordinator!r}, {count}, {index}, start_timeout=120, heartbeat_timeout=20)
+"""
+
+
+def start(
+    program: str,
+    count: int,
+    devices: int = 1,
+    *,
+    arguments: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
+) -> list[subprocess.Popen]:
+    """Starts `count` processes with `devices` virtual CPU devices each; the program follows `PRELUDE`."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    started = []
+    for index in range(count):
+        prelude = PRELUDE.format(cache=str(CACHE), coordinator=coordinator, count=count, index=index)
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", prelude + program, *map(str, arguments)],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(ROOT),
+                    "JAX_PLATFORMS": "cpu",
+                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                    **(environment or {}),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(started: list[subprocess.Popen], timeout: float = 240) -> list[str]:
+    """Waits for the processes, checks that all of them succeeded, and returns what each one printed."""
+    outputs = []
+    try:
+        for process in started:
+            out, error = process.communicate(timeout=timeout)
+            assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{error[-4000:]}"
+            outputs.append(out)
+    finally:
+        for process in started:
+            process.kill()
+    return outputs
+
+
+def run(program: str, count: int, devices: int = 1, *, timeout: float = 240, **options) -> list[str]:
+    """Starts the processes, waits for them, and returns what each one printed."""
+    return finish(start(program, count, devices, **options), timeout)
+
+
+def free_port() -> int:
+    """Returns a port of the loopback address that nobody uses."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
