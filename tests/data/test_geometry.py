@@ -149,7 +149,7 @@ def test_a_flip_with_a_size_mirrors_the_valid_part():
 @pytest.mark.parametrize(("change", "message"), [
     ({"depth": np.zeros((24, 32))}, r"only keys that random_shift can move; got 'depth' of the shape \[24, 32\]; rem"),
     ({"size": np.array([24, 30])}, r"example must hold only keys that random_shift can move; got 'size' .* \[2\]"),
-    ({"valid": None}, r"example must hold valid \[M\] with boxes \[M, 4\], because random_shift can .*; got the keys \['b"),
+    ({"valid": None}, r"example must hold valid \[M\] with boxes \[M, 4\], because random_shift .*; got the keys \['b"),
     ({"label": np.zeros((12, 16), int)}, r"label must be .* of the image's size \[24, 32\] for random_shift; got"),
     ({"label": np.zeros((24, 32, 1), int)}, r"label must be a class \[\], .*; got the shape \[24, 32, 1\]"),
     ({"label": np.zeros((24, 32, 5))}, r"label must be a class \[\], .*; got the shape \[24, 32, 5\]"),

@@ -198,7 +198,7 @@ def test_floats_beyond_one_are_refused():
 def test_absurd_labels_are_refused_before_their_classes_are_made(tmp_path):
     image, label = np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 2, 2_000_000_000])
     np.savez(tmp_path / "x.npz", train_image=image, train_label=label, test_image=image, test_label=label % 2)
-    with pytest.raises(ValueError, match="must be class indices below the number of labels, 4, .*; got 2000000000"):
+    with pytest.raises(ValueError, match=r"must be class indices below the number of labels, 4, .*; got 2000000000"):
         data.load(tmp_path / "x.npz", "train")
 
 
