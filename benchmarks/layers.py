@@ -251,7 +251,7 @@ def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         A record whose figures are medians over the processes, for a ratio with the quartiles over the processes. Under
-        `processes` it has the ratios of each process, by mode.
+        `processes_ms` it has the times of each process, by mode.
     """
     first, *others = records
     if not others:
@@ -262,7 +262,8 @@ def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
         for other, found in merged[mode]["speedup"].items():
             ratios = [record[mode]["speedup"][other]["ratio"] for record in records]
             found["q1"], found["q3"] = map(float, np.percentile(ratios, (25, 75)))
-    return merged | {"processes": {mode: [record[mode]["speedup"] for record in records] for mode in MODES}}
+    times = lambda found: {name: value["ms"] for name, value in found.items() if name != "speedup"}
+    return merged | {"processes_ms": {mode: [times(record[mode]) for record in records] for mode in MODES}}
 
 
 def main(config: Config) -> None:

@@ -70,9 +70,9 @@ class Recipe(fv.train.Recipe):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
         if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise ValueError(f"area must be two increasing shares of the image in (0, 1]; got {self.area}")
+            raise ValueError(f"area must be two fractions with 0 < low <= high <= 1; got {self.area}")
         if not 0 < self.shorter[0] <= self.shorter[1]:
-            raise ValueError(f"shorter must be two increasing lengths, at least 1; got {self.shorter}")
+            raise ValueError(f"shorter must be two lengths with 1 <= low <= high; got {self.shorter}")
 
 
 def every(epochs: int, total: int) -> tuple[float, ...]:
@@ -239,7 +239,7 @@ def check(config: Config) -> None:
         )
     size = config.eval_size or fv.model_info(config.model).input_size[0]
     if config.eval_shorter and config.eval_shorter < size:
-        raise ValueError(f"--eval-shorter must be at least the crop's {size}; got {config.eval_shorter}")
+        raise ValueError(f"--eval-shorter must be at least {size}, the size of the crop; got {config.eval_shorter}")
 
 
 def centre_crop(config: Config) -> fv.data.Preprocessing:
@@ -325,7 +325,7 @@ def create_state(config: Config, model, rate, rng) -> fv.train.TrainState:
     try:
         jax.eval_shape(model.apply, state.variables, jax.ShapeDtypeStruct((1, eval_size, eval_size, 3), jnp.float32))
     except (flax.errors.FlaxError, ValueError) as error:
-        raise ValueError(f"--eval-size must fit {config.model} of --size {size}; got {eval_size} ({error})") from error
+        raise ValueError(f"--eval-size must fit {config.model} at --size {size}; got {eval_size} ({error})") from error
     return state
 
 

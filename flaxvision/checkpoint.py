@@ -159,7 +159,7 @@ class Checkpoints:
         """
         self.wait()
         if int(step) != step or step < 0:
-            raise ValueError(f"step must be an integer of at least 0; got {step!r}")
+            raise ValueError(f"step must be a non-negative integer; got {step!r}")
         step = int(step)
         arrays, leaves = manifest_lib.to_host(state)
         record = manifest_lib.record_of(step, progress, metrics, self.manifest, leaves)
@@ -201,7 +201,7 @@ class Checkpoints:
         return self._restore(self._entries()[::-1], template)
 
     def restore_best(self, template: Any) -> Restored | None:
-        """Restores the best undamaged checkpoint by the metric; None if none has it. Otherwise like `restore`."""
+        """Like `restore`, but for the best checkpoint by the metric. Returns None if none has the metric."""
         self.wait()
         return self._restore(self._ranked(), template)
 

@@ -83,7 +83,7 @@ class Predict:
         model, names = loaded.model(), loaded.class_names
         count = getattr(model, "num_classes", 0)
         if not count:
-            raise ValueError(f"WEIGHTS must have classes; got {self.weights}, which gives features")
+            raise ValueError(f"WEIGHTS must include a classifier head; got {self.weights}, which gives features")
         if self.classes is not None:
             names = tuple(self.classes.read_text().splitlines())
             if len(names) != count:

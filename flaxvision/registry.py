@@ -27,7 +27,7 @@ class ModelInfo:
         params: Exact number of trainable parameters at the defaults.
         mean: Per-channel mean of the published preprocessing, in [0, 1].
         std: Per-channel standard deviation of the published preprocessing, in [0, 1].
-        defaults: Values that the name sets for fields of the model or of its backbone.
+        defaults: Field values of the model or its backbone that this registry name sets.
     """
 
     name: str
@@ -67,7 +67,8 @@ def register(
     """Registers a model under a name.
 
     Args:
-        module: A `flax.linen.Module` class. If `backbone` is given, it has a field `backbone` for an instance.
+        module: A `flax.linen.Module` class. With `backbone`, it must have a field `backbone`, which receives an
+            instance of that class.
         name: The registry name, in lower case.
         backbone: The class of the backbone, None for a model that has none.
         defaults: Values of fields of `module` or `backbone`.
@@ -106,7 +107,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         A `flax.linen.Module` without variables.
 
     Raises:
-        ValueError: There is no such model, or `num_classes` is negative.
+        ValueError: There is no such model, or a field has an invalid value, such as a negative `num_classes`.
         TypeError: Neither the model nor its backbone has such a field, or `num_classes` is not an integer.
 
     Example:
@@ -140,7 +141,7 @@ def create_backbone(name: str, **overrides: Any) -> Any:
         the strides of these maps in pixels, finest first. Its parameters are `params["backbone"]` of the classifier.
 
     Raises:
-        ValueError: There is no such model, or it has no backbone.
+        ValueError: There is no such model, it has no backbone, or a field has an invalid value.
         TypeError: Neither the model nor its backbone has such a field.
 
     Example:
@@ -149,7 +150,7 @@ def create_backbone(name: str, **overrides: Any) -> Any:
     """
     if _find(name).backbone is None:
         have = ", ".join(n for n, entry in sorted(_MODELS.items()) if entry.backbone is not None)
-        raise ValueError(f"name must be that of a model with a backbone ({have}); got {name!r}")
+        raise ValueError(f"name must be a model with a backbone ({have}); got {name!r}")
     return create_model(name, **overrides).backbone
 
 

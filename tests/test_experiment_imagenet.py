@@ -129,7 +129,7 @@ def test_the_demo_fits_every_model_of_images(part):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"model": "alexnet", "size": 64, "eval_size": 96}, "--eval-size must fit alexnet of --size 64; got 96"),
+    ({"model": "alexnet", "size": 64, "eval_size": 96}, "--eval-size must fit alexnet at --size 64; got 96"),
     ({"size": -5}, "size must be at least 1; got -5"),
     ({"eval_size": 0}, "eval_size must be at least 1; got 0"),
 ])  # fmt: skip
@@ -229,7 +229,7 @@ def test_what_can_not_be_evaluated_is_refused(tmp_path, folder, tiny):
     options = {"eval_only": True, "weights": str(tmp_path / "ten.safetensors")}
     with pytest.raises(ValueError, match=r"--weights must be for the 2 classes of photos/test; got .* for 10"):
         imagenet.main(config_of(tmp_path, "demo", folder, **options))
-    with pytest.raises(ValueError, match="--eval-shorter must be at least the crop's 32; got 10"):
+    with pytest.raises(ValueError, match="--eval-shorter must be at least 32, the size of the crop; got 10"):
         imagenet.main(config_of(tmp_path, "demo", folder, eval_shorter=10))
     for field, value in (("area", (0.9, 0.1)), ("area", (2.0, 3.0)), ("shorter", (40, 30)), ("lighting", -1.0)):
         with pytest.raises(ValueError, match=f"{field} must"):

@@ -247,7 +247,7 @@ def test_names_are_refused_with_the_nearest(tmp_path):
         mnist.main(config_of(tmp_path, dataset="digit"))
     with pytest.raises(ValueError, match=r"similar: lenet5.*got 'lenet55'"):
         mnist.main(config_of(tmp_path, model="lenet55"))
-    with pytest.raises(ValueError, match="--early-stopping needs --validation"):
+    with pytest.raises(ValueError, match="--validation must be above 0 with --early-stopping"):
         mnist.main(config_of(tmp_path, early_stopping=2))
     process = start(tmp_path / "run", "--epoch", "3")
     output, _ = process.communicate()

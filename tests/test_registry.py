@@ -164,7 +164,7 @@ def test_fields_rebuild_a_model(name):
 
 
 def test_a_backbone_is_asked_of_a_model_that_has_one():
-    with pytest.raises(ValueError, match=r"name must be that of a model with a backbone \(alexnet, .*\); got 'mlp'"):
+    with pytest.raises(ValueError, match=r"name must be a model with a backbone \(alexnet, .*\); got 'mlp'"):
         fv.create_backbone("mlp")
 
 

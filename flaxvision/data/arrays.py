@@ -201,7 +201,7 @@ def stratified_split(
         ValueError: `fraction` is not between 0 and 1.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be between 0 and 1, both excluded; got {fraction}")
+        raise ValueError(f"fraction must be strictly between 0 and 1; got {fraction}")
     label = np.asarray(label)
     keys = keys if keys is not None else [str(i) for i in range(len(label))]
     ranks = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest() for key in keys]
@@ -274,8 +274,8 @@ def load_npz(path: Path, split: str) -> ArraySource:
     if names is None and train_label.size and np.issubdtype(train_label.dtype, np.integer):
         if train_label.max() >= len(train_label):
             raise ValueError(
-                f"train_label in {path} must be class indices from 0 on; got {train_label.max()} as the largest of "
-                f"{len(train_label)} labels (if there are classes without images, add an array `classes`)"
+                f"train_label in {path} must be class indices below the number of labels, {len(train_label)}, unless "
+                f"the file has an array `classes`; got {train_label.max()}"
             )
         # For both splits the training labels determine the classes: a larger test label is an error.
         names = [str(k) for k in range(int(train_label.max()) + 1)]
@@ -339,7 +339,8 @@ def read_idx(path: Path) -> np.ndarray:
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
     if body.size != np.prod(shape, dtype=np.int64):
         raise ValueError(
-            f"{path} is damaged: its header says {list(shape)} bytes, the file has {body.size}; get it again"
+            f"{path} is damaged: its header declares the shape {list(shape)}, but it has {body.size} bytes of data; "
+            "get it again"
         )
     return body.reshape(shape)
 

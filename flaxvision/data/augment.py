@@ -180,7 +180,7 @@ def compose(*ops: Op) -> Op:
             example = each(jax.random.fold_in(key, i), example)
             if not isinstance(example, Mapping):
                 raise TypeError(
-                    f"an op must map an example to an example (`photometric` makes an op from a function of an image); "
+                    f"an op must return an example, a dict (`photometric` makes an op from a function of an image); "
                     f"got {type(example).__name__} from {getattr(each, '__name__', each)}"
                 )
         return dict(example)

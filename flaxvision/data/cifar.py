@@ -53,7 +53,7 @@ def load_cifar10(folder: Path, split: str) -> ArraySource:
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
     size = file.stat().st_size
     if size != _RECORDS * _RECORD_BYTES:
-        raise ValueError(f"{file} must have {_RECORDS * _RECORD_BYTES:,} bytes, as all files of CIFAR-10; got {size:,}")
+        raise ValueError(f"{file} must have {_RECORDS * _RECORD_BYTES:,} bytes, like all CIFAR-10 files; got {size:,}")
     records = np.fromfile(file, np.uint8).reshape(_RECORDS, _RECORD_BYTES)
     label = records[:, 0]
     if label.max() >= len(CIFAR10_CLASSES):

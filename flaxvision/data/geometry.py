@@ -27,8 +27,8 @@ def move(
     Args:
         op: Name of the op, for errors.
         example: The example before the op: `image` [H, W, C] and optionally `boxes` [M, 4] with `valid` [M], `masks`
-            [M, h, w], `label` [H, W] and `keypoints` [..., 2] with `visible` [...]. These stay as they are: `label` []
-            or [K] of the whole image, `labels`, `crowd` and `difficult` [M], `mask` [] and other scalars.
+            [M, h, w], `label` [H, W] and `keypoints` [..., 2] with `visible` [...]. Unchanged are `label` [] or [K] of
+            the whole image, `labels`, `crowd` and `difficult` [M], `mask` [] and other scalars.
         image: The image after the op, [H', W', C].
         matrix: [2, 3], which maps (x, y, 1) before the op to (x, y) after it.
         size: The `size` of the example after the op, for ops that support it.
@@ -36,10 +36,10 @@ def move(
     Returns:
         The example after the op. Boxes are the bounding boxes of the moved corners, clipped to the image; `valid` is
         cleared for those that are empty, and `visible` for key points outside of the image. Masks and label maps are
-        sampled at the nearest pixel; beyond the image they are 0 and 255.
+        sampled at the nearest pixel. Beyond the image, masks are 0 and label maps are 255.
 
     Raises:
-        ValueError: The example holds an array with an unknown key, or with a shape other than those above.
+        ValueError: An array has an unknown key or a wrong shape, `boxes` lack `valid`, or `masks` do not scale exactly.
     """
     _check_shapes(op, example, size)
     height, width = image.shape[:2]
@@ -71,8 +71,7 @@ def _check_shapes(op, example, size):
     shapes = {key: jnp.shape(value) for key, value in example.items()}
     if "boxes" in shapes and "valid" not in shapes:
         raise ValueError(
-            f"example must hold valid [M] beside boxes [M, 4] for {op}, which drops boxes; got the keys "
-            f"{sorted(shapes)}"
+            f"example must hold valid [M] with boxes [M, 4], because {op} can drop boxes; got the keys {sorted(shapes)}"
         )
     for key in sorted(set(shapes) - {"image"}):  # boxes before valid, keypoints before visible
         shape, rank = shapes[key], len(shapes[key])
@@ -92,7 +91,7 @@ def _check_shapes(op, example, size):
                 fits, right = rank == 1, "[M]"
             case "label":
                 fits = rank < 2 or shape == shapes["image"][:2]
-                right = f"a class [], targets [K] or the classes {list(shapes['image'][:2])} of the image's pixels"
+                right = f"a class [], targets [K] or a label map of the image's size {list(shapes['image'][:2])}"
             case "mask":
                 fits, right = rank == 0, "one number []"
             case _:
@@ -133,7 +132,7 @@ def _move_masks(op, masks, matrix, before, after):
     size = tuple(a * s for a, s in zip(after, scale, strict=True))
     if any(s != round(s) for s in size):
         raise ValueError(
-            f"masks must cover the image {before} at a resolution that {op} can keep; got {masks.shape[1:]}, which "
+            f"masks must keep a whole number of pixels under {op} for the image {before}; got {masks.shape[1:]}, which "
             f"becomes {size}"
         )
     xy = jnp.asarray(scale[::-1], jnp.float32)
@@ -164,7 +163,7 @@ def _affine(scale_x, shift_x, scale_y, shift_y):
 
 
 def random_flip(key: Array, example: Mapping[str, Any], *, probability: float = 0.5) -> dict[str, Any]:
-    """Mirrors left and right with this probability.
+    """Flips the image horizontally with probability `probability`.
 
     If the example holds `size` [2], the height and width of its valid part at the top left, only that part is mirrored.
     """
@@ -184,7 +183,7 @@ def random_flip(key: Array, example: Mapping[str, Any], *, probability: float = 
 
 
 def crop(image: Array, top: ArrayLike, left: ArrayLike, size: tuple[int, int]) -> Array:
-    """Cuts `size` (height, width) at row `top` and column `left`, which may be traced."""
+    """Crops a window of `size` (height, width) at row `top` and column `left`, which may be traced."""
     # Under vmap this is a gather, and the fastest form on a CPU: 0.4 ms for 128 crops of 32x32x3 with their flips and
     # draws, against 1.6 ms as one-hot matrix products and 2.9 ms as shifts by powers of two.
     return jax.lax.dynamic_slice(image, (top, left, 0), (*size, image.shape[-1]))
@@ -218,7 +217,7 @@ def random_crop(
     target = (height, width) if size is None else pair(size)
     spare = (height + 2 * padding - target[0], width + 2 * padding - target[1])
     if min(spare) < 0:
-        raise ValueError(f"size must be at most the {height}x{width} image with padding {padding}; got {target}")
+        raise ValueError(f"size must not exceed the {height}x{width} image with padding {padding}; got {target}")
     around = ((padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(image, around, mode="constant" if mode == "zero" else mode)
     top, left = jax.random.randint(key, (2,), 0, jnp.asarray(spare) + 1)
@@ -246,7 +245,7 @@ def random_shift(
 
 
 def resize_or_pad(image: Array, size: Size) -> Array:
-    """Brings images [..., H, W, C] to `size` (height, width) and keeps the dtype.
+    """Pads or resizes images [..., H, W, C] to `size` (height, width); keeps the dtype.
 
     Images that are 0 to 4 pixels too small on each axis are padded with zeros on all sides, with an odd pixel at the
     bottom or right (28x28 digits become 32x32 for LeNet-5). Others are resized bilinearly with antialiasing.
@@ -285,10 +284,10 @@ def size_matrix(have: tuple[int, ...], want: tuple[int, int]) -> Array:
 
 
 def resized_crop(image: Array, box: Sequence[Any] | Array, size: Size) -> Array:
-    """Resizes the part under `box` (top, left, height, width in pixels) to `size`, bilinear with antialiasing.
+    """Resizes the part inside `box` (top, left, height, width in pixels) to `size`, bilinearly with antialiasing.
 
-    At the border of the box, pixels outside of it count too, as in Pillow's ``resize(box=)``; torchvision crops first
-    and repeats the border.
+    Near the border of the box, pixels outside of it contribute too, as in Pillow's ``resize(box=)``. torchvision crops
+    first, so there only pixels inside the box contribute.
     """
     corner, extent = jnp.split(jnp.asarray(box, jnp.float32), 2)
     shape = (*pair(size), shape_of(image)[-1])
@@ -301,7 +300,7 @@ def draw_crop_box(
 ) -> Array:
     """Draws a box like torchvision's RandomResizedCrop: uniform area, log-uniform aspect ratio, uniform position.
 
-    The first of `tries` draws that fits into the image is used; if none does, the largest centred box within `ratio`.
+    The first of `tries` draws that fits into the image is used, else the largest centred box with a ratio in `ratio`.
 
     Returns:
         int32 (top, left, height, width) in pixels.
@@ -332,8 +331,8 @@ def random_resized_crop(
 ) -> dict[str, Any]:
     """Resizes a random part to `size` (Szegedy 2014, section 6).
 
-    `area` is the range of the share of the image, and `ratio` is the range of the width divided by the height; see
-    `draw_crop_box`.
+    `area` is the range of the part's area as a fraction of the image, and `ratio` is the range of its width divided by
+    its height; see `draw_crop_box`.
     """
     image = example["image"]
     box = draw_crop_box(key, *shape_of(image)[:2], area, ratio)
@@ -347,7 +346,7 @@ def random_resized_crop(
 
 
 def rotate(image: Array, degrees: ArrayLike, fill: PerChannel = 0.0) -> Array:
-    """Rotates the content counter-clockwise about the centre, bilinearly; what comes from outside becomes `fill`."""
+    """Rotates the content counter-clockwise about the centre, bilinearly; pixels from outside the image get `fill`."""
     # dm-pix's rotate interpolates over the channels too, which takes 50 times as long on a CPU.
     height, width, _ = shape_of(image)
     cos, sin = _cos_sin(degrees)

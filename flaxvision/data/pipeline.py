@@ -1,9 +1,9 @@
 """Batches for training (shuffled and endless) and for evaluation (one pass, padded).
 
-The examples of a step are a function of the step alone. Any step is reached at once, and a run that resumes at step k
-sees the same batches as the uninterrupted run. The order is shuffle, repeat, batch, then the rows of this process, so
-one process and four see the same global batches. A source in memory is read with one vectorized gather per batch, a
-source on disk with threads.
+The examples of a step depend only on the seed and the step. Starting at any step is immediate, and a run that resumes
+at step k sees the same batches as the uninterrupted run. The order of operations is shuffle, repeat, batch, split by
+process, so the global batches are the same with one process and with four. A source in memory is read with one
+vectorized gather per batch, a source on disk with threads.
 """
 
 import functools
@@ -45,8 +45,8 @@ def train_batches(
         shuffle: Whether to visit the examples in a new order in each epoch.
         transform: `transform(example, rng) -> example`, called on the host once per example. `rng` is a NumPy generator
             that depends only on the seed and the position in the run.
-        drop_remainder: If True, an epoch ends at its last full batch; shuffling drops other examples in each epoch. If
-            False, batches may span two epochs, so that every example is seen equally often.
+        drop_remainder: If True, an epoch ends at its last full batch; with shuffling, each epoch drops different
+            examples. If False, batches may span two epochs, so that every example is seen equally often.
         process_index: Index of this process.
         process_count: Number of processes that share a batch. Process `i` gets the `i`-th contiguous slice of
             `batch_size / process_count` rows of the batch that a single process would get.
@@ -135,7 +135,7 @@ class TrainBatches:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that determines the order of the data, as JSON values. The number of processes does not."""
+        """Everything that determines the order of the data, as JSON values; independent of the number of processes."""
         return {
             **self._identity,
             "batch_size": self.batch_size,
@@ -147,7 +147,7 @@ class TrainBatches:
         return self.from_step(0)
 
     def from_step(self, step: int) -> "BatchIterator":
-        """Returns an endless iterator that starts with the batch of `step`. The steps before it cost nothing.
+        """Returns an endless iterator that starts with the batch of `step`. Earlier batches are not computed.
 
         Raises:
             ValueError: `step` is negative.

@@ -165,7 +165,7 @@ def load_tfds(
             records: Any = builder.as_data_source(split=split, decoders={keys[0]: tfds.decode.SkipDecoding()})
         except (KeyError, ValueError, AssertionError) as error:
             known = ", ".join(map(repr, builder.info.splits)) or "none"
-            raise ValueError(f"split must consist of {known} for {name!r}; got {split!r} ({error})") from error
+            raise ValueError(f"split must name one or more of {known} for {name!r}; got {split!r} ({error})") from error
     stored = tuple(builder.info.features[keys[0]].shape)
     channels = int(channels or stored[-1] or 3)
     if None not in stored:
@@ -234,7 +234,7 @@ def _prepare(builder: Any, manual_dir: str | os.PathLike[str] | None) -> None:
         builder = _idx_builder(type(builder))(data_dir=root, file_format="array_record")
     elif importlib.util.find_spec("tensorflow") is None:
         raise RuntimeError(
-            f"{failed} without TensorFlow, which reading does not need; install 'flaxvision[tfds]', or pass a data_dir "
+            f"{failed} without TensorFlow (only preparing needs it); install 'flaxvision[tfds]', or pass a data_dir "
             "that has the set prepared as array records"
         )
     _check_network(builder, manual, failed)

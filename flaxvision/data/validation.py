@@ -97,7 +97,7 @@ def _check_images(image: np.ndarray, name: str, channels: int | None, size: tupl
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"image must be uint8 or floating point; got {image.dtype} in {name!r}")
     if 0 in image.shape:
-        raise ValueError(f"image must have no side of 0; got shape {list(image.shape[1:])} in {name!r}")
+        raise ValueError(f"image must not be empty; got shape {list(image.shape[1:])} in {name!r}")
     if channels is not None and image.shape[3] != channels:
         raise ValueError(f"image must have {channels} channels; got {image.shape[3]} channels in {name!r}")
     if size is not None and image.shape[1:3] != tuple(size):
@@ -163,7 +163,7 @@ def _check_regression(batch: Mapping[str, np.ndarray], name: str, num_classes: i
     label = batch["label"]
     if label.ndim > 2 or not (np.issubdtype(label.dtype, np.number) or label.dtype == bool):
         raise ValueError(
-            f"label must be a number or numbers [D]; got {label.dtype} of shape {list(label.shape[1:])} in {name!r}"
+            f"label must be a number or a vector [D]; got {label.dtype} of shape {list(label.shape[1:])} in {name!r}"
         )
     _check_finite("label", label, name)
 
@@ -171,7 +171,7 @@ def _check_regression(batch: Mapping[str, np.ndarray], name: str, num_classes: i
 def _check_segmentation(batch: Mapping[str, np.ndarray], name: str, num_classes: int) -> None:
     label, size = batch["label"], batch["image"].shape[1:3]
     if label.shape[1:] != size:
-        raise ValueError(f"label must have the image's {list(size)} pixels; got {list(label.shape[1:])} in {name!r}")
+        raise ValueError(f"label must have the image's size {list(size)}; got {list(label.shape[1:])} in {name!r}")
     _check_range("label", label, name, num_classes, ignored=255)
 
 

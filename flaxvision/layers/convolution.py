@@ -80,7 +80,7 @@ def conv(
             x = jnp.pad(x, [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)], mode=mode)
         pads = "VALID"
     elif isinstance(pads, str) and pads not in ("SAME", "VALID"):
-        raise ValueError(f"padding must be SAME, VALID, CIRCULAR, REFLECT, CAUSAL or amounts; got {pads!r}")
+        raise ValueError(f"padding must be SAME, VALID, CIRCULAR, REFLECT, CAUSAL or numbers of pixels; got {pads!r}")
     return conv_general_dilated(
         x,
         kernel,
@@ -139,7 +139,7 @@ def conv_transpose(
     circular = pads == "CIRCULAR"
     if isinstance(pads, str):
         if pads not in ("SAME", "VALID", "CIRCULAR"):
-            raise ValueError(f"padding must be SAME, VALID, CIRCULAR or amounts; got {pads!r}")
+            raise ValueError(f"padding must be SAME, VALID, CIRCULAR or numbers of pixels; got {pads!r}")
         reach = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
         pads = [_transpose_padding(k, s, pads == "SAME") for k, s in zip(reach, strides, strict=True)]
     y = conv_general_dilated(

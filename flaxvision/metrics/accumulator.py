@@ -1,4 +1,4 @@
-"""What a metric is: an accumulator that is updated on the device, merged anywhere and computed once, on the host."""
+"""Metrics as accumulators: updated on the device, merged anywhere, and computed once on the host."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Accumulator:
     """Base class of metrics: a frozen pytree that holds what has been seen so far.
 
     A subclass is a `flax.struct.dataclass` with a constructor of the empty accumulator (`init`), an `update` that
-    returns a new accumulator, and `compute`. The other methods fit accumulators made of sums. A metric that needs more,
-    such as the average precision of a detector, overrides them: on the device it holds the arrays of one batch,
-    `all_reduce` gathers them, and `to_host` returns an object of its own with `merge` and `compute` that keeps lists.
-    Such a metric belongs to evaluation: metrics of training are merged on the device and must keep their shapes.
+    returns a new accumulator, and `compute`. The other methods assume that the fields are sums. A metric that needs
+    more, such as the average precision of a detector, overrides them. On the device it holds the arrays of one batch,
+    and `all_reduce` gathers them. Its `to_host` returns another object with `merge` and `compute`, which keeps lists.
+    Use such a metric in evaluation only: training metrics are merged on the device and must keep their shapes.
     """
 
     def merge(self, other: Self) -> Self:
@@ -44,7 +44,7 @@ class Accumulator:
         return jax.lax.psum(self, axis_name)
 
     def to_host(self) -> Any:
-        """Copies the accumulator to the host, in the form in which the host goes on merging.
+        """Copies the accumulator to the host, in a form that can be merged there.
 
         Returns:
             An object with `merge` and `compute`. Here: the same accumulator with float64 and int64 fields, so that a
@@ -119,7 +119,7 @@ def compute(metrics: Metrics) -> dict[str, float]:
         value = metric.compute()
         found = {f"{name}_{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
         if repeated := set(found) & set(values):
-            raise ValueError(f"metrics must compute values of different names; got {sorted(repeated)} twice")
+            raise ValueError(f"metrics must compute values with different names; got {sorted(repeated)} twice")
         values |= {key: float(v) for key, v in found.items()}
     return values
 

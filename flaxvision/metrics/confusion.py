@@ -68,7 +68,7 @@ class ConfusionMatrix(Accumulator):
         counted = (labels >= 0) & (labels < size) & (predictions >= 0) & (predictions < size)
         if mask is not None:
             if mask.shape != labels.shape[: mask.ndim]:
-                raise ValueError(f"mask must have the first dimensions of the labels {labels.shape}; got {mask.shape}")
+                raise ValueError(f"mask must have the leading dimensions of labels {labels.shape}; got {mask.shape}")
             counted &= mask.reshape(mask.shape + (1,) * (labels.ndim - mask.ndim)) > 0
         row, column = (jnp.where(counted, x, 0).reshape(-1) for x in (labels, predictions))
         return ConfusionMatrix(self.counts.at[row, column].add(counted.reshape(-1).astype(self.counts.dtype)))

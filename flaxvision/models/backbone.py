@@ -1,8 +1,8 @@
 """`Backbone` and `Classifier`, the interface of networks with a feature hierarchy.
 
-Every other file of `flaxvision.models` implements a published network. A network with a feature hierarchy is a
-`Backbone`, which maps images to a dict of stages, and a `Classifier`, which has a backbone and maps its stages to
-logits. `params["backbone"]` of a classifier is the parameters of its backbone.
+Every other file of `flaxvision.models` implements a published network. A network with a feature hierarchy has two
+parts: a `Backbone` maps images to a dict of stages, and a `Classifier` contains a backbone and maps its stages to
+logits. The parameters of the backbone are `params["backbone"]` of the classifier.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Backbone(nn.Module, kw_only=True):
         axis_name: Mapped axis over which BatchNorm averages its statistics under `pmap`.
 
     Raises:
-        ValueError: `stages` names an unknown stage or none, or the family does not support the `output_stride`.
+        ValueError: `stages` is empty or names an unknown stage, or the family does not support the `output_stride`.
     """
 
     stages: tuple[str, ...] | None = None
@@ -91,7 +91,7 @@ class Backbone(nn.Module, kw_only=True):
     def strides(self) -> dict[str, int]:
         """Stride, in pixels of the image, of every stage that a call returns; finest first.
 
-        The order matters: jit sorts the keys of a dict.
+        Use this order, not that of the returned dict: under `jit`, dicts come back with sorted keys.
         """
         limit = self.output_stride
         return {
@@ -164,7 +164,7 @@ class Backbone(nn.Module, kw_only=True):
 class Classifier(nn.Module):
     """A backbone and a head: global average pool, dropout, linear layer.
 
-    `__call__` is `head` of `features`. Both halves can be called on their own:
+    `__call__` applies `features`, then `head`. Both halves can be called on their own:
     `model.apply(variables, images, method="features")` and `model.apply(variables, features, method="head")`. A family
     with another head overrides `apply_head`. The head takes its dtypes from the backbone.
 
@@ -193,7 +193,7 @@ class Classifier(nn.Module):
     def head(self) -> Callable[..., jax.Array]:
         """The method `apply_head`.
 
-        This is a property because of the NNX bridge, for which a method would hide the parameters of the same name.
+        This is a property because, under Flax's NNX bridge, a method `head` would hide the parameters of that name.
         """
         return self.apply_head
 

@@ -113,7 +113,7 @@ class GoogLeNetAux(nn.Module):
         """
         if not self.adaptive and min(x.shape[1:3]) < 5:
             raise ValueError(
-                "maps of the auxiliary classifiers must be at least 5x5, the size for images of 65x65 pixels;"
+                "x must be at least 5x5 for an auxiliary classifier, so images must be at least 65x65 pixels;"
                 f" got {x.shape}"
             )
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)

@@ -180,7 +180,7 @@ class InceptionV3Aux(nn.Module):
         """
         if min(x.shape[1:3]) < 17:
             raise ValueError(
-                "maps of the auxiliary classifier must be at least 17x17, the size for images of 299x299 pixels;"
+                "x must be at least 17x17 for the auxiliary classifier, so images must be at least 299x299 pixels;"
                 f" got {x.shape[1]}x{x.shape[2]}"
             )
         x = conv_chain(self.unit, avg_pool(x, 5, 3), "conv1", (128, 1))

@@ -45,7 +45,7 @@ class EarlyStopping:
         waited: Number of evaluations since the best value.
 
     Raises:
-        ValueError: `mode` or `patience` is out of range.
+        ValueError: `mode` is neither of the two, or `patience` is below 1.
     """
 
     patience: int
@@ -92,7 +92,7 @@ class FitResult:
     Attributes:
         state: The last state.
         metrics: The values of the last evaluation; empty without one.
-        stopped: None for a run that did all its steps, `"early_stopping"`, or the name of a signal.
+        stopped: `"early_stopping"` or the name of a signal if one of these ended the run, else None.
     """
 
     state: TrainState
@@ -108,7 +108,7 @@ def evaluate(
     Args:
         state: The state.
         eval_step: A compiled eval step.
-        batches: Batches; rows with mask 0 are padding, so that every example counts exactly once.
+        batches: Batches. Rows with mask 0 are padding and do not count, so every example counts once.
 
     Returns:
         The values of the metrics by name.
@@ -148,12 +148,12 @@ def fit(
     """Trains until `num_steps`, resuming from the newest checkpoint if there is one.
 
     On SIGTERM or SIGINT it finishes the current step, saves and returns. A run that is killed and resumed gives
-    bit-identical results: data and randomness are functions of the step, and the metrics of the current window are in
-    the checkpoint.
+    bit-identical results: data and randomness are functions of the step, and the checkpoint holds the metrics since the
+    last record.
 
     The loop does not wait for the values of a record. It writes the record once they are available, at the latest
     before the next record, an evaluation, a checkpoint or the end of the run, even if the run ends with an error. A
-    non-finite loss is reported with its record: up to one record late, but always before a checkpoint.
+    non-finite loss raises an error when its record is written: up to one record late, but always before a checkpoint.
 
     Args:
         state: The state to start from. The loop donates its buffers, so do not use it afterwards.
@@ -165,12 +165,12 @@ def fit(
         rng: The key of the run.
         evaluate: `state -> values`, such as `partial(evaluate, eval_step=..., batches=...)`.
         eval_every: Steps between evaluations; None for one at the end.
-        log_every: Steps between training records. A record holds the metrics since the last record, and there is one
-            at every evaluation too.
+        log_every: Steps between training records. A record holds the metrics since the last record. One is
+            written at every evaluation too.
         checkpoints: A `flaxvision.checkpoint.Checkpoints`.
         checkpoint_every: Steps between checkpoints; None for one after each evaluation. There is always one after the
             last step. Only a checkpoint at an evaluation can be the best one.
-        early_stopping: When to stop early; updated after each evaluation.
+        early_stopping: When to stop early. `fit` updates a copy of it after each evaluation.
         learning_rate: A schedule to record.
         writers: Writers of records; see `flaxvision.train.writers`.
 
@@ -178,8 +178,8 @@ def fit(
         The `FitResult`.
 
     Raises:
-        FloatingPointError: A loss or a parameter was not finite. The message names the step and the last checkpoint;
-            no state that is not finite was saved.
+        FloatingPointError: A loss, a parameter or a running statistic was not finite. The message names the step and
+            the last checkpoint. No such state was saved.
         ValueError: An interval is not positive, the data end before `num_steps`, the training metrics lack a loss or
             change their shapes, or an evaluation lacks the metric of `early_stopping`.
     """
@@ -210,7 +210,7 @@ def fit(
             log.settle(saved)
             window.check(saved)
             if not bool(_all_finite(state)):
-                raise FloatingPointError(f"a parameter is not finite after step {at}; {_last_good(saved)}")
+                raise FloatingPointError(f"a model variable is not finite after step {at}; {_last_good(saved)}")
             stopping = {"best": early_stopping.best, "waited": early_stopping.waited} if early_stopping else {}
             progress = {"window": window.to_json(), "early_stopping": stopping}
             checkpoints.save(at, state, progress=progress, metrics=at_metrics)

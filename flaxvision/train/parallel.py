@@ -34,7 +34,7 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
     """Compiles a step with a global view: the batch is sharded over the mesh, everything else is replicated.
 
-    BatchNorm is synchronised by construction, and the `axis_name` of the model stays None.
+    BatchNorm is synchronized by construction, and the `axis_name` of the model stays None.
 
     Args:
         step: `train_step`, `eval_step` or any `(state, batch[, rng])`, with its options bound by `partial`. A call with
@@ -42,8 +42,9 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
         mesh: The mesh; None for `make_mesh()`.
 
     Returns:
-        The compiled step. It raises ValueError for a batch that the devices do not divide. `.batch_sharding` is the
-        sharding of its batches, for `prefetch`; `.lower(state, batch, ...)` lowers it without running it.
+        The compiled step. It raises ValueError if the batch size is not a multiple of the number of devices.
+        `.batch_sharding` is the sharding of its batches, for `prefetch`; `.lower(state, batch, ...)` lowers it without
+        running it.
     """
     mesh = make_mesh() if mesh is None else mesh
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
@@ -69,7 +70,7 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
 def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
     """Compiles a step with a per-device view, over the mapped axis `"data"`.
 
-    Gradients and metrics are merged over the devices. With `axis_name="data"` in the model, BatchNorm is synchronised
+    Gradients and metrics are merged over the devices. With `axis_name="data"` in the model, BatchNorm is synchronized
     and the step agrees with `jit_step`. Without it, each device normalizes by its own rows, and the mean of the
     devices' running statistics is kept. Dropout and augmentation draw different numbers on each device.
 
@@ -78,9 +79,9 @@ def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) ->
         devices: The devices; None for those of this process.
 
     Returns:
-        The compiled step. It takes the same global batch and the same state without a device axis as that of
-        `jit_step`, so a state passes freely between the two. It raises ValueError for a batch that the devices do not
-        divide. `.batch_sharding` is the sharding of its batches, for `prefetch`.
+        The compiled step. As with `jit_step`, the batch is global and the state has no device axis, so a state can be
+        passed from one to the other. It raises ValueError if the batch size is not a multiple of the number of devices.
+        `.batch_sharding` is the sharding of its batches, for `prefetch`.
     """
     devices = jax.local_devices() if devices is None else list(devices)
     count = len(devices)
@@ -154,7 +155,7 @@ def prefetch(
         The batches.
 
     Raises:
-        ValueError: `size` is below 1, or the devices do not divide a batch.
+        ValueError: `size` is below 1, or a batch size is not a multiple of the number of devices.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1; got {size}")
@@ -177,14 +178,14 @@ def prefetch(
 
 
 def check_divides(batch: dict[str, Any], sharding: NamedSharding) -> None:
-    """Checks that the rows of a batch can be shared out evenly over the devices of this process.
+    """Checks that the rows of a batch can be divided evenly among the devices of this process.
 
     Args:
         batch: A batch of this process, or a global one that is already on the devices.
         sharding: The sharding that the batch is to have.
 
     Raises:
-        ValueError: The devices do not divide the rows, or the arrays differ in their number of rows.
+        ValueError: The number of rows is not a multiple of the number of devices, or differs between the arrays.
     """
     rows = {len(x) for x in jax.tree.leaves(batch)}
     if len(rows) != 1:

@@ -48,7 +48,7 @@ _OPTIONAL = ("num_classes", "aux_heads", "dropout_rate", "dtype", "param_dtype",
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Weights with what is known about their network.
+    """Weights, and the facts about the network that they belong to.
 
     Attributes:
         name: The registry name.
@@ -56,7 +56,7 @@ class Loaded:
         variables: The variables, a nested dict of NumPy arrays.
         class_names: One name per class in the order of the outputs; None if the classes have no known names.
         channels: Number of image channels; None for the model's own.
-        input_size: Height and width that a bundle states; None for the model's own.
+        input_size: Height and width given by the caller or the bundle; None for the model's own.
     """
 
     name: str
@@ -84,16 +84,16 @@ def load(
 ) -> Variables:
     """Loads variables for `create_model(name, **overrides)`.
 
-    If the network of the weights and this model differ in their fields, an error lists the fields. `load_model` and
-    `**fields(name, source)` set them. A tensor that is missing, unexpected or of the wrong shape is an error too.
-    Two things may differ on request; the logger `flaxvision.weights.load` reports both, with a warning for newly
+    If the network of the weights and this model differ in their fields, an error lists the fields. To set them, use
+    `load_model` or pass `**fields(name, source)`. A tensor that is missing, unexpected or of the wrong shape is also an
+    error. Two things may differ on request; the logger `flaxvision.weights.load` reports both, with a warning for newly
     initialized layers:
 
     * With another `num_classes`, the layers that depend on it are initialized anew and all others are kept. 0 leaves
       them out.
     * With other `channels`, the kernel that is applied to the image is folded. For 1 channel it is summed over its
-      input channels. For any other number, its input channels are repeated in turn and scaled by the old number over
-      the new one. This keeps the response to a grey image if the new number is a multiple of the old one.
+      input channels. For any other number, its input channels are repeated cyclically and scaled by the old number
+      divided by the new one. This keeps the response to a grey image if the new number is a multiple of the old one.
 
     Non-finite values are loaded, and their variables are named in a warning. torchvision's `IMAGENET1K_FEATURES` has
     some.
@@ -159,8 +159,8 @@ def load_weights(
 ) -> Loaded:
     """Loads weights together with the fields of their network and their class names.
 
-    The arguments and errors are those of `load`. With `strict`, fields of the network that are set neither by the model
-    nor by the overrides raise an error.
+    The arguments and errors are those of `load`. With `strict`, it is an error if the
+    model and the overrides do not give the fields of the network.
     """
     create_model(name, **overrides)  # reports wrong names before a download
     for option, value, least in (("num_classes", num_classes, 0), ("channels", channels, 1)):
@@ -331,8 +331,8 @@ def fold(kernel: np.ndarray, channels: int) -> np.ndarray:
 
     Args:
         kernel: `[*window, C, F]`.
-        channels: The new number. For 1, the old channels are summed. For any other number they are repeated in turn and
-            scaled by the old number over the new one.
+        channels: The new number. For 1, the old channels are summed. For any other number they are repeated cyclically
+            and scaled by the old number divided by the new one.
 
     Returns:
         `[*window, channels, F]`.

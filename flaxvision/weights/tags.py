@@ -87,7 +87,7 @@ def tag_of(name: str, tag: str) -> WeightsInfo:
     if tag not in known:
         near = difflib.get_close_matches(str(tag), known, n=3, cutoff=0.5) or known
         if not near:
-            raise ValueError(f"weights must be a path, since nobody published weights of {name}; got {str(tag)!r}")
+            raise ValueError(f"weights must be a path, because {name} has no tags; got {str(tag)!r}")
         raise ValueError(f"weights must be a path or a tag of {name} ({', '.join(near)}); got {str(tag)!r}")
     return _info(name, tag)
 

@@ -38,7 +38,7 @@ def test_figures_of_several_processes():
     assert (merged["case"], merged["input"]) == ("pool", (1, 2))
     assert merged["train"]["against"] == {"ms": 2.0}
     assert merged["train"]["speedup"]["against"] == {"ratio": 1.0, "q1": 0.75, "q3": 1.5}
-    assert [each["against"]["ratio"] for each in merged["processes"]["forward"]] == [0.5, 1.0, 2.0]
+    assert merged["processes_ms"]["forward"] == [{"flaxvision": 2.0, "against": 2 * ratio} for ratio in (0.5, 1.0, 2.0)]
     with pytest.raises(ValueError, match="--processes must be 1 without --against, and from 1 to 32 with it; got 2"):
         layers.main(layers.Config(quick=True, processes=2))
 

@@ -119,7 +119,7 @@ def test_crop_sizes():
     np.testing.assert_array_equal(augment.crop(jnp.asarray(SMALL), 2, 3, (4, 5)), SMALL[2:6, 3:8])
     example = {"image": jnp.asarray(SMALL)}
     chex.assert_shape(augment.random_crop(keys(1)[0], example, padding=0, size=5)["image"], (5, 5, 3))
-    with pytest.raises(ValueError, match=r"size must be at most the 9x12 image with padding 4; got \(20, 20\)"):
+    with pytest.raises(ValueError, match=r"size must not exceed the 9x12 image with padding 4; got \(20, 20\)"):
         augment.random_crop(keys(1)[0], example, size=20)
     with pytest.raises(ValueError, match="mode must be 'zero' or 'reflect'; got 'edge'"):
         augment.random_crop(keys(1)[0], example, mode="edge")

@@ -129,7 +129,9 @@ def test_masks_keep_their_own_resolution():
     np.testing.assert_array_equal(flipped["masks"], small[:, :, ::-1])
     resized = augment.to_size(None, example, size=(48, 64))
     np.testing.assert_array_equal(resized["masks"], small.repeat(2, 1).repeat(2, 2))
-    with pytest.raises(ValueError, match=r"masks must cover the image \(24, 32\) at a resolution that to_size"):
+    with pytest.raises(
+        ValueError, match=r"masks must keep a whole number of pixels under to_size for the image \(24, 32\); got"
+    ):
         augment.to_size(None, example, size=(50, 64))
 
 
@@ -147,8 +149,8 @@ def test_a_flip_with_a_size_mirrors_the_valid_part():
 @pytest.mark.parametrize(("change", "message"), [
     ({"depth": np.zeros((24, 32))}, r"only keys that random_shift can move; got 'depth' of the shape \[24, 32\]; rem"),
     ({"size": np.array([24, 30])}, r"example must hold only keys that random_shift can move; got 'size' .* \[2\]"),
-    ({"valid": None}, r"example must hold valid \[M\] beside boxes \[M, 4\] for random_shift, .*; got the keys \['b"),
-    ({"label": np.zeros((12, 16), int)}, r"label must be .* \[24, 32\] of the image's pixels for random_shift; got"),
+    ({"valid": None}, r"example must hold valid \[M\] with boxes \[M, 4\], because random_shift .*; got the keys \['b"),
+    ({"label": np.zeros((12, 16), int)}, r"label must be .* of the image's size \[24, 32\] for random_shift; got"),
     ({"label": np.zeros((24, 32, 1), int)}, r"label must be a class \[\], .*; got the shape \[24, 32, 1\]"),
     ({"label": np.zeros((24, 32, 5))}, r"label must be a class \[\], .*; got the shape \[24, 32, 5\]"),
     ({"mask": np.ones((24, 32))}, r"mask must be one number \[\] for random_shift; got the shape \[24, 32\]"),
@@ -211,7 +213,7 @@ def test_a_transform_moves_a_batch():
 def test_ops_that_return_no_example_and_mixing_of_objects_are_refused():
     batch = jax.tree.map(lambda x: np.stack([x] * 4), scene())
     image_only = augment.make_transform(lambda key, example: example["image"])
-    with pytest.raises(TypeError, match=r"an op must map an example to an example \(`photometric` makes"):
+    with pytest.raises(TypeError, match=r"an op must return an example, a dict \(`photometric` makes"):
         image_only(jax.random.key(0), batch)
     for mix in (augment.mixup, augment.cutmix):
         for key in ("boxes", "masks", "keypoints"):

@@ -71,7 +71,7 @@ def test_stratified_split_keeps_one_example_on_either_side():
     assert np.bincount(label[test], minlength=3).tolist() == [2, 1, 0]
     other = data.stratified_split(label, fraction=0.2, seed=2)[1]
     assert test.tolist() != other.tolist()
-    with pytest.raises(ValueError, match=r"fraction must be between 0 and 1, both excluded; got 1\.5"):
+    with pytest.raises(ValueError, match=r"fraction must be strictly between 0 and 1; got 1\.5"):
         data.stratified_split(label, fraction=1.5)
 
 
@@ -195,7 +195,9 @@ def test_idx_faults_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"train-images.* cannot be read"):
         read_idx(path)
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    with pytest.raises(ValueError, match=r"its header says \[3, 4, 4\] bytes, the file has 47; get it again"):
+    with pytest.raises(
+        ValueError, match=r"its header declares the shape \[3, 4, 4\], but it has 47 bytes of data; get it again"
+    ):
         read_idx(path)
     path.write_bytes(b"\x89PNG")
     with pytest.raises(

@@ -43,7 +43,9 @@ def test_splits_in_tfds_words(tfds_dir):
     whole = data.load("tiny_pictures", "train", data_dir=tfds_dir)
     assert [*parts[0].label, *parts[1].label] == whole.label.tolist()
     for split in ("tset", "train[:x]", "validation"):
-        with pytest.raises(ValueError, match=r"split must consist of 'train', 'test' for 'tiny_pictures'; got"):
+        with pytest.raises(
+            ValueError, match=r"split must name one or more of 'train', 'test' for 'tiny_pictures'; got"
+        ):
             data.load("tiny_pictures", split, data_dir=tfds_dir)
 
 

@@ -78,7 +78,7 @@ def test_confusion_matrix_of_pixels_ignores_255():
     assert all(np.isnan([empty.accuracy, empty.mean_iou, empty.mean_accuracy, empty.frequency_weighted_iou]))
     with pytest.raises(ValueError, match=r"predictions must have the labels' shape \(4, 5, 6\); got \(4, 5\)"):
         matrix.update(guesses[..., 0], labels)
-    with pytest.raises(ValueError, match=r"mask must have the first dimensions .*; got \(5,\)"):
+    with pytest.raises(ValueError, match=r"mask must have the leading dimensions .*; got \(5,\)"):
         matrix.update(guesses, labels, np.ones(5))
     with pytest.raises(ValueError, match="num_classes must be at least 1; got 0"):
         fm.ConfusionMatrix.init(0)

@@ -191,7 +191,7 @@ def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poison
     with fv.checkpoint.Checkpoints(tmp_path, manifest={}) as checkpoints:
         match = {
             "loss": "loss is not finite at step 8; the last checkpoint is step 5",
-            "parameters": "a parameter is not finite after step 10; the last checkpoint is step 5",
+            "parameters": "a model variable is not finite after step 10; the last checkpoint is step 5",
         }[poisoned]
         with pytest.raises(FloatingPointError, match=match):
             fit(

@@ -1,13 +1,13 @@
-"""Functions with one implementation per platform and every derivative.
+"""Functions with a separate CPU implementation and derivatives of any order.
 
 A `Form` is a function of arrays that is written twice: `plain`, in ordinary `jax.lax`, and `cpu`, in operations that
-are faster on a CPU. `call(form, *operands)` binds it to one JAX primitive. The platform chooses when a program is
-lowered, so one trace serves every platform, and on cuda and tpu the program is that of plain lax.
+are faster on a CPU. `call(form, *operands)` binds it to one JAX primitive. The implementation for the platform is
+chosen when a program is lowered, so one trace serves every platform. On cuda and tpu the program is that of plain lax.
 
 Derivatives are forms too. `jvp` of a form gives `Jvp(form)`, transposing that gives `Vjp(form)`, transposing that gives
 `Jvp(form)` again, and `vmap` gives `Vmapped(form)`. A `LinearForm` needs no `Jvp`: it is linear in each operand, so its
-tangents are calls of itself. The set is closed, so forward mode, reverse mode and every mixture of them exist to any
-order. At lowering each transformation is applied to the implementation that the platform has chosen.
+tangents are computed by calling the form itself. The set is closed, so forward mode, reverse mode and any combination
+of them exist to any order. At lowering, each transformation is applied to the implementation for the platform.
 
 This is the only file that imports JAX's semi-private modules (`jax.interpreters`, `jax.extend`).
 """
@@ -37,8 +37,8 @@ class Form:
     """
 
     def plain(self, *operands: jax.Array) -> Any:
-        """Computes the array, or the tuple of arrays, in plain lax."""
-        raise NotImplementedError(type(self).__name__)
+        """Computes the result, an array or a tuple of arrays, in plain lax."""
+        raise NotImplementedError(f"{type(self).__name__} must define plain")
 
     def cpu(self, *operands: jax.Array) -> Any:
         """Computes the same on a CPU."""
@@ -49,11 +49,11 @@ class Form:
         return call(Jvp(self, len(primals), moving), *primals, *(tangents[i] for i in moving))
 
     def transpose(self, cotangents: list[jax.Array], operands: list[Any], linear: tuple[int, ...]) -> list[jax.Array]:
-        """Returns the cotangent of each operand in `linear`, whose entries of `operands` are shapes."""
+        """Returns the cotangents of the operands at `linear`. These entries of `operands` are shapes, not arrays."""
         raise TypeError(f"form must be linear in its operands {linear} to be transposed; got {self}")
 
     def batched(self, axes: Axes, size: int, operands: list[jax.Array]) -> Any:
-        """Applies the form over a leading axis of the operands where `axes` is 0, and of all results."""
+        """Maps the form over the leading axis of the operands where `axes` is 0. All results get a leading axis too."""
         del size
         return call(Vmapped(self, axes), *operands)
 
@@ -63,16 +63,16 @@ class LinearForm(Form):
     """A form with one result that is linear in each operand while the others stay fixed."""
 
     def tangents(self, primals, tangents, moving):
-        """Replaces one operand at a time by its tangent."""
+        """Returns the sum of the calls in which one operand is replaced by its tangent."""
         return _linear_tangents(self, primals, tangents, moving)
 
     def transpose(self, cotangents, operands, linear):
-        """Transposes one operand; the others are known."""
+        """Transposes the form in one operand; the other operands are arrays."""
         (index,), (cotangent,) = linear, cotangents
         return [self.transposed(index, cotangent, operands)]
 
     def transposed(self, index: int, cotangent: jax.Array, operands: list[Any]) -> jax.Array:
-        """Returns the cotangent of `operands[index]`, which is a shape."""
+        """Returns the cotangent of the operand at `index`; `operands[index]` is its shape."""
         form = Transposed(self, index, _struct(operands[index]))
         return call(form, *(cotangent if i == index else x for i, x in enumerate(operands)))
 
@@ -110,7 +110,7 @@ def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Jvp(Form):
-    """The directional derivative of `form`: `count` primals, then one tangent for each index of `moving`."""
+    """The directional derivative of `form`; takes `count` primals, then a tangent for each index in `moving`."""
 
     form: Form
     count: int
@@ -130,7 +130,7 @@ class Jvp(Form):
         return jax.jvp(function, at, tangents)[1]
 
     def tangents(self, primals, tangents, moving):
-        """Is linear in the tangents; the primals are differentiated once more."""
+        """Calls itself for the tangents, in which it is linear; differentiates again in the primals."""
         parts = []
         if later := tuple(i - self.count for i in moving if i >= self.count):
             form = dataclasses.replace(self, moving=tuple(self.moving[i] for i in later))
@@ -145,7 +145,7 @@ class Jvp(Form):
         return _tuple(call(form, *operands[: self.count], *cotangents))
 
     def batched(self, axes, size, operands):
-        """Maps `form` itself, so that a `Vmapped` is never differentiated from outside."""
+        """Maps the inner form, so the derivative stays outermost: `Jvp(Vmapped(form))`, not `Vmapped(Jvp(form))`."""
         wanted = tuple(0 if i >= self.count or i in self.moving else axis for i, axis in enumerate(axes))
         operands = [
             jnp.broadcast_to(x, (size, *x.shape)) if axis != want else x
@@ -156,7 +156,7 @@ class Jvp(Form):
 
 @dataclasses.dataclass(frozen=True)
 class Vjp(Jvp):
-    """The transpose of `Jvp`: `count` primals, then the cotangents of the results; gives those of `moving`."""
+    """The transpose of `Jvp`: maps `count` primals and the cotangents of the results to those of `moving`."""
 
     def _apply(self, implementation, operands):
         primals, cotangents = operands[: self.count], operands[self.count :]
@@ -165,7 +165,7 @@ class Vjp(Jvp):
         return pulled if len(pulled) > 1 else pulled[0]
 
     def tangents(self, primals, tangents, moving):
-        """Is linear in the cotangents; the primals are differentiated once more."""
+        """Calls itself for the cotangents, in which it is linear; differentiates again in the primals."""
         parts = []
         if any(i >= self.count for i in moving):
             later = [tangents[i] if i in moving else jnp.zeros_like(x) for i, x in enumerate(primals)]
@@ -182,7 +182,7 @@ class Vjp(Jvp):
 
 @dataclasses.dataclass(frozen=True)
 class Transposed(LinearForm):
-    """The transpose of a linear form in one operand, which has the given shape; the cotangent takes its place."""
+    """The transpose of a linear form in the operand at `index`, of shape `like`. The cotangent takes its place."""
 
     form: LinearForm
     index: int
@@ -201,7 +201,7 @@ class Transposed(LinearForm):
         return transpose(put, self.like, operands[self.index])
 
     def transposed(self, index, cotangent, operands):
-        """Returns to the form itself in the same operand."""
+        """For the same operand, the transpose of the transpose is the form itself."""
         if index == self.index:
             return call(self.form, *(cotangent if i == index else x for i, x in enumerate(operands)))
         return super().transposed(index, cotangent, operands)
@@ -209,7 +209,7 @@ class Transposed(LinearForm):
 
 @dataclasses.dataclass(frozen=True)
 class Vmapped(Form):
-    """A form over a leading axis of the operands where `axes` is 0."""
+    """A form mapped over the leading axis of the operands where `axes` is 0."""
 
     form: Form
     axes: Axes
@@ -223,13 +223,13 @@ class Vmapped(Form):
         return jax.vmap(self.form.cpu, self.axes)(*operands)
 
     def tangents(self, primals, tangents, moving):
-        """Stays itself where the form is linear."""
+        """Calls itself if the mapped form is linear."""
         if isinstance(_unmapped(self), LinearForm):
             return _linear_tangents(self, primals, tangents, moving)
         return super().tangents(primals, tangents, moving)
 
     def transpose(self, cotangents, operands, linear):
-        """Transposes each form of the batch; an operand that all of them share takes the sum."""
+        """Transposes the form for each element of the batch; the cotangent of a shared operand is their sum."""
         (index,) = linear
         rest = [x for i, x in enumerate(operands) if i != index]
         axes = [axis for i, axis in enumerate(self.axes) if i != index]
@@ -247,7 +247,7 @@ def transpose(function: Callable[[jax.Array], jax.Array], like: Any, cotangent: 
     """Applies the transpose of a linear function.
 
     Args:
-        function: Linear in its array.
+        function: A linear function of one array.
         like: The shape, dtype and sharding of that array.
         cotangent: An array like the function's result.
 

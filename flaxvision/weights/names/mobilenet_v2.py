@@ -106,7 +106,7 @@ def dequantized(tensors: Tensors) -> Tensors:
     wanted = {f"{layer}/{leaf}" for layer in layers for leaf in ("kernel_q", "scale", "bias")}
     if wrong := sorted(wanted ^ set(tensors)):
         raise ValueError(
-            f"tensors must be one kernel_q, scale and bias per layer; got missing or unexpected {', '.join(wrong)}"
+            f"tensors must be kernel_q, scale and bias per layer; got these missing or unexpected: {', '.join(wrong)}"
         )
     out: Tensors = {}
     for layer in layers:
