@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the only way to the key-value store
 
-__all__ = ["TIMEOUT", "ProcessError", "barrier", "broadcast", "gather", "initialize"]
+__all__ = ["TIMEOUT", "ProcessError", "barrier", "broadcast", "gather", "initialize", "post", "read"]
 
 TIMEOUT = 300.0  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -140,6 +140,43 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
         _client().wait_at_barrier(_key(name), _milliseconds(timeout))
     except jax.errors.JaxRuntimeError as error:
         raise ProcessError(f"all processes must reach {name!r} within {timeout:g} s; got {error}") from error
+
+
+def post(key: str, value: Any) -> None:
+    """Stores a value for `read`. Unlike `gather`, any process may post, at any time, and the last value counts.
+
+    Args:
+        key: Name of the value.
+        value: A JSON value.
+
+    Raises:
+        ProcessError: The coordinator cannot be reached.
+    """
+    try:
+        _client().key_value_set(key, json.dumps(value), allow_overwrite=True)
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessError(f"the coordinator cannot be reached: {error}") from error
+
+
+def read(key: str, timeout: float) -> Any:
+    """Waits for a value that some process posts.
+
+    Args:
+        key: Name of the value.
+        timeout: Seconds to wait.
+
+    Returns:
+        The value, or None if nobody posted it in time.
+
+    Raises:
+        ProcessError: The coordinator cannot be reached.
+    """
+    try:
+        return json.loads(_client().blocking_key_value_get(key, _milliseconds(timeout)))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise ProcessError(f"the coordinator cannot be reached: {error}") from error
 
 
 def _in_cluster() -> bool:

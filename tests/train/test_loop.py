@@ -59,16 +59,24 @@ def state_of():
     return create_state(Net(), tx, jax.random.key(0), jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32), ema_decay=0.9)
 
 
+@pytest.fixture(autouse=True)
+def not_terminated():
+    yield
+    fv.train.stopping.clear()
+
+
 def run(folder, data=None, num_steps=20, keep_latest=10, step=STEP, **options):
+    fv.train.stopping.clear()  # as a new process
     data = data or Seen()
-    evaluate = partial(fv.train.evaluate, eval_step=EVAL, batches=fv.data.eval_batches(SOURCE, 16))
+    evaluate = fv.train.Evaluation(EVAL, fv.data.eval_batches(SOURCE, 16))
     options = {"eval_every": 5, "log_every": 4, "writers": [JsonlWriter(folder / "metrics.jsonl")]} | options
     with fv.checkpoint.Checkpoints(
         folder / "checkpoints", manifest={"data": data.fingerprint}, keep_latest=keep_latest
     ) as checkpoints:
         return fit(
-            state_of(), step, data, num_steps=num_steps, rng=RNG, evaluate=evaluate, checkpoints=checkpoints, **options
-        )
+            state_of(), step, data, num_steps=num_steps, rng=RNG, checkpoints=checkpoints,
+            **{"evaluate": evaluate} | options,
+        )  # fmt: skip
 
 
 def bits(state):
@@ -99,18 +107,25 @@ def test_a_run_does_all_its_steps(uninterrupted):
     assert result.metrics["accuracy"] == records[-1]["accuracy"]
 
 
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing may handle it."""
+
+
+def killed_in_step(number):
+    def step(*args):
+        if int(args[0].step) == number:
+            raise KilledError
+        return STEP(*args)
+
+    return step
+
+
 @pytest.mark.parametrize(
     ("killed_at", "checkpoint_every"), [(0, None), (7, None), (10, None), (19, None), (1, 3), (13, 3)]
 )
 def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, checkpoint_every):
-    class KilledError(Exception):
-        pass
-
-    def kill():
-        raise KilledError
-
     with pytest.raises(KilledError):
-        run(tmp_path, Seen(killed_at, kill), checkpoint_every=checkpoint_every)
+        run(tmp_path, step=killed_in_step(killed_at), checkpoint_every=checkpoint_every)
     data = Seen()
     result = run(tmp_path, data, checkpoint_every=checkpoint_every)
     want, records, rows, _ = uninterrupted
@@ -119,6 +134,113 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, 
     assert data.rows[: 20 - first] == rows[first:]
     assert bits(result.state) == want
     assert records_of(tmp_path) == records  # wherever the checkpoints were
+
+
+class InEvaluation(fv.train.Evaluation):
+    """Runs `action` in the evaluation number `number`, before or after it."""
+
+    def __init__(self, number, action, after=False):
+        super().__init__(EVAL, fv.data.eval_batches(SOURCE, 16))
+        object.__setattr__(self, "count", iter(range(1, 100)))
+        object.__setattr__(self, "act", lambda n: action() if n == number else None)
+        object.__setattr__(self, "after", after)
+
+    def __call__(self, state):
+        number = next(self.count)
+        if not self.after:
+            self.act(number)
+        values = super().__call__(state)
+        if self.after:
+            self.act(number)
+        return values
+
+
+def raising(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("number", [2, 4])  # 4: after the last step
+@pytest.mark.parametrize("error", [KilledError(), MemoryError("in the evaluation")], ids=["kill", "error"])
+def test_an_evaluation_that_fails_costs_nothing(tmp_path, uninterrupted, number, error):
+    with pytest.raises(type(error)):
+        run(tmp_path, evaluate=InEvaluation(number, raising(error)))
+    step = 5 * number
+    restored = fv.checkpoint.Checkpoints(tmp_path / "checkpoints").restore(state_of())
+    assert (restored.step, restored.metrics, restored.progress["evaluation_due"]) == (step, None, True)
+    data = Seen()
+    result = run(tmp_path, data)
+    want, records, rows, whole = uninterrupted
+    assert data.rows[: 20 - step] == rows[step:]  # no step is repeated
+    assert bits(result.state) == want
+    assert records_of(tmp_path) == records
+    assert result.metrics == whole.metrics
+    restored = fv.checkpoint.Checkpoints(tmp_path / "checkpoints").restore_best(state_of())
+    best = max((r for r in records if r["split"] == "validation"), key=lambda r: (r["accuracy"], -r["step"]))
+    assert (restored.step, restored.metrics["accuracy"]) == (best["step"], best["accuracy"])
+
+
+def test_a_kill_between_the_record_of_an_evaluation_and_its_checkpoint_repeats_no_record(tmp_path, uninterrupted):
+    class Killer:
+        def on_evaluation(self, step, state, values):
+            if step == 10:
+                raise KilledError
+
+    with pytest.raises(KilledError):
+        run(tmp_path, callbacks=[Killer()])
+    assert records_of(tmp_path)[-1]["split"] == "validation"
+    result = run(tmp_path)
+    assert bits(result.state) == uninterrupted[0]
+    assert records_of(tmp_path) == uninterrupted[1]
+
+
+def test_an_evaluation_that_fails_between_checkpoints_costs_nothing(tmp_path, uninterrupted):
+    with pytest.raises(MemoryError):
+        run(tmp_path, evaluate=InEvaluation(2, raising(MemoryError())), checkpoint_every=7)
+    data = Seen()
+    assert bits(run(tmp_path, data, checkpoint_every=7).state) == uninterrupted[0]
+    assert data.rows[0][0] == 10
+    assert records_of(tmp_path) == uninterrupted[1]
+
+
+def test_an_error_in_the_data_saves_the_state(tmp_path, uninterrupted):
+    with pytest.raises(OSError, match="unreadable"):
+        run(tmp_path, Seen(7, raising(OSError("unreadable"))))
+    data = Seen()
+    assert bits(run(tmp_path, data).state) == uninterrupted[0]
+    assert data.rows[0][0] == 7
+    assert records_of(tmp_path) == uninterrupted[1]
+
+
+def test_a_run_without_a_step_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="unreadable"):
+        run(tmp_path, Seen(0, raising(OSError("unreadable"))))
+    assert fv.checkpoint.Checkpoints(tmp_path / "checkpoints").latest_step is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("evaluation", [2, 4])
+def test_a_signal_in_an_evaluation_is_honoured_at_the_next_batch(tmp_path, uninterrupted, number, evaluation):
+    seen = []
+
+    class Batches:
+        def __iter__(self):
+            for batch in fv.data.eval_batches(SOURCE, 16):
+                seen.append(batch)
+                if len(seen) == 4 * evaluation - 2:  # 4 batches; those ahead of the second one are read already
+                    os.kill(os.getpid(), number)
+                yield batch
+
+    result = run(tmp_path, evaluate=fv.train.Evaluation(EVAL, Batches()))
+    assert result.stopped == signal.Signals(number).name
+    assert int(result.state.step) == 5 * evaluation
+    assert len(seen) <= 4 * evaluation
+    assert [r["step"] for r in records_of(tmp_path) if r["split"] == "validation"] == list(range(5, 5 * evaluation, 5))
+    again = run(tmp_path)
+    assert bits(again.state) == uninterrupted[0]
+    assert records_of(tmp_path) == uninterrupted[1]
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
@@ -177,7 +299,7 @@ def test_another_data_order_is_refused(tmp_path):
         run(tmp_path, data)
 
 
-@pytest.mark.parametrize("poisoned", ["loss", "parameters"])
+@pytest.mark.parametrize("poisoned", ["loss", "parameters", "opt_state", "ema"])
 def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poisoned):
     def step(state, batch, rng):
         state, metrics = STEP(state, batch, rng)
@@ -185,6 +307,12 @@ def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poison
             metrics = metrics | {"loss": metrics["loss"].replace(total=metrics["loss"].total * np.nan)}
         if int(state.step) == 10 and poisoned == "parameters":  # the loss becomes NaN one step later
             state = state.replace(params=jax.tree.map(lambda p: p * np.nan, state.params))
+        if int(state.step) == 10 and poisoned in ("opt_state", "ema"):  # the loss may never become NaN
+
+            def overflow(x):
+                return x + np.asarray(np.inf, x.dtype) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+            state = state.replace(**{poisoned: jax.tree.map(overflow, getattr(state, poisoned))})
         return state, metrics
 
     data = fv.data.train_batches(SOURCE, 16, seed=5)
@@ -192,6 +320,8 @@ def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poison
         match = {
             "loss": "loss is not finite at step 8; the last checkpoint is step 5",
             "parameters": "a parameter is not finite after step 10; the last checkpoint is step 5",
+            "opt_state": "the optimizer's state is not finite after step 10; the last checkpoint is step 5",
+            "ema": "the moving average is not finite after step 10; the last checkpoint is step 5",
         }[poisoned]
         with pytest.raises(FloatingPointError, match=match):
             fit(
@@ -231,6 +361,53 @@ def test_early_stopping_and_its_resume(tmp_path):
     assert stopping.best is None  # the caller's object is a setting, not the run's memory
 
 
+def test_a_misspelt_metric_of_early_stopping_costs_nothing(tmp_path, uninterrupted):
+    with pytest.raises(ValueError, match=r"metric must be .* such as accuracy; got 'acuracy'"):
+        run(tmp_path, early_stopping=EarlyStopping(3, metric="acuracy"))
+    data = Seen()
+    result = run(tmp_path, data, early_stopping=EarlyStopping(100, metric="accuracy"))
+    assert data.rows[0][0] == 5
+    assert bits(result.state) == uninterrupted[0]
+    assert records_of(tmp_path) == uninterrupted[1]
+
+
+def test_any_object_can_stop_a_run_early(tmp_path):
+    class Twice:
+        """Stops after two evaluations; what it remembers survives a restart."""
+
+        def __init__(self, seen=()):
+            self.seen = list(seen)
+
+        def update(self, values):
+            self.seen.append(values["accuracy"])
+
+        @property
+        def stop(self):
+            return len(self.seen) == 3
+
+        def to_json(self):
+            return {"seen": self.seen}
+
+        def from_json(self, stored):
+            return Twice(stored["seen"])
+
+    rule = Twice()
+    with pytest.raises(KilledError):
+        run(tmp_path, step=killed_in_step(12), early_stopping=rule)
+    result = run(tmp_path, early_stopping=rule)
+    assert (result.stopped, int(result.state.step), rule.seen) == ("early_stopping", 15, [])
+
+
+def test_a_checkpoint_of_early_stopping_before_this_version_loads(tmp_path):
+    run(tmp_path, num_steps=10)
+    with fv.checkpoint.Checkpoints(tmp_path / "checkpoints", manifest={"data": Seen().fingerprint}) as checkpoints:
+        restored = checkpoints.restore(state_of())
+        progress = {"window": {}, "early_stopping": {"best": 2.0, "waited": 1}}
+        checkpoints.save(11, restored.state, progress=progress)
+    result = run(tmp_path, early_stopping=EarlyStopping(2, metric="accuracy", mode="max"), num_steps=30)
+    assert (result.stopped, int(result.state.step)) == ("early_stopping", 15)
+
+
 def test_early_stopping_by_itself():
     stopping = EarlyStopping(patience=2, metric="accuracy", mode="max", min_delta=0.1)
     for value, stop in [(0.5, False), (0.55, False), (0.65, False), (0.7, False), (0.7, True)]:
@@ -241,8 +418,11 @@ def test_early_stopping_by_itself():
     for value in (np.nan, 1.0, np.nan):
         by_loss.update({"loss": value})
     assert (by_loss.best, by_loss.waited) == (1.0, 1)
-    with pytest.raises(ValueError, match=r"metric must be one of loss; got 'accuracy'"):
+    with pytest.raises(ValueError, match=r"metric must be a value of the evaluation, such as loss; got 'accuracy'"):
         stopping.update({"loss": 1.0})
+    stopping.metric = "acuracy"
+    with pytest.raises(ValueError, match=r"such as accuracy; got 'acuracy'"):
+        stopping.update({"loss": 1.0, "accuracy": 0.5, "top5_error": 0.1})
     with pytest.raises(ValueError, match="patience must be at least 1; got 0"):
         EarlyStopping(0)
     with pytest.raises(ValueError, match="mode must be 'max' or 'min'; got 'up'"):
@@ -303,10 +483,10 @@ def test_the_loop_waits_for_no_value_between_records(monkeypatch):
     """The thread that fetches the values of a record gets them only once the loop has started the next record."""
     from jax._src.array import ArrayImpl
 
-    from flaxvision.train import loop
+    from flaxvision.train import monitor
 
     dispatched, fetched, reads, records = [], [], [], []
-    host_value, fetch = ArrayImpl._value, loop._fetch
+    host_value, fetch = ArrayImpl._value, monitor._fetch
 
     def step(state, batch, rng):
         result = STEP(state, batch, rng)
@@ -336,7 +516,7 @@ def test_the_loop_waits_for_no_value_between_records(monkeypatch):
             pass
 
     state, schedule = state_of(), fv.train.schedule("cosine", 0.05, 16)
-    monkeypatch.setattr(loop, "_fetch", late)
+    monkeypatch.setattr(monitor, "_fetch", late)
     monkeypatch.setattr(ArrayImpl, "_value", property(value))
     data = fv.data.train_batches(SOURCE, 16, seed=5)
     fit(state, step, data, num_steps=16, log_every=4, rng=RNG, learning_rate=schedule, writers=[Writer()])
@@ -440,29 +620,3 @@ def test_range_test_finds_where_it_diverges():
         fv.train.learning_rate_range(start, step, batches, RNG, low=1, high=0.1)
     with pytest.raises(ValueError, match="num_steps must be at least 10; got 5"):
         fv.train.learning_rate_range(start, step, batches, RNG, num_steps=5)
-
-
-def test_workdir(tmp_path):
-    import dataclasses
-
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        model: str = "mlp"
-        seed: int = 0
-        data_dir: str | None = None
-
-    folder = fv.train.open_workdir(tmp_path / "run", Config(), free=("data_dir",))
-    written = json.loads((folder / "config.json").read_text())
-    assert written["config"] == {"model": "mlp", "seed": 0, "data_dir": None}
-    assert written["versions"]["jax"] == jax.__version__
-    assert fv.train.open_workdir(folder, Config(data_dir="x"), free=("data_dir",)) == folder
-    assert fv.train.open_workdir(folder, Config(seed=5)) == folder  # the run has not begun
-    assert fv.train.open_workdir(folder, Config()) == folder
-    (folder / "metrics.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds another run: model was 'mlp', now 'lenet5'; seed was 0, now 1"):
-        fv.train.open_workdir(folder, Config(model="lenet5", seed=1))
-    (folder / "config.json").write_text('{"config"')
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
-        fv.train.open_workdir(folder, Config())
-    with pytest.raises(ValueError, match="must be a directory; got the file"):
-        fv.train.open_workdir(folder / "config.json", Config())
