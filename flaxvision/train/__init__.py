@@ -1,11 +1,14 @@
 """Training: the state, objectives, steps and their compilation, optimizers and the loop."""
 
+from flaxvision.processes import initialize
 from flaxvision.train.loop import EarlyStopping, FitResult, evaluate, fit
 from flaxvision.train.objectives import Objective, binary, capsule, classification, multilabel, regression
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
-from flaxvision.train.parallel import compile_steps, jit_step, make_mesh, pmap_step, prefetch
+from flaxvision.train.parallel import CompiledStep, compile_steps, jit_step, make_mesh, pmap_step, prefetch
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
 from flaxvision.train.recipe import Recipe
+from flaxvision.train.reproducibility import deterministic
+from flaxvision.train.sharding import state_sharding
 from flaxvision.train.state import TrainState, create_state
 from flaxvision.train.step import eval_step, train_step
 from flaxvision.train.workdir import draw_samples, fit_in_workdir, open_workdir, run_experiment, versions
@@ -14,6 +17,7 @@ from flaxvision.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "CompiledStep",
     "EarlyStopping",
     "FitResult",
     "JsonlWriter",
@@ -28,11 +32,13 @@ __all__ = [
     "classification",
     "compile_steps",
     "create_state",
+    "deterministic",
     "draw_samples",
     "eval_step",
     "evaluate",
     "fit",
     "fit_in_workdir",
+    "initialize",
     "jit_step",
     "learning_rate_range",
     "make_mesh",
@@ -45,6 +51,7 @@ __all__ = [
     "regression",
     "run_experiment",
     "schedule",
+    "state_sharding",
     "train_step",
     "versions",
 ]
