@@ -1,5 +1,6 @@
 """Training: the state, objectives, steps and their compilation, optimizers and the loop."""
 
+from flaxvision.processes import initialize
 from flaxvision.train import stopping
 from flaxvision.train.callbacks import Profiler
 from flaxvision.train.evaluation import Evaluation, evaluate
@@ -8,9 +9,11 @@ from flaxvision.train.lock import WorkdirInUseError
 from flaxvision.train.loop import FitResult, fit
 from flaxvision.train.objectives import Objective, binary, capsule, classification, multilabel, regression
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
-from flaxvision.train.parallel import compile_steps, jit_step, make_mesh, pmap_step, prefetch
+from flaxvision.train.parallel import CompiledStep, compile_steps, jit_step, make_mesh, pmap_step, prefetch
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
 from flaxvision.train.recipe import Recipe
+from flaxvision.train.reproducibility import deterministic
+from flaxvision.train.sharding import state_sharding
 from flaxvision.train.state import TrainState, create_state
 from flaxvision.train.step import eval_step, train_step
 from flaxvision.train.stopping import EarlyStopping
@@ -20,6 +23,7 @@ from flaxvision.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "CompiledStep",
     "EarlyStopping",
     "Evaluation",
     "FitResult",
@@ -38,11 +42,13 @@ __all__ = [
     "classification",
     "compile_steps",
     "create_state",
+    "deterministic",
     "draw_samples",
     "eval_step",
     "evaluate",
     "fit",
     "fit_in_workdir",
+    "initialize",
     "jit_step",
     "learning_rate_range",
     "make_mesh",
@@ -56,6 +62,7 @@ __all__ = [
     "run_experiment",
     "run_info",
     "schedule",
+    "state_sharding",
     "stopping",
     "train_step",
     "versions",

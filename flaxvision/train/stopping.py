@@ -263,7 +263,9 @@ class EarlyStopping:
         """
         if self.metric not in metrics:
             near = difflib.get_close_matches(self.metric, metrics, n=3, cutoff=0.4) or list(metrics)
-            raise ValueError(f"metric must be a value of the evaluation, such as {', '.join(near)}; got {self.metric!r}")
+            raise ValueError(
+                f"metric must be a value of the evaluation, such as {', '.join(near)}; got {self.metric!r}"
+            )
         value = metrics[self.metric]
         sign = 1 if self.mode == "max" else -1
         if not math.isnan(value) and (self.best is None or sign * (value - self.best) > self.min_delta):
