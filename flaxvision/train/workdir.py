@@ -285,9 +285,11 @@ def run_experiment(main: Callable[[Any], int], parse: Callable[[], Any]) -> NoRe
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     try:
-        status: int | str = main(parse())
+        with processes.failures():
+            status: int | str = main(parse())
     except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
         status = "\n".join([f"error: {error}", *getattr(error, "__notes__", ())])
+        processes.fail(str(error))
     if input_lib.hung():  # the interpreter would wait for the threads of the pipeline
         if isinstance(status, str):
             print(status, file=sys.stderr)

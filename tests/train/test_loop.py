@@ -1,100 +1,34 @@
 """The loop: bit-exact resume, early stopping, NaN, signals, records."""
 
-import json
 import os
 import signal
 import threading
 import time
-from functools import partial
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flaxvision as fv
-from flaxvision.train import EarlyStopping, JsonlWriter, create_state, eval_step, fit, jit_step, make_mesh, train_step
-
-
-class Net(nn.Module):
-    """BatchNorm and dropout: everything that a resume could lose."""
-
-    @nn.compact
-    def __call__(self, x, *, train=False):
-        x = nn.BatchNorm(not train, momentum=0.9, name="norm")(x.reshape((len(x), -1)))
-        x = nn.Dropout(0.3, deterministic=not train)(nn.relu(nn.Dense(8, name="hidden")(x)))
-        return nn.Dense(3, name="head")(x)
-
-
-SOURCE = fv.data.ArraySource(
-    np.random.default_rng(0).normal(size=(50, 2, 2, 1)).astype(np.float32), np.random.default_rng(1).integers(0, 3, 50)
+from flaxvision.train import EarlyStopping, fit, jit_step, train_step
+from tests.train.runs import (
+    EVAL,
+    MESH,
+    OBJECTIVE,
+    RNG,
+    SOURCE,
+    STEP,
+    KilledError,
+    Seen,
+    bits,
+    interrupted_after,
+    killed_in_step,
+    records_of,
+    run,
+    state_of,
 )
-OBJECTIVE = fv.train.classification()
-MESH = make_mesh(jax.devices()[:1])
-STEP = jit_step(partial(train_step, objective=OBJECTIVE), MESH)
-EVAL = jit_step(partial(eval_step, objective=OBJECTIVE, use_ema=True), MESH)
-RNG = jax.random.key(3)
-
-
-class Seen:
-    """A source that records which rows were read and runs `action` when the batch of step `at` is asked for."""
-
-    def __init__(self, at=None, action=None):
-        self.rows, self.at, self.action = [], at, action
-        self.inner = fv.data.train_batches(SOURCE, 16, seed=5)
-        self.fingerprint = self.inner.fingerprint
-
-    def from_step(self, step):
-        for i, batch in enumerate(self.inner.from_step(step), step):
-            if i == self.at:
-                self.action()
-            self.rows.append((i, batch["image"].tobytes()))
-            yield batch
-
-
-def state_of():
-    tx = fv.train.optimizer("adam", fv.train.schedule("cosine", 0.05, 20))
-    return create_state(Net(), tx, jax.random.key(0), jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32), ema_decay=0.9)
-
-
-@pytest.fixture(autouse=True)
-def not_terminated():
-    yield
-    fv.train.stopping.clear()
-
-
-def run(folder, data=None, num_steps=20, keep_latest=10, step=STEP, **options):
-    fv.train.stopping.clear()  # as a new process
-    data = data or Seen()
-    evaluate = fv.train.Evaluation(EVAL, fv.data.eval_batches(SOURCE, 16))
-    options = {"eval_every": 5, "log_every": 4, "writers": [JsonlWriter(folder / "metrics.jsonl")]} | options
-    with fv.checkpoint.Checkpoints(
-        folder / "checkpoints", manifest={"data": data.fingerprint}, keep_latest=keep_latest
-    ) as checkpoints:
-        return fit(
-            state_of(), step, data, num_steps=num_steps, rng=RNG, checkpoints=checkpoints,
-            **{"evaluate": evaluate} | options,
-        )  # fmt: skip
-
-
-def bits(state):
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
-    return {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in leaves}
-
-
-def records_of(folder):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    data = Seen()
-    result = run(folder, data)
-    return bits(result.state), records_of(folder), data.rows[:20], result
 
 
 def test_a_run_does_all_its_steps(uninterrupted):
@@ -105,19 +39,6 @@ def test_a_run_does_all_its_steps(uninterrupted):
     assert [r["step"] for r in records if r["split"] == "train"] == [4, 5, 8, 10, 12, 15, 16, 20]
     assert [r["step"] for r in records if r["split"] == "validation"] == [5, 10, 15, 20]
     assert result.metrics["accuracy"] == records[-1]["accuracy"]
-
-
-class KilledError(BaseException):
-    """Stands for SIGKILL: nothing may handle it."""
-
-
-def killed_in_step(number):
-    def step(*args):
-        if int(args[0].step) == number:
-            raise KilledError
-        return STEP(*args)
-
-    return step
 
 
 @pytest.mark.parametrize(
@@ -134,113 +55,6 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, 
     assert data.rows[: 20 - first] == rows[first:]
     assert bits(result.state) == want
     assert records_of(tmp_path) == records  # wherever the checkpoints were
-
-
-class InEvaluation(fv.train.Evaluation):
-    """Runs `action` in the evaluation number `number`, before or after it."""
-
-    def __init__(self, number, action, after=False):
-        super().__init__(EVAL, fv.data.eval_batches(SOURCE, 16))
-        object.__setattr__(self, "count", iter(range(1, 100)))
-        object.__setattr__(self, "act", lambda n: action() if n == number else None)
-        object.__setattr__(self, "after", after)
-
-    def __call__(self, state):
-        number = next(self.count)
-        if not self.after:
-            self.act(number)
-        values = super().__call__(state)
-        if self.after:
-            self.act(number)
-        return values
-
-
-def raising(error):
-    def action():
-        raise error
-
-    return action
-
-
-@pytest.mark.parametrize("number", [2, 4])  # 4: after the last step
-@pytest.mark.parametrize("error", [KilledError(), MemoryError("in the evaluation")], ids=["kill", "error"])
-def test_an_evaluation_that_fails_costs_nothing(tmp_path, uninterrupted, number, error):
-    with pytest.raises(type(error)):
-        run(tmp_path, evaluate=InEvaluation(number, raising(error)))
-    step = 5 * number
-    restored = fv.checkpoint.Checkpoints(tmp_path / "checkpoints").restore(state_of())
-    assert (restored.step, restored.metrics, restored.progress["evaluation_due"]) == (step, None, True)
-    data = Seen()
-    result = run(tmp_path, data)
-    want, records, rows, whole = uninterrupted
-    assert data.rows[: 20 - step] == rows[step:]  # no step is repeated
-    assert bits(result.state) == want
-    assert records_of(tmp_path) == records
-    assert result.metrics == whole.metrics
-    restored = fv.checkpoint.Checkpoints(tmp_path / "checkpoints").restore_best(state_of())
-    best = max((r for r in records if r["split"] == "validation"), key=lambda r: (r["accuracy"], -r["step"]))
-    assert (restored.step, restored.metrics["accuracy"]) == (best["step"], best["accuracy"])
-
-
-def test_a_kill_between_the_record_of_an_evaluation_and_its_checkpoint_repeats_no_record(tmp_path, uninterrupted):
-    class Killer:
-        def on_evaluation(self, step, state, values):
-            if step == 10:
-                raise KilledError
-
-    with pytest.raises(KilledError):
-        run(tmp_path, callbacks=[Killer()])
-    assert records_of(tmp_path)[-1]["split"] == "validation"
-    result = run(tmp_path)
-    assert bits(result.state) == uninterrupted[0]
-    assert records_of(tmp_path) == uninterrupted[1]
-
-
-def test_an_evaluation_that_fails_between_checkpoints_costs_nothing(tmp_path, uninterrupted):
-    with pytest.raises(MemoryError):
-        run(tmp_path, evaluate=InEvaluation(2, raising(MemoryError())), checkpoint_every=7)
-    data = Seen()
-    assert bits(run(tmp_path, data, checkpoint_every=7).state) == uninterrupted[0]
-    assert data.rows[0][0] == 10
-    assert records_of(tmp_path) == uninterrupted[1]
-
-
-def test_an_error_in_the_data_saves_the_state(tmp_path, uninterrupted):
-    with pytest.raises(OSError, match="unreadable"):
-        run(tmp_path, Seen(7, raising(OSError("unreadable"))))
-    data = Seen()
-    assert bits(run(tmp_path, data).state) == uninterrupted[0]
-    assert data.rows[0][0] == 7
-    assert records_of(tmp_path) == uninterrupted[1]
-
-
-def test_a_run_without_a_step_leaves_nothing(tmp_path):
-    with pytest.raises(OSError, match="unreadable"):
-        run(tmp_path, Seen(0, raising(OSError("unreadable"))))
-    assert fv.checkpoint.Checkpoints(tmp_path / "checkpoints").latest_step is None
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("evaluation", [2, 4])
-def test_a_signal_in_an_evaluation_is_honoured_at_the_next_batch(tmp_path, uninterrupted, number, evaluation):
-    seen = []
-
-    class Batches:
-        def __iter__(self):
-            for batch in fv.data.eval_batches(SOURCE, 16):
-                seen.append(batch)
-                if len(seen) == 4 * evaluation - 2:  # 4 batches; those ahead of the second one are read already
-                    os.kill(os.getpid(), number)
-                yield batch
-
-    result = run(tmp_path, evaluate=fv.train.Evaluation(EVAL, Batches()))
-    assert result.stopped == signal.Signals(number).name
-    assert int(result.state.step) == 5 * evaluation
-    assert len(seen) <= 4 * evaluation
-    assert [r["step"] for r in records_of(tmp_path) if r["split"] == "validation"] == list(range(5, 5 * evaluation, 5))
-    again = run(tmp_path)
-    assert bits(again.state) == uninterrupted[0]
-    assert records_of(tmp_path) == uninterrupted[1]
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
@@ -361,16 +175,6 @@ def test_early_stopping_and_its_resume(tmp_path):
     assert stopping.best is None  # the caller's object is a setting, not the run's memory
 
 
-def test_a_misspelt_metric_of_early_stopping_costs_nothing(tmp_path, uninterrupted):
-    with pytest.raises(ValueError, match=r"metric must be .* such as accuracy; got 'acuracy'"):
-        run(tmp_path, early_stopping=EarlyStopping(3, metric="acuracy"))
-    data = Seen()
-    result = run(tmp_path, data, early_stopping=EarlyStopping(100, metric="accuracy"))
-    assert data.rows[0][0] == 5
-    assert bits(result.state) == uninterrupted[0]
-    assert records_of(tmp_path) == uninterrupted[1]
-
-
 def test_any_object_can_stop_a_run_early(tmp_path):
     class Twice:
         """Stops after two evaluations; what it remembers survives a restart."""
@@ -437,46 +241,6 @@ def test_an_evaluation_needs_batches():
 def test_intervals_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="log_every must be at least 1; got 0"):
         run(tmp_path, log_every=0)
-
-
-def test_jsonl_forgets_what_came_later_and_half_a_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "train"}\n{"step": 3, "spl')
-    writer = JsonlWriter(path)
-    writer.start(1)
-    writer.write({"step": 2, "split": "train", "loss": 0.5})
-    writer.close()
-    assert fv.train.read_records(path) == [
-        {"step": 1, "split": "train"},
-        {"step": 2, "split": "train", "loss": 0.5},
-    ]
-
-
-def test_tensorboard_files(tmp_path):
-    writer = fv.train.TensorBoardWriter(tmp_path)
-    writer.start(0)
-    writer.write({"step": 1, "split": "train", "loss": 0.5})
-    writer.write({"step": 1, "split": "validation", "loss": 0.25})
-    writer.close()
-    for split, value in (("train", 0.5), ("validation", 0.25)):
-        (file,) = (tmp_path / split).iterdir()
-        content = file.read_bytes()
-        assert b"loss" in content
-        assert np.float32(value).tobytes() in content
-
-
-def test_progress_bar_shows_speed_metrics_and_time_left(capsys):
-    bar = fv.train.ProgressBar(10, 16, mininterval=0)
-    bar.start(5)
-    bar.write({"step": 6, "split": "train", "loss": 0.5, "accuracy": 0.75})
-    bar.write({"step": 6, "split": "validation", "miou_mean": 0.875, "loss": 0.25, "learning_rate": 0.125})
-    bar.advance(16)
-    bar.close()
-    shown = capsys.readouterr().err.split("\r")[-1]
-    for part in ("96.0/160", "img/s", "loss=0.5000", "accuracy=0.7500", "val loss=0.2500", "<"):
-        assert part in shown
-    assert "val miou_mean=0.8750" in shown
-    assert "0.1250" not in shown
 
 
 def test_the_loop_waits_for_no_value_between_records(monkeypatch):
@@ -572,15 +336,6 @@ def test_a_checkpoint_of_sums_with_one_weight_still_loads(tmp_path, uninterrupte
     assert records_of(tmp_path) == uninterrupted[1]
 
 
-def interrupted_after(last):
-    def step(*args):
-        if int(args[0].step) == last - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return STEP(*args)
-
-    return step
-
-
 def test_a_compiled_step_is_traced_once_per_run():
     chex.clear_trace_counter()
 
@@ -591,32 +346,3 @@ def test_a_compiled_step_is_traced_once_per_run():
     data = fv.data.train_batches(SOURCE, 16, seed=5)
     result = fit(state_of(), jit_step(traced, MESH), data, num_steps=5, rng=RNG, log_every=2)
     assert int(result.state.step) == 5
-
-
-def test_range_test_finds_where_it_diverges():
-    """On a parabola of curvature 1, gradient descent diverges for rates above 2."""
-
-    def objective(apply_fn, params, collections, batch, rng, train):
-        loss = 50 * jnp.sum(params["hidden"]["bias"] ** 2) / 100
-        return loss, ({"loss": fv.metrics.Mean(loss, jnp.float32(1))}, collections)
-
-    def start(rate):
-        state = create_state(Net(), fv.train.optimizer("sgd", rate), jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
-        state.params["hidden"]["bias"] = jnp.ones(8)
-        return state
-
-    batches = fv.data.train_batches(SOURCE, 16, seed=0).from_step(0)
-    step = jit_step(partial(train_step, objective=objective), MESH)
-    found = fv.train.learning_rate_range(start, step, batches, RNG, low=1e-4, high=1e3, num_steps=100)
-    assert found.diverged
-    assert 1 < found.turned < 4
-    assert found.suggestion == found.turned / 3 < 2
-    assert len(found.rates) == len(found.losses) < 100
-    np.testing.assert_allclose(found.rates[1] / found.rates[0], 1e7 ** (1 / 99))
-    calm = fv.train.learning_rate_range(start, step, batches, RNG, low=1e-5, high=1e-3, num_steps=20)
-    assert not calm.diverged
-    assert calm.turned <= 1e-3
-    with pytest.raises(ValueError, match=r"0 < low < high; got low=1 and high=0\.1"):
-        fv.train.learning_rate_range(start, step, batches, RNG, low=1, high=0.1)
-    with pytest.raises(ValueError, match="num_steps must be at least 10; got 5"):
-        fv.train.learning_rate_range(start, step, batches, RNG, num_steps=5)

@@ -16,7 +16,7 @@ import pytest
 from flax import struct
 
 from flaxvision import metrics as fm
-from flaxvision.train import evaluate, fit, monitor, stopping
+from flaxvision.train import evaluate, fit, monitor
 
 START = SimpleNamespace(step=0)
 LOSS = {"loss": fm.Mean(np.float32(1), np.float32(2))}

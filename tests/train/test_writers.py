@@ -1,0 +1,46 @@
+"""Writers of records: JSON lines, TensorBoard, the progress bar."""
+
+import numpy as np
+
+import flaxvision as fv
+from flaxvision.train import JsonlWriter
+
+
+def test_jsonl_forgets_what_came_later_and_half_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "train"}\n{"step": 3, "spl')
+    writer = JsonlWriter(path)
+    writer.start(1)
+    writer.write({"step": 2, "split": "train", "loss": 0.5})
+    writer.close()
+    assert fv.train.read_records(path) == [
+        {"step": 1, "split": "train"},
+        {"step": 2, "split": "train", "loss": 0.5},
+    ]
+
+
+def test_tensorboard_files(tmp_path):
+    writer = fv.train.TensorBoardWriter(tmp_path)
+    writer.start(0)
+    writer.write({"step": 1, "split": "train", "loss": 0.5})
+    writer.write({"step": 1, "split": "validation", "loss": 0.25})
+    writer.close()
+    for split, value in (("train", 0.5), ("validation", 0.25)):
+        (file,) = (tmp_path / split).iterdir()
+        content = file.read_bytes()
+        assert b"loss" in content
+        assert np.float32(value).tobytes() in content
+
+
+def test_progress_bar_shows_speed_metrics_and_time_left(capsys):
+    bar = fv.train.ProgressBar(10, 16, mininterval=0)
+    bar.start(5)
+    bar.write({"step": 6, "split": "train", "loss": 0.5, "accuracy": 0.75})
+    bar.write({"step": 6, "split": "validation", "miou_mean": 0.875, "loss": 0.25, "learning_rate": 0.125})
+    bar.advance(16)
+    bar.close()
+    shown = capsys.readouterr().err.split("\r")[-1]
+    for part in ("96.0/160", "img/s", "loss=0.5000", "accuracy=0.7500", "val loss=0.2500", "<"):
+        assert part in shown
+    assert "val miou_mean=0.8750" in shown
+    assert "0.1250" not in shown
