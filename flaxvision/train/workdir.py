@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 
 from flaxvision import atomic, checkpoint, plot, processes
+from flaxvision.checkpoint import folders
 from flaxvision.train import callbacks as callbacks_lib
 from flaxvision.train import input as input_lib
 from flaxvision.train import lock, loop, writers
@@ -98,12 +98,7 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
             checkpoints of a run with other settings; the message names each setting with both values.
         WorkdirInUseError: Another run uses the directory; the message names its process.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise ValueError(
-            f"the work directory must be a directory of this machine; got {str(path)!r} (mount the storage, and give "
-            "the directory where it is mounted)"
-        )
-    path = Path(path)
+    path = folders.local(path, "the work directory")
     _on_first_process("open the work directory", lambda: _open(path, config, free))
     return path
 

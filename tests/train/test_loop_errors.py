@@ -9,64 +9,14 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
 
 from flaxvision import metrics as fm
-from flaxvision.train import evaluate, fit, monitor
-
-START = SimpleNamespace(step=0)
-LOSS = {"loss": fm.Mean(np.float32(1), np.float32(2))}
-
-
-class Data:
-    """`length` batches; then the data end, or `error` is raised."""
-
-    def __init__(self, length=1000, error=None):
-        self.length, self.error = length, error
-
-    def from_step(self, step):
-        for _ in range(step, self.length):
-            yield {"image": np.zeros((2, 1))}
-        if self.error:
-            raise self.error
-
-
-class Writer:
-    def __init__(self):
-        self.steps = []
-
-    def start(self, step):
-        pass
-
-    def write(self, record):
-        self.steps.append(record["step"])
-
-    def close(self):
-        self.steps.append("closed")
-
-
-def metrics_step(state, batch, rng, metrics=LOSS):
-    return state, metrics
-
-
-def raising_after(last, error):
-    done = iter(range(last))
-
-    def step(state, batch, rng):
-        if next(done, None) is None:
-            raise error
-        return state, LOSS
-
-    return step
-
-
-def run(step=metrics_step, data=None, **options):
-    options = {"num_steps": 10, "log_every": 2, "rng": jax.random.key(0)} | options
-    return fit(START, step, data or Data(), **options)
+from flaxvision.train import evaluate, monitor
+from tests.train.fakes import LOSS, Data, Writer, metrics_step, raising_after, run
 
 
 @pytest.fixture

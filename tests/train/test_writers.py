@@ -1,6 +1,10 @@
 """Writers of records: JSON lines, TensorBoard, the progress bar."""
 
+import errno
+import os
+
 import numpy as np
+import pytest
 
 import flaxvision as fv
 from flaxvision.train import JsonlWriter
@@ -44,3 +48,48 @@ def test_progress_bar_shows_speed_metrics_and_time_left(capsys):
         assert part in shown
     assert "val miou_mean=0.8750" in shown
     assert "0.1250" not in shown
+
+
+def test_a_record_that_a_resumed_run_repeats_stands_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "split": "train"}\n{"step": 2, "split": "validation", "loss": 0.5}\n')
+    writer = JsonlWriter(path)
+    writer.start(2)
+    writer.write({"step": 2, "split": "validation", "loss": 0.5})
+    writer.write({"step": 4, "split": "validation", "loss": 0.25})
+    writer.close()
+    assert [(r["step"], r["split"]) for r in fv.train.read_records(path)] == [
+        (2, "train"), (2, "validation"), (4, "validation"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("full", ["write", "close"])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full):
+    class Full:
+        def __getattr__(self, name):
+            def call(*args):
+                if name == full:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            return call
+
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.start(0)
+    writer._file.close()
+    writer._file = Full()
+    with pytest.raises(OSError, match=r"record cannot be written: No space left") as raised:
+        writer.write({"step": 1, "split": "train"})
+        writer.close()
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "metrics.jsonl"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_real_full_disk(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.start(0)
+    writer._file.close()
+    writer._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match=r"record cannot be written: .*metrics\.jsonl"):
+        writer.write({"step": 1, "split": "train"})
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):  # the line is still in the buffer
+        writer.close()
