@@ -207,7 +207,7 @@ def test_a_checkpoint_of_early_stopping_before_this_version_loads(tmp_path):
     with fv.checkpoint.Checkpoints(tmp_path / "checkpoints", manifest={"data": Seen().fingerprint}) as checkpoints:
         restored = checkpoints.restore(state_of())
         progress = {"window": {}, "early_stopping": {"best": 2.0, "waited": 1}}
-        checkpoints.save(11, restored.state, progress=progress)
+        checkpoints.save(10, restored.state, progress=progress)
     result = run(tmp_path, early_stopping=EarlyStopping(2, metric="accuracy", mode="max"), num_steps=30)
     assert (result.stopped, int(result.state.step)) == ("early_stopping", 15)
 

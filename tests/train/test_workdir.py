@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import flaxvision as fv
@@ -140,7 +141,7 @@ def test_a_profile_of_some_steps(tmp_path):
 def test_changed_data_continue_only_if_allowed(tmp_path, caplog):
     with pytest.raises(KilledError):
         run(tmp_path, step=killed_in_step(5))
-    changed = fv.data.train_batches(fv.data.subset(SOURCE, range(40), "part"), 16, seed=5)
+    changed = fv.data.train_batches(fv.data.subset(SOURCE, np.arange(40), "part"), 16, seed=5)
     with pytest.raises(ValueError, match="data"):
         run(tmp_path, changed)
     result = run(tmp_path, changed, allow_changes=True)
@@ -159,9 +160,8 @@ def test_the_end_is_reported(tmp_path, capsys):
     assert "stopped by the time budget after step 1; run the same command to resume" in capsys.readouterr().out
 
 
-def test_only_process_0_writes(tmp_path, monkeypatch):
+def test_only_process_0_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(workdir.writers, "JsonlWriter", None)  # calling it would fail
     fv.train.draw_samples(tmp_path / "samples.png", None, None, None)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 

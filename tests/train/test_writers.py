@@ -77,9 +77,13 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full):
     writer.start(0)
     writer._file.close()
     writer._file = Full()
-    with pytest.raises(OSError, match=r"record cannot be written: No space left") as raised:
+
+    def write_and_close():
         writer.write({"step": 1, "split": "train"})
         writer.close()
+
+    with pytest.raises(OSError, match=r"record cannot be written: No space left") as raised:
+        write_and_close()
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "metrics.jsonl"))
 
 
