@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["move", "replacing"]
+__all__ = ["make_directory", "move", "replacing"]
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         yield partial
         move(partial, path)
     except OSError as error:
@@ -44,6 +44,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # usually it has been moved
             partial.unlink()
+
+
+def make_directory(path: Path) -> None:
+    """Creates a directory and its parents, durably; does nothing if it exists.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        OSError: It cannot be created.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _flush_directory(folder.parent)
 
 
 def move(source: Path, target: Path) -> None:

@@ -1,47 +1,67 @@
-"""The JSON record of a checkpoint, with the shape, dtype and CRC-32 of every array.
+"""The JSON record of a checkpoint, and the checksums of its files.
 
 A *record* is a dict of JSON values: `step`, `progress`, `metrics`, the `manifest` of the run and `leaves`. A *sealed*
 record also has its format and its own CRC-32. *Leaves* map the path of each array (such as `params/conv1/kernel`) to a
-dict with `shape`, `dtype` and `crc32`. For a PRNG key these describe its data, and the dict also has `key`, the dtype
-of the key, and `impl`.
+dict with `shape`, `dtype` and, in a checkpoint of one process, `crc32`. For a PRNG key these describe its data, and the
+dict also has `key`, the dtype of the key, and `impl`.
+
+An *amendment* is a small sealed file beside the arrays. It replaces `progress` and `metrics` of the record, so that an
+evaluation is added to a checkpoint without writing the arrays again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from flaxvision import atomic
+
 __all__ = [
     "Damage",
     "Leaves",
+    "amend",
+    "amended",
     "brief",
     "check_files",
     "check_manifest",
+    "describe",
+    "is_key",
     "json_value",
     "misfits",
-    "place",
+    "name_of",
+    "read_record",
     "record_of",
+    "retried",
+    "same",
     "seal",
-    "to_host",
     "unseal",
-    "verify",
     "write_checksums",
+    "write_json",
+    "write_record",
 ]
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1
-CHECKSUMS = "checksums.json"  # CRC-32 of every other file in the directory of a checkpoint
+CHECKSUMS = "checksums.json"  # CRC-32 of the other files of a checkpoint, except amendment and pieces
+RECORD = "record.json"
+AMENDMENT = "evaluation.json"
+_PAUSES = (0.1, 1.0, 3.0)  # seconds between attempts to read
 
 Leaves = dict[str, dict[str, Any]]
+T = TypeVar("T")
 
 
 class Damage(Exception):
-    """A checkpoint is damaged; the message says how."""
+    """The content of a checkpoint is wrong; the message says how. An error of the file system is no damage."""
 
 
 def brief(error: BaseException) -> str:
@@ -49,62 +69,45 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
-def _name_of(path: tuple[Any, ...]) -> str:
+def retried(read: Callable[[], T]) -> T:
+    """Calls a function that reads files, again after a pause if the file system or the memory fails for a moment.
+
+    Raises:
+        OSError: The last attempt failed too.
+        MemoryError: The last attempt failed too.
+    """
+    for pause in _PAUSES:
+        try:
+            return read()
+        except (OSError, MemoryError) as error:
+            logger.warning("reading again in %g s after an error: %s", pause, brief(error))
+        time.sleep(pause)
+    return read()
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """Returns the name of a leaf, such as `params/conv1/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of PRNG keys."""
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _describe(name: str, leaf: Any) -> dict[str, Any]:
+def describe(name: str, leaf: Any) -> dict[str, Any]:
     """Returns shape and dtype of a leaf; for a PRNG key, of its data, plus the dtype of the key."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise TypeError(f"state must have arrays as leaves; got {type(leaf).__name__} at {name}")
-    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    data = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
     about = {"shape": list(data.shape), "dtype": str(data.dtype)}
-    return about | {"key": str(leaf.dtype)} if _is_key(leaf) else about
-
-
-def to_host(state: Any) -> tuple[dict[str, np.ndarray], Leaves]:
-    """Copies the arrays of a state to the host.
-
-    Orbax accepts neither empty arrays nor empty trees: empty arrays are left out, and an empty tree gets a placeholder.
-
-    Args:
-        state: A tree of arrays.
-
-    Returns:
-        The arrays by path, and the leaves of the record.
-
-    Raises:
-        TypeError: A leaf is not an array.
-        ValueError: Two leaves have the same path.
-    """
-    arrays, leaves = {}, {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        name = _name_of(path)
-        if name in leaves:
-            raise ValueError(f"state must have different paths for all leaves; got {name} twice")
-        leaves[name] = _describe(name, leaf)
-        if _is_key(leaf):
-            leaves[name]["impl"] = str(jax.random.key_impl(leaf))
-            leaf = jax.random.key_data(leaf)
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            from jax.experimental import multihost_utils
-
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        array = np.array(leaf)  # a copy, because the buffer may be donated while the thread writes
-        leaves[name]["crc32"] = _crc(array)
-        if array.size:
-            arrays[name] = array
-    return arrays or {"(none)": np.zeros(1)}, leaves
+    return about | {"key": str(leaf.dtype)} if is_key(leaf) else about
 
 
 def misfits(stored: Leaves, template: Any) -> str:
     """Describes how the stored leaves differ from those of a template; empty if they match."""
-    named = ((_name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(template)[0])
-    wanted = {name: _describe(name, leaf) for name, leaf in named}
+    named = ((name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(template)[0])
+    wanted = {name: describe(name, leaf) for name, leaf in named}
     faults = [f"{name} is missing from the checkpoint" for name in wanted if name not in stored]
     faults += [f"{name} is missing from the state" for name in stored if name not in wanted]
     for name in sorted(wanted.keys() & stored.keys()):
@@ -112,49 +115,6 @@ def misfits(stored: Leaves, template: Any) -> str:
         if old != new:
             faults.append(f"{name} is {old} in the checkpoint but {new} in the state")
     return "; ".join(faults[:8]) + (f" and {len(faults) - 8} more" if len(faults) > 8 else "")
-
-
-def verify(arrays: Mapping[str, Any], leaves: Leaves) -> dict[str, np.ndarray]:
-    """Returns the arrays of all leaves, with the empty ones that Orbax does not store.
-
-    Raises:
-        Damage: An array is missing or differs from its record.
-    """
-    verified = {}
-    for name, about in leaves.items():
-        dtype = np.dtype(jax.numpy.dtype(about["dtype"]))
-        array = np.zeros(about["shape"], dtype) if 0 in about["shape"] else arrays.get(name)
-        if not isinstance(array, np.ndarray):
-            raise Damage(f"{name} is missing")
-        if (list(array.shape), array.dtype) != (about["shape"], dtype):
-            raise Damage(f"{name} must be {about['dtype']}{about['shape']}; got {array.dtype}{list(array.shape)}")
-        if _crc(array) != about["crc32"]:
-            raise Damage(f"{name} must have the checksum {about['crc32']:08x}; got {_crc(array):08x}")
-        verified[name] = array
-    return verified
-
-
-def place(arrays: Mapping[str, np.ndarray], leaves: Leaves, template: Any) -> Any:
-    """Returns the arrays in the tree structure of the template, with the shardings of its leaves."""
-
-    def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = _name_of(path)
-        if isinstance(leaf, np.ndarray | np.generic):
-            return arrays[name]
-        sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
-        if _is_key(leaf):
-            key = jax.random.wrap_key_data(jax.device_put(arrays[name]), impl=leaves[name]["impl"])
-            return key if sharding is None else jax.device_put(key, sharding)
-        placed = jax.device_put(arrays[name], sharding)
-        if placed.dtype != leaf.dtype:
-            raise ValueError(f"{name} is {leaf.dtype}, but JAX converts it to {placed.dtype}; set jax_enable_x64")
-        return placed
-
-    return jax.tree_util.tree_map_with_path(one, template)
-
-
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _crc_of_json(record: dict[str, Any]) -> int:
@@ -166,9 +126,8 @@ def record_of(
     progress: Mapping[str, Any],
     metrics: Mapping[str, float] | None,
     manifest: Mapping[str, Any],
-    leaves: Leaves,
 ) -> dict[str, Any]:
-    """Returns the record of a checkpoint.
+    """Returns the record of a checkpoint, without its leaves.
 
     Raises:
         TypeError: JSON cannot represent `progress`.
@@ -178,8 +137,12 @@ def record_of(
         "progress": json_value(dict(progress), "progress"),
         "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
         "manifest": manifest,
-        "leaves": leaves,
     }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Returns whether two JSON values are the same, NaN included."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def seal(record: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +164,54 @@ def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
     if (found := record.pop("format", None)) != FORMAT:
         raise ValueError(f"format of the checkpoint must be {FORMAT} for this version of flaxvision; got {found}")
     return record
+
+
+def write_record(directory: Path, record: dict[str, Any]) -> None:
+    """Writes the record of a checkpoint of several processes."""
+    write_json(directory / RECORD, seal(record))
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """Returns the record of a checkpoint of several processes, or None if Orbax has stored the record.
+
+    Raises:
+        Damage: The record is wrong.
+    """
+    try:
+        return unseal(json.loads((directory / RECORD).read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Damage(f"record cannot be read: {brief(error)}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON value for people to read."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def amend(directory: Path, amendment: Mapping[str, Any]) -> None:
+    """Writes the amendment of a checkpoint: its `step`, and new values for `progress` and `metrics`.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with atomic.replacing(directory / AMENDMENT) as partial:
+        partial.write_text(json.dumps(seal(dict(amendment))))
+
+
+def amended(directory: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record with the values of the amendment of the checkpoint, if there is a sound one."""
+    try:
+        amendment = unseal(json.loads((directory / AMENDMENT).read_bytes()))
+        if amendment["step"] != record["step"]:
+            raise Damage(f"amendment belongs to step {amendment['step']}")
+    except FileNotFoundError:
+        return record
+    except (Damage, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        logger.warning("checkpoint %d counts as not evaluated: %s", record["step"], brief(error))
+        return record
+    return record | {key: amendment[key] for key in ("progress", "metrics")}
 
 
 def json_value(value: Any, name: str) -> Any:
@@ -233,53 +244,66 @@ def _differences(stored: Any, given: Any, name: str) -> Iterator[tuple[str, Any,
         yield name, stored, given
 
 
-def check_manifest(stored: dict[str, Any], given: dict[str, Any], named: str) -> str:
+def check_manifest(
+    stored: dict[str, Any], given: dict[str, Any], named: str, allow: Collection[str] = ()
+) -> tuple[str, str]:
     """Compares the given keys of a manifest with the stored ones.
 
     Args:
         stored: The manifest of the checkpoint.
         given: The manifest of this run.
         named: Name of the checkpoint in error messages.
+        allow: Keys that may differ.
 
     Returns:
-        The differences in `versions`, of packages that both have.
+        The differences in `versions`, of packages that both have, and the differences in the keys of `allow`.
 
     Raises:
         ValueError: Another key differs.
     """
-    notices = []
+    versions, allowed = [], []
     for key, value in given.items():
         for name, old, new in _differences(stored.get(key), value, key):
-            if key != "versions":
+            if key in allow:
+                allowed.append(f"{name} {old!r} (now {new!r})")
+            elif key != "versions":
                 raise ValueError(f"{name} must be {old!r} as in {named}, which belongs to another run; got {new!r}")
-            if old is not None and new is not None:
-                notices.append(f"{name} {old} (now {new})")
-    return "; ".join(notices)
+            elif old is not None and new is not None:
+                versions.append(f"{name} {old} (now {new})")
+    return "; ".join(versions), "; ".join(allowed)
 
 
-def _crc_of_files(directory: Path) -> dict[str, int]:
-    paths = (path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / CHECKSUMS)
-    return {path.relative_to(directory).as_posix(): zlib.crc32(path.read_bytes()) for path in paths}
+def _crc_of_file(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def write_checksums(directory: Path) -> None:
-    """Writes the file of checksums of a checkpoint directory."""
-    (directory / CHECKSUMS).write_text(json.dumps(_crc_of_files(directory), indent=1))
+    """Writes the file of checksums of a checkpoint directory. Pieces have checksums of their own."""
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.suffix != ".pieces")
+    found = {path.relative_to(directory).as_posix(): _crc_of_file(path) for path in paths}
+    (directory / CHECKSUMS).write_text(json.dumps(found, indent=1))
 
 
 def check_files(directory: Path) -> None:
     """Verifies the files of a checkpoint directory.
 
     Raises:
-        Damage: A file, or the file of checksums, is missing, unreadable or changed.
+        Damage: A file, or the file of checksums, is missing or changed.
+        OSError: A file cannot be read.
     """
+    missing = FileNotFoundError, IsADirectoryError, NotADirectoryError
     try:
         wanted = dict(json.loads((directory / CHECKSUMS).read_bytes()))
-        found = _crc_of_files(directory)
-    except (OSError, ValueError, TypeError) as error:
+    except (*missing, ValueError, TypeError) as error:
         raise Damage(f"checksums cannot be read: {brief(error)}") from error
     for name, checksum in wanted.items():
-        if name not in found:
-            raise Damage(f"file {name} is missing")
-        if found[name] != checksum:
-            raise Damage(f"file {name} must have the checksum {checksum}; got {found[name]}")
+        try:
+            found = _crc_of_file(directory / name)
+        except missing as error:
+            raise Damage(f"file {name} is missing") from error
+        if found != checksum:
+            raise Damage(f"file {name} must have the checksum {checksum}; got {found}")

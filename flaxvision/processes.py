@@ -6,25 +6,52 @@ stop at. They use the key-value store of JAX's coordinator and no device, so the
 thread, and every wait has a time limit. With one process they return at once.
 
 All processes must make the same calls with the same names in the same order.
+
+A run of several processes ends as a whole. When a process fails, is killed or stops answering, the others cannot
+finish the computation that they share with it. They print which one it was and exit with status 1, even from a
+collective operation that would never return: see `initialize` and `fail`.
 """
 
 from __future__ import annotations
 
+import atexit
 import collections
+import contextlib
+import functools
 import json
+import os
+import re
+import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed  # the only way to the key-value store
 
-__all__ = ["TIMEOUT", "ProcessError", "barrier", "broadcast", "gather", "initialize"]
+__all__ = [
+    "TIMEOUT",
+    "ProcessError",
+    "barrier",
+    "broadcast",
+    "fail",
+    "failures",
+    "gather",
+    "initialize",
+    "post",
+    "read",
+]
 
 TIMEOUT = 300.0  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_FAILED = "flaxvision-failed"  # key of the first failure
+_POLL = 1.0  # seconds between two looks at that key
+_COMMUNICATION = re.compile(r"gloo|nccl|connection|socket|unavailable|aborted|deadline|heartbeat", re.IGNORECASE)
 
 _calls: collections.Counter[str] = collections.Counter()
 _lock = threading.Lock()
+_leaving = threading.Event()  # this process is about to exit
+_failed = threading.Event()  # this process has failed
 
 
 class ProcessError(RuntimeError):
@@ -38,11 +65,16 @@ def initialize(
     *,
     start_timeout: float = TIMEOUT,
     heartbeat_timeout: float = 60.0,
+    shutdown_timeout: float = TIMEOUT,
 ) -> None:
     """Joins the processes of a run. Call it before anything else uses JAX.
 
     Without arguments it reads the environment of the cluster (SLURM, Open MPI, Cloud TPU, GKE and whatever else
     `jax.distributed` detects). Outside of a cluster it does nothing, and the run has one process.
+
+    From then on the processes end together. If one of them is killed, hangs or loses the network, the others notice
+    after `heartbeat_timeout` at the latest, print a message and exit with status 1. An uncaught exception reaches the
+    others within two seconds; a program that catches its errors and exits calls `fail` first.
 
     Args:
         coordinator: Address `host:port` of process 0, which runs the coordinator.
@@ -50,9 +82,11 @@ def initialize(
         process_id: Index of this process, from 0.
         start_timeout: Seconds to wait for the other processes to start.
         heartbeat_timeout: Seconds without a sign of life after which a process counts as dead and the others exit.
+        shutdown_timeout: Seconds that a process which has finished waits for the others. Choose more than process 0
+            needs for what it does alone at the end, such as plots.
 
     Raises:
-        ValueError: Only some of the three values are given, or one is out of range.
+        ValueError: Only some of the three values are given, or a value is out of range.
         ProcessError: The processes did not find each other in time.
         RuntimeError: JAX was used before.
     """
@@ -60,6 +94,14 @@ def initialize(
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
         raise ValueError(f"coordinator, num_processes and process_id must be given together; got {given}")
+    timeouts = {
+        "start_timeout": start_timeout,
+        "heartbeat_timeout": heartbeat_timeout,
+        "shutdown_timeout": shutdown_timeout,
+    }
+    for name, seconds in timeouts.items():
+        if not seconds > 0:
+            raise ValueError(f"{name} must be positive; got {seconds}")
     if missing and not _in_cluster():
         return
     options: dict[str, Any] = {}
@@ -77,13 +119,52 @@ def initialize(
             options["coordinator_bind_address"] = coordinator
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
     try:
-        jax.distributed.initialize(
-            **options,
-            initialization_timeout=max(1, round(start_timeout)),
-            heartbeat_timeout_seconds=max(1, round(heartbeat_timeout)),
-        )
+        with _client_options(missed_heartbeat_callback=_lost, shutdown_timeout=max(1, round(shutdown_timeout))):
+            jax.distributed.initialize(
+                **options,
+                initialization_timeout=max(1, round(start_timeout)),
+                heartbeat_timeout_seconds=max(1, round(heartbeat_timeout)),
+                shutdown_timeout_seconds=max(1, round(shutdown_timeout)),
+            )
     except jax.errors.JaxRuntimeError as error:
+        _failed.set()
+        atexit.register(_at_exit)
         raise ProcessError(f"the processes must all start within {start_timeout:g} s; got {error}") from error
+    if distributed.global_state.num_processes > 1:
+        atexit.register(_at_exit)  # runs before JAX's own, which waits for the other processes
+        sys.excepthook = functools.partial(_excepthook, sys.excepthook)
+        threading.Thread(target=_watch, name="flaxvision-processes", daemon=True).start()
+
+
+def fail(message: str) -> None:
+    """Tells the other processes that this one has failed, so that they exit too instead of waiting for it.
+
+    This process goes on, and exits with status 1 when the interpreter ends, without waiting for the others. With one
+    process the function does nothing. An uncaught exception calls it.
+
+    Args:
+        message: What failed, for the last line that the other processes print.
+    """
+    if distributed.global_state.num_processes == 1 or _failed.is_set():
+        return
+    _failed.set()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first, or the coordinator is gone
+        _client().key_value_set(_FAILED, f"process {distributed.global_state.process_id} failed: {message}")
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """Turns the errors of a collective operation whose processes have ended into `ProcessError`.
+
+    Raises:
+        ProcessError: A computation failed because another process ended or cannot be reached.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if distributed.global_state.num_processes == 1 or not _COMMUNICATION.search(str(error)):
+            raise
+        raise ProcessError(f"another process ended, or cannot be reached: {_brief(error)}") from error
 
 
 def gather(name: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
@@ -140,6 +221,109 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
         _client().wait_at_barrier(_key(name), _milliseconds(timeout))
     except jax.errors.JaxRuntimeError as error:
         raise ProcessError(f"all processes must reach {name!r} within {timeout:g} s; got {error}") from error
+
+
+def post(key: str, value: Any) -> None:
+    """Stores a value for `read`. Unlike `gather`, any process may post, at any time, and the last value counts.
+
+    Args:
+        key: Name of the value.
+        value: A JSON value.
+
+    Raises:
+        ProcessError: The coordinator cannot be reached.
+    """
+    try:
+        _client().key_value_set(key, json.dumps(value), allow_overwrite=True)
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessError(f"the coordinator cannot be reached: {error}") from error
+
+
+def read(key: str, timeout: float) -> Any:
+    """Waits for a value that some process posts.
+
+    Args:
+        key: Name of the value.
+        timeout: Seconds to wait.
+
+    Returns:
+        The value, or None if nobody posted it in time.
+
+    Raises:
+        ProcessError: The coordinator cannot be reached.
+    """
+    try:
+        return json.loads(_client().blocking_key_value_get(key, _milliseconds(timeout)))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise ProcessError(f"the coordinator cannot be reached: {error}") from error
+
+
+@contextlib.contextmanager
+def _client_options(**options: Any) -> Iterator[None]:
+    """Adds options to the client that `jax.distributed.initialize` makes, which has no arguments for them."""
+    library = distributed._jax
+    original = library.get_distributed_runtime_client
+    library.get_distributed_runtime_client = functools.partial(original, **options)
+    try:
+        yield
+    finally:
+        library.get_distributed_runtime_client = original
+
+
+def _watch() -> None:
+    """Ends this process when another one has failed; runs in a thread of its own."""
+    while not _leaving.wait(_POLL):
+        # Errors mean that nothing has failed yet, or that the coordinator is gone, which ends in `_lost`.
+        with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
+            message = _client().key_value_try_get(_FAILED)
+            if not _failed.is_set():
+                _leave(message)
+
+
+def _lost(status: Any) -> None:
+    """Ends this process when the coordinator reports a dead process, or is dead itself; JAX calls it from a thread."""
+    if not _leaving.is_set():
+        _leave(f"another process ended, or cannot be reached: {_brief(status)}")
+
+
+def _leave(message: str) -> None:
+    """Ends this process now: its main thread may wait forever for a computation."""
+    os.write(2, f"error: {message}\n".encode())
+    _flush()
+    os._exit(1)
+
+
+def _flush() -> None:
+    # In a thread, because the main thread may hold the lock of a stream that nobody reads.
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    thread.join(1.0)
+
+
+def _excepthook(previous: Any, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    previous(kind, error, traceback)
+    fail(f"{kind.__name__}: {_brief(error)}")
+
+
+def _at_exit() -> None:
+    _leaving.set()
+    if _failed.is_set():
+        if distributed.global_state.process_id == 0:
+            threading.Event().wait(2 * _POLL)  # the others read the reason from the coordinator, which ends with it
+        _flush()
+        os._exit(1)  # JAX would wait for the other processes
+
+
+def _brief(error: Any) -> str:
+    """Returns the first line of a message, at most 300 characters."""
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def _in_cluster() -> bool:

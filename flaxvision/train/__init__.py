@@ -1,38 +1,54 @@
 """Training: the state, objectives, steps and their compilation, optimizers and the loop."""
 
-from flaxvision.train.loop import EarlyStopping, FitResult, evaluate, fit
+from flaxvision.processes import initialize
+from flaxvision.train import stopping
+from flaxvision.train.callbacks import Profiler
+from flaxvision.train.evaluation import Evaluation, evaluate
+from flaxvision.train.input import InputTimeoutError
+from flaxvision.train.lock import WorkdirInUseError
+from flaxvision.train.loop import FitResult, fit
 from flaxvision.train.objectives import Objective, binary, capsule, classification, multilabel, regression
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
-from flaxvision.train.parallel import compile_steps, jit_step, make_mesh, pmap_step, prefetch
+from flaxvision.train.parallel import CompiledStep, compile_steps, jit_step, make_mesh, pmap_step, prefetch
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
 from flaxvision.train.recipe import Recipe
+from flaxvision.train.reproducibility import deterministic
+from flaxvision.train.sharding import state_sharding
 from flaxvision.train.state import TrainState, create_state
 from flaxvision.train.step import eval_step, train_step
-from flaxvision.train.workdir import draw_samples, fit_in_workdir, open_workdir, run_experiment, versions
+from flaxvision.train.stopping import EarlyStopping
+from flaxvision.train.workdir import draw_samples, fit_in_workdir, open_workdir, run_experiment, run_info, versions
 from flaxvision.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter, read_records
 
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "CompiledStep",
     "EarlyStopping",
+    "Evaluation",
     "FitResult",
+    "InputTimeoutError",
     "JsonlWriter",
     "LearningRateRange",
     "Objective",
+    "Profiler",
     "ProgressBar",
     "Recipe",
     "TensorBoardWriter",
     "TrainState",
+    "WorkdirInUseError",
     "binary",
     "capsule",
     "classification",
     "compile_steps",
     "create_state",
+    "deterministic",
     "draw_samples",
     "eval_step",
     "evaluate",
     "fit",
     "fit_in_workdir",
+    "initialize",
     "jit_step",
     "learning_rate_range",
     "make_mesh",
@@ -44,7 +60,10 @@ __all__ = [
     "read_records",
     "regression",
     "run_experiment",
+    "run_info",
     "schedule",
+    "state_sharding",
+    "stopping",
     "train_step",
     "versions",
 ]

@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxvision import metrics as fm
+from flaxvision.train import callbacks as callbacks_lib
+from flaxvision.train import input as input_lib
+from flaxvision.train import monitor, stopping
+from flaxvision.train.evaluation import check_batch_size
 from flaxvision.train.parallel import prefetch
 from flaxvision.train.state import TrainState
-from flaxvision.train.step import check_loss
+
+_LONGEST = 1000  # steps between checkpoints, unless the caller chooses
+_IN_FLIGHT = 4  # steps that the host may be ahead of the device
 
 
 class TrainData(Protocol):
@@ -32,59 +34,6 @@ class TrainData(Protocol):
         ...
 
 
-@dataclasses.dataclass
-class EarlyStopping:
-    """Stops a run when a metric has not improved for several evaluations.
-
-    Attributes:
-        patience: Number of evaluations without improvement after which the run stops.
-        metric: Name of the metric in the record of the evaluation.
-        mode: `"max"` or `"min"`: whether a larger or a smaller value is better.
-        min_delta: Smallest change that counts as an improvement.
-        best: Best value so far.
-        waited: Number of evaluations since the best value.
-
-    Raises:
-        ValueError: `mode` is neither of the two, or `patience` is below 1.
-    """
-
-    patience: int
-    metric: str = "loss"
-    mode: str = "min"
-    min_delta: float = 0.0
-    best: float | None = None
-    waited: int = 0
-
-    def __post_init__(self):
-        if self.mode not in ("max", "min"):
-            raise ValueError(f"mode must be 'max' or 'min'; got {self.mode!r}")
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1; got {self.patience}")
-
-    def update(self, metrics: dict[str, float]) -> None:
-        """Takes one evaluation into account.
-
-        Args:
-            metrics: The values of the evaluation.
-
-        Raises:
-            ValueError: `metric` is not among them.
-        """
-        if self.metric not in metrics:
-            raise ValueError(f"metric must be one of {', '.join(metrics)}; got {self.metric!r}")
-        value = metrics[self.metric]
-        sign = 1 if self.mode == "max" else -1
-        if not math.isnan(value) and (self.best is None or sign * (value - self.best) > self.min_delta):
-            self.best, self.waited = value, 0
-        else:
-            self.waited += 1
-
-    @property
-    def stop(self) -> bool:
-        """Whether the run should stop."""
-        return self.waited >= self.patience
-
-
 @dataclasses.dataclass(frozen=True)
 class FitResult:
     """How a run ended.
@@ -92,41 +41,12 @@ class FitResult:
     Attributes:
         state: The last state.
         metrics: The values of the last evaluation; empty without one.
-        stopped: `"early_stopping"` or the name of a signal if one of these ended the run, else None.
+        stopped: None for a run that did all its steps, `"early_stopping"`, `"time_budget"`, or the name of a signal.
     """
 
     state: TrainState
     metrics: dict[str, float]
     stopped: str | None
-
-
-def evaluate(
-    state: TrainState, eval_step: Callable[..., dict[str, fm.Accumulator]], batches: Iterable[Any]
-) -> dict[str, float]:
-    """Evaluates a state on a whole data set.
-
-    Args:
-        state: The state.
-        eval_step: A compiled eval step.
-        batches: Batches. Rows with mask 0 are padding and do not count, so every example counts once.
-
-    Returns:
-        The values of the metrics by name.
-
-    Raises:
-        ValueError: There are no batches.
-    """
-    total = None
-    pending: deque[dict[str, fm.Accumulator]] = deque()
-    for batch in prefetch(batches, getattr(eval_step, "batch_sharding", None)):
-        pending.append(eval_step(state, batch))
-        if len(pending) == 8:  # let the device run ahead, within bounds
-            total = fm.merge(total, fm.to_host(pending.popleft()))
-    for metrics in pending:
-        total = fm.merge(total, fm.to_host(metrics))
-    if total is None:
-        raise ValueError("batches must hold at least one batch; got none")
-    return fm.compute(total)
 
 
 def fit(
@@ -141,259 +61,221 @@ def fit(
     log_every: int = 50,
     checkpoints: Any = None,
     checkpoint_every: int | None = None,
-    early_stopping: EarlyStopping | None = None,
+    early_stopping: Any = None,
     learning_rate: Callable[[int], Any] | None = None,
     writers: Sequence[Any] = (),
+    callbacks: Sequence[Any] = (),
+    time_budget: float | None = None,
+    input_timeout: float | None = input_lib.TIMEOUT,
 ) -> FitResult:
     """Trains until `num_steps`, resuming from the newest checkpoint if there is one.
 
-    On SIGTERM or SIGINT it finishes the current step, saves and returns. A run that is killed and resumed gives
-    bit-identical results: data and randomness are functions of the step, and the checkpoint holds the metrics since the
-    last record.
+    On SIGTERM or SIGINT it finishes the current step, or leaves the current evaluation, saves and returns. After
+    SIGTERM every later `fit` of the process returns at once; see `flaxvision.train.stopping.clear`. A run that is
+    killed and resumed gives bit-identical results: data and randomness are functions of the step, and the metrics of
+    the current window are in the checkpoint.
+
+    At an evaluation the state is saved first and the values are added to the checkpoint afterwards. A run that resumes
+    before they were added evaluates first. If a run of one process ends with an error that leaves the state whole,
+    such as one in the data or in an evaluation, the state is saved too.
 
     The loop does not wait for the values of a record. It writes the record once they are available, at the latest
     before the next record, an evaluation, a checkpoint or the end of the run, even if the run ends with an error. A
-    non-finite loss raises an error when its record is written: up to one record late, but always before a checkpoint.
+    non-finite loss is reported with its record: up to one record late, but always before a checkpoint. The loop is at
+    most four steps ahead of the device, so that no more batches than that wait in its memory.
+
+    With several processes, all of them call `fit` with the same arguments, apart from `writers`. A request to stop to
+    any of them stops all of them after the same step.
 
     Args:
         state: The state to start from. The loop donates its buffers, so do not use it afterwards.
         step: A compiled train step. Its metrics must include `"loss"`, a `Mean`, and keep their names and shapes from
             step to step and when they are merged. The metrics of `evaluate` may grow, since they are merged on the
             host. Batches are copied two steps ahead, to the `batch_sharding` of the step if it has one.
-        data: The batches, such as `flaxvision.data.train_batches`.
+        data: The batches, such as `flaxvision.data.train_batches`. A `batch_size` that the devices do not divide is
+            refused before the first step.
         num_steps: Total number of steps of the run.
         rng: The key of the run.
-        evaluate: `state -> values`, such as `partial(evaluate, eval_step=..., batches=...)`.
+        evaluate: `state -> values`, such as an `Evaluation`. If it has a method `check(state)`, that is called before
+            the first step.
         eval_every: Steps between evaluations; None for one at the end.
         log_every: Steps between training records. A record holds the metrics since the last record. One is
             written at every evaluation too.
         checkpoints: A `flaxvision.checkpoint.Checkpoints`.
-        checkpoint_every: Steps between checkpoints; None for one after each evaluation. There is always one after the
-            last step. Only a checkpoint at an evaluation can be the best one.
-        early_stopping: When to stop early. `fit` updates a copy of it after each evaluation.
+        checkpoint_every: Steps between checkpoints; None for one at every evaluation and every 1,000 steps. There is
+            always one after the last step. Only a checkpoint at an evaluation can be the best one.
+        early_stopping: When to stop early, such as an `EarlyStopping`: an object with `update(values)`, called after
+            each evaluation, a property `stop`, and `to_json()` and `from_json(stored)`, which carry what it remembers
+            to the next process.
         learning_rate: A schedule to record.
         writers: Writers of records; see `flaxvision.train.writers`.
+        callbacks: Objects that are told about steps and evaluations; see `flaxvision.train.callbacks`.
+        time_budget: Seconds after which the run stops and saves, as after a signal.
+        input_timeout: Seconds to wait for a batch; None waits forever.
 
     Returns:
         The `FitResult`.
 
     Raises:
-        FloatingPointError: A loss, a parameter or a running statistic was not finite. The message names the step and
-            the last checkpoint. No such state was saved.
-        ValueError: An interval is not positive, the data end before `num_steps`, the training metrics lack a loss or
-            change their shapes, or an evaluation lacks the metric of `early_stopping`.
+        FloatingPointError: A loss or a part of the state was not finite. The message names the step and the last
+            checkpoint; no state that is not finite was saved.
+        InputTimeoutError: The data gave no batch in time.
+        OSError: A checkpoint or a record could not be written. An error of a checkpoint is raised at the next step.
+        ValueError: A number is out of range, the devices do not divide a batch, the data end before `num_steps`, the
+            training metrics lack a loss or change their shapes, or an evaluation lacks the metric of `early_stopping`.
     """
-    for name, every in {"eval_every": eval_every, "log_every": log_every, "checkpoint_every": checkpoint_every}.items():
+    intervals = {"eval_every": eval_every, "log_every": log_every, "checkpoint_every": checkpoint_every}
+    for name, every in intervals.items():
         if every is not None and every < 1:
             raise ValueError(f"{name} must be at least 1; got {every}")
+    for name, seconds in {"time_budget": time_budget, "input_timeout": input_timeout}.items():
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"{name} must be positive; got {seconds}")
+    check_batch_size("the batch size", getattr(data, "batch_size", None), step)
+    if hasattr(evaluate, "check"):
+        evaluate.check(state)  # type: ignore[union-attr]
+    reason = stopping.requested()
+    if reason and jax.process_count() == 1:  # several processes agree at the first step
+        return FitResult(state, {}, reason)
     eval_every = eval_every or num_steps
-    checkpoint_every = checkpoint_every or eval_every
-    window, metrics, shapes = _Window(), {}, None
-    early_stopping = dataclasses.replace(early_stopping) if early_stopping else None  # leave the caller's unchanged
+    window, metrics, shapes = monitor.Window(), {}, None
+    due = False  # whether the state has still to be evaluated
+    if early_stopping:  # a copy, because the caller's is a setting and not the memory of the run
+        early_stopping = early_stopping.from_json(early_stopping.to_json())
     saved = None
-    restored = checkpoints.restore(state) if checkpoints else None
-    if restored is not None:
+    if checkpoints and (restored := checkpoints.restore(_describe(state, step, checkpoints))) is not None:
         state, saved, metrics = restored.state, restored.step, dict(restored.metrics or {})
         window.stored = restored.progress.get("window") or None
-        if early_stopping:
-            early_stopping = dataclasses.replace(early_stopping, **restored.progress.get("early_stopping", {}))
-    start = int(state.step)
+        due = evaluate is not None and bool(restored.progress.get("evaluation_due"))
+        if early_stopping and (stored := restored.progress.get("early_stopping")):
+            early_stopping = early_stopping.from_json(stored)
+    at = start = int(state.step)
+    whole = True  # False while a step may have donated the state
     bars = [w for w in writers if hasattr(w, "advance")]
+    call = callbacks_lib.caller(callbacks)
 
     def write(record: dict[str, Any]) -> None:
         for writer in writers:
             writer.write(record)
 
-    def save(at: int, at_metrics: dict[str, float] | None) -> None:
+    def save(values: dict[str, float] | None = None) -> None:
         nonlocal saved
-        if checkpoints and at != saved:
-            log.settle(saved)
-            window.check(saved)
-            if not bool(_all_finite(state)):
-                raise FloatingPointError(f"a model variable is not finite after step {at}; {_last_good(saved)}")
-            stopping = {"best": early_stopping.best, "waited": early_stopping.waited} if early_stopping else {}
-            progress = {"window": window.to_json(), "early_stopping": stopping}
-            checkpoints.save(at, state, progress=progress, metrics=at_metrics)
+        if not checkpoints or saved != at == start:  # a run without a step leaves nothing
+            return
+        log.settle(saved)
+        window.check(saved)
+        memory = early_stopping.to_json() if early_stopping else {}
+        progress = {"window": window.to_json(), "early_stopping": memory, "evaluation_due": due}
+        if at != saved:
+            monitor.check_state(state, at, saved)
+            checkpoints.save(at, state, progress=progress, metrics=values)
             saved = at
+        elif values is not None:
+            checkpoints.amend(at, progress=progress, metrics=values)
+
+    def rescue(kind: Any, error: BaseException | None, traceback: Any) -> None:
+        # Several processes cannot save unless all of them failed at this step.
+        alone = jax.process_count() == 1
+        if checkpoints and whole and alone and isinstance(error, Exception) and not isinstance(error, ArithmeticError):
+            try:
+                save()
+                checkpoints.wait()
+            except Exception as failure:
+                if failure is not error:
+                    error.add_note(f"the state of step {at} was not saved: {failure!r}")
 
     stopped = "early_stopping" if early_stopping and early_stopping.stop else None
     with contextlib.ExitStack() as stack:
         for writer in writers:
             stack.callback(writer.close)
             writer.start(start)
-        signals = stack.enter_context(_Signals())
-        log = _Log(write, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flaxvision-metrics")))
+        stop = stack.enter_context(stopping.Stop(time_budget))
+        log = monitor.Log(write, stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flaxvision-metrics")))
         stack.push(lambda kind, error, traceback: log.close(error, saved))
-        source = data.from_step(start)
-        if hasattr(source, "close"):
-            stack.callback(source.close)
+        stack.callback(call, "close")
+        source = input_lib.Reader(data.from_step(start), input_timeout, stop.due)
+        stack.callback(source.close)
+        stack.push(rescue)
         needed = itertools.islice(source, max(num_steps - start, 0))
         batches = prefetch(needed, getattr(step, "batch_sharding", None))
-        at = start
-        while at < num_steps and not stopped:
-            batch = next(batches, None)
-            if batch is None:
-                raise ValueError(f"data must give batches for {num_steps} steps; got {at}")
-            state, step_metrics = step(state, batch, rng)
-            at += 1
-            shapes = _check_metrics(step_metrics, shapes)
-            window.add(step_metrics, at, len(batch["image"]))
-            for bar in bars:
-                bar.advance(len(batch["image"]))
-            log.settle(saved, wait=False)
-            last = at == num_steps
-            if at % log_every == 0 or at % eval_every == 0 or last:
-                log.settle(saved)
-                log.begin(at, window, learning_rate(at - 1) if learning_rate is not None else None)
-                window = _Window()
-            evaluated = None
-            if evaluate is not None and (at % eval_every == 0 or last):
+        in_flight: deque[Any] = deque()
+        call("on_start", at, state)
+        while not stopped and (due or at < num_steps):
+            if not due:
+                try:
+                    batch = next(batches, None)
+                    stop.claim()
+                except stopping.Interrupted as interrupted:
+                    stopped = interrupted.reason
+                    break
+                if batch is None:
+                    raise ValueError(f"data must give batches for {num_steps} steps; got {at}")
+                whole = False
+                state, step_metrics = step(state, batch, rng)
+                whole, at = True, at + 1
+                shapes = monitor.check_metrics(step_metrics, shapes)
+                window.add(step_metrics, at, len(batch["image"]))
+                in_flight.append(window.bad)
+                if len(in_flight) > _IN_FLIGHT:
+                    jax.block_until_ready(in_flight.popleft())
+                for bar in bars:
+                    bar.advance(len(batch["image"]))
+                call("on_step", at, state, step_metrics)
+                log.settle(saved, wait=False)
+                if checkpoints:
+                    checkpoints.check()
+                last = at == num_steps
+                if at % log_every == 0 or at % eval_every == 0 or last:
+                    log.settle(saved)
+                    log.begin(at, window, learning_rate(at - 1) if learning_rate is not None else None)
+                    window = monitor.Window()
+                due = evaluate is not None and (at % eval_every == 0 or last)
+                often = at % checkpoint_every == 0 if checkpoint_every else at % _LONGEST == 0 or at % eval_every == 0
+                if often or last:
+                    save()
+            if due and evaluate is not None:
                 log.settle(saved)
                 pause = time.perf_counter()
-                evaluated = metrics = evaluate(state)
+                try:
+                    values = evaluate(state)
+                except stopping.Interrupted as interrupted:
+                    stopped = interrupted.reason
+                    break
                 log.clock += time.perf_counter() - pause
-                write({"step": at, "split": "validation", **evaluated})
+                write({"step": at, "split": "validation", **values})
+                call("on_evaluation", at, state, values)
                 if early_stopping:
-                    early_stopping.update(evaluated)
+                    early_stopping.update(values)
                     stopped = "early_stopping" if early_stopping.stop else None
-            if at % checkpoint_every == 0 or last or stopped:
-                save(at, evaluated)
-            if signals.caught and not last:
-                stopped = signals.caught
-                save(at, evaluated)
+                metrics, due = values, False
+                if stopped or saved == at:
+                    save(values)
+        if stopped:
+            save()
         log.settle(saved)
         if checkpoints:
             checkpoints.wait()
     return FitResult(state, metrics, stopped)
 
 
-class _Window:
-    """The training metrics since the last record, merged on the device, and the first step that was not finite."""
+def _describe(state: TrainState, step: Callable[..., Any], checkpoints: Any) -> Any:
+    """Returns the template for `restore`. If there is a checkpoint, frees the state: a resumed run holds only one.
 
-    def __init__(self):
-        self.metrics: dict[str, fm.Accumulator] | None = None
-        self.stored: dict[str, Any] | None = None  # from a checkpoint; its types are known at the first step
-        self.bad: Any = np.int32(np.iinfo(np.int32).max)
-        self.images = 0
-
-    def add(self, metrics: dict[str, fm.Accumulator], step: int, images: int) -> None:
-        """Merges the metrics of one step without waiting for them."""
-        if self.stored:
-            self.metrics, self.stored = fm.from_json(self.stored, metrics), None
-        self.metrics, self.bad = _merge(self.metrics, self.bad, metrics, np.int32(step))
-        self.images += images
-
-    def to_json(self) -> dict[str, Any]:
-        return self.stored or fm.to_json(self.metrics)
-
-    def check(self, saved: int | None) -> None:
-        """Raises if a loss was not finite; waits for the last step."""
-        if int(self.bad) != np.iinfo(np.int32).max:
-            raise FloatingPointError(f"the loss is not finite at step {int(self.bad)}; {_last_good(saved)}")
-
-
-class _Log:
-    """Writes training records without making the loop wait for the device.
-
-    The loop would stand still at every record if it fetched the values at once, and the device would run out of work.
-    So a thread fetches them, and the loop writes the record once they are available, at the latest before the next
-    record, an evaluation, a checkpoint or the end. The records and their order are those of a loop that waits, and a
-    checkpoint never precedes its records. The thread also notes when the device was done, so `images_per_second`
-    stays exact.
+    The arrays go straight to where the step wants them, if it says so.
     """
-
-    def __init__(self, write: Callable[[dict[str, Any]], None], thread: ThreadPoolExecutor):
-        self.write, self.thread = write, thread
-        self.clock = time.perf_counter()
-        self._pending: tuple[int, _Window, Future[Any]] | None = None
-
-    def begin(self, step: int, window: _Window, learning_rate: Any) -> None:
-        """Starts to fetch the values of a window. The learning rate is fetched too: it is computed on the device."""
-        self._pending = step, window, self.thread.submit(_fetch, window, learning_rate)
-
-    def settle(self, saved: int | None, wait: bool = True) -> None:
-        """Writes the open record, if there is one. Waits for its values, or returns if they are not there yet."""
-        if self._pending is None or not (wait or self._pending[2].done()):
-            return
-        step, window, future = self._pending
-        metrics, learning_rate, now = future.result()  # an interrupt here leaves the record open for `close`
-        self._pending = None
-        window.check(saved)
-        record = {"step": step, "split": "train", **fm.compute(metrics)}
-        if learning_rate is not None:
-            record["learning_rate"] = float(learning_rate)
-        record["images_per_second"] = window.images / (now - self.clock)
-        self.clock = now
-        self.write(record)
-
-    def close(self, error: BaseException | None, saved: int | None) -> None:
-        """Writes the pending record of a run that ends with an error. If that fails, it adds a note to the error."""
-        try:
-            self.settle(saved)
-        except BaseException as failure:
-            if error is None:
-                raise
-            if failure is not error:
-                error.add_note(f"the last training record was not written: {failure!r}")
-
-
-def _check_metrics(metrics: dict[str, fm.Accumulator], shapes: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns the shapes of the metrics; raises if they are not those of the first step or if merging changes them."""
-    # Otherwise `_merge` would compile at every step, and a checkpoint could not be resumed.
-
-    def shapes_of(metrics: Any) -> dict[str, Any]:
-        return {name: [np.shape(x) for x in jax.tree.leaves(metric)] for name, metric in metrics.items()}
-
-    found = shapes_of(metrics)
-    if shapes is None:
-        check_loss(metrics)
-        shapes, found = found, shapes_of(jax.eval_shape(fm.merge, metrics, metrics))
-    if found != shapes:
-        before, after = ({k: v for k, v in x.items() if v != y.get(k)} for x, y in ((shapes, found), (found, shapes)))
-        raise ValueError(f"training metrics must keep their names and shapes; got {before} and then {after}")
-    return shapes
-
-
-def _fetch(window: _Window, learning_rate: Any) -> tuple[dict[str, Any], Any, float]:
-    learning_rate, _ = jax.device_get((learning_rate, window.bad))
-    return fm.to_host(window.metrics or {}), learning_rate, time.perf_counter()
-
-
-@jax.jit
-def _merge(total, bad, metrics, step):
-    losses = [x for x in jax.tree.leaves(metrics["loss"]) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in losses]))
-    return fm.merge(total, metrics), jnp.minimum(bad, jnp.where(finite, bad, step))
-
-
-@jax.jit
-def _all_finite(state: TrainState) -> jax.Array:
-    leaves = [x for x in jax.tree.leaves((state.params, state.collections)) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in leaves]))
-
-
-def _last_good(saved: int | None) -> str:
-    return "there is no checkpoint yet" if saved is None else f"the last checkpoint is step {saved}"
-
-
-class _Signals:
-    """Records SIGTERM and SIGINT instead of ending the process; a second SIGINT interrupts at once."""
-
-    def __init__(self):
-        self.caught: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame):
-        if self.caught == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.caught = signal.Signals(number).name
-
-    def __exit__(self, *exc):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+    if checkpoints.latest_step is None:
+        return state
+    leaves, structure = jax.tree.flatten(state)
+    wanted = getattr(step, "state_sharding", None)
+    if wanted is not None:
+        shardings = jax.tree.leaves(wanted(state))
+    else:
+        shardings = [x.sharding if getattr(x, "committed", False) else None for x in leaves]
+    template = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if isinstance(x, jax.Array) else x
+        for x, sharding in zip(leaves, shardings, strict=True)
+    ]
+    for x in leaves:
+        if isinstance(x, jax.Array):
+            x.delete()
+    return jax.tree.unflatten(structure, template)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -13,93 +15,192 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxvision.train.objectives import Objective
+from flaxvision.train.sharding import place, state_sharding
 from flaxvision.train.step import Transform, eval_step, train_step
 
 AXIS = "data"
+
+logger = logging.getLogger(__name__)
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a one-dimensional mesh with the axis `"data"`.
 
     Args:
-        devices: The devices; None for all.
+        devices: The devices; None for all. With several processes they include those of the other processes.
 
     Returns:
-        The mesh. Its axis has the type Auto, because Linen's Dropout fails under Explicit axes.
+        The mesh. Its axis has the type Auto, because Linen's Dropout fails under Explicit axes. The devices of a
+        process are neighbours, so the rows of a global batch have the same order for any number of processes.
+
+    Raises:
+        ValueError: The processes have different numbers of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    if jax.process_count() == 1:
+        return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(counts) != jax.process_count() or len(set(counts.values())) != 1:
+        raise ValueError(f"all processes must have the same number of devices; got {dict(counts)}, by process")
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
+class CompiledStep:
+    """A step for several devices, compiled by `jit_step` or `pmap_step`.
+
+    A call with a key is a train step and donates the state. A batch is that of this process: the rows of one process
+    follow those of the process before it, and all processes call the step equally often. A state may come from
+    anywhere (`create_state`, a checkpoint, a step with another layout): it is moved to the devices where needed, and
+    with several processes it is then checked to be the same in all of them.
+
+    Attributes:
+        mesh: The devices.
+        batch_sharding: The sharding of the batches, for `prefetch`.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        layout: Callable[[Any], Any],
+        run: Callable[..., Any],
+        lower: Callable[..., jax.stages.Lowered],
+    ):
+        self.mesh, self.batch_sharding = mesh, NamedSharding(mesh, P(AXIS))
+        self._layout, self._run, self._lower = layout, run, lower
+        self._layouts: dict[Any, list[Any]] = {}
+        self._rng: tuple[Any, Any] = (None, None)
+
+    def __call__(self, state: Any, batch: dict[str, Any], *rng: jax.Array) -> Any:
+        """Runs the step: `(state, batch, rng) -> (state, metrics)`, or `(state, batch) -> metrics`.
+
+        Raises:
+            ValueError: The devices do not divide the batch, or the processes start from different states.
+        """
+        check_divides(batch, self.batch_sharding)
+        state = self.place(state, donate=bool(rng))
+        if jax.process_count() > 1:
+            batch = _place(batch, self.batch_sharding)
+            if rng:
+                rng = (self._global_rng(*rng),)
+        return self._run(state, batch, *rng)
+
+    def place(self, state: Any, *, donate: bool = False) -> Any:
+        """Moves a state to where the step wants it. A call does this too; do it once to evaluate a new state often.
+
+        Args:
+            state: A state. One that is there already is returned as it is.
+            donate: Whether to free the arrays that are copied, each after its copy.
+
+        Raises:
+            ValueError: The processes have different states.
+        """
+        leaves, structure = jax.tree.flatten(state)
+        layout = self._layouts.get(structure)
+        if layout is None:
+            layout = self._layouts[structure] = jax.tree.leaves(self._layout(state))
+        if all(getattr(x, "sharding", None) == sharding for x, sharding in zip(leaves, layout, strict=True)):
+            return state
+        return place(state, jax.tree.unflatten(structure, layout), donate=donate)
+
+    def state_sharding(self, state: Any) -> Any:
+        """Returns where the step wants the arrays of a state: a tree of shardings."""
+        return self._layout(state)
+
+    def lower(self, state: Any, batch: dict[str, Any], *rng: Any, **options: Any) -> jax.stages.Lowered:
+        """Lowers the step without running it, for arrays or for `jax.ShapeDtypeStruct`."""
+        return self._lower(state, batch, *rng, **options)
+
+    def _global_rng(self, rng: jax.Array) -> jax.Array:
+        if self._rng[0] is not rng:  # it is the same at every step
+            self._rng = rng, place(rng, NamedSharding(self.mesh, P()))
+        return self._rng[1]
+
+
+def jit_step(step: Callable[..., Any], mesh: Mesh | None = None, *, shard_state: bool = False) -> CompiledStep:
     """Compiles a step with a global view: the batch is sharded over the mesh, everything else is replicated.
 
-    BatchNorm is synchronized by construction, and the `axis_name` of the model stays None.
+    BatchNorm is synchronized by construction, and the `axis_name` of the model stays None. The results do not depend on
+    the number of devices or processes, except for the order of sums.
+
+    Two options of a train step move whole batches between devices. Mixup and CutMix combine rows of the global batch,
+    so each device receives the images of all. `accumulate` needs parts that the devices divide
+    (`batch size / accumulate` is a multiple of the number of devices); otherwise each device receives the whole batch,
+    and a warning is logged.
 
     Args:
         step: `train_step`, `eval_step` or any `(state, batch[, rng])`, with its options bound by `partial`. A call with
             a key is a train step: it donates the state, so use the state that it returns.
         mesh: The mesh; None for `make_mesh()`.
+        shard_state: Whether to keep only a part of each large array of the state on each device (parameters, optimizer
+            state, moving average; see `state_sharding`). The results are the same. A device then holds about
+            `1 / devices` of the state, and collects the parameters of a layer when it is computed. A train step must
+            return the state and the metrics.
 
     Returns:
-        The compiled step. It raises ValueError if the batch size is not a multiple of the number of devices.
-        `.batch_sharding` is the sharding of its batches, for `prefetch`; `.lower(state, batch, ...)` lowers it without
-        running it.
+        The compiled step.
     """
     mesh = make_mesh() if mesh is None else mesh
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-    train = jax.jit(step, in_shardings=(replicated, sharded, replicated), out_shardings=replicated, donate_argnums=0)
-    evaluate = jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated)
+    layout = partial(state_sharding, mesh=mesh) if shard_state else partial(_everywhere, replicated)
+    programs: dict[Any, Any] = {}
+    body = _warn_of_gather(step, mesh)
 
-    def call(state, batch, *rng):
-        check_divides(batch, sharded)
-        first = next(iter(jax.tree.leaves(state)), None)
-        if getattr(first, "sharding", None) != replicated:  # fresh, from pmap_step, another mesh or a checkpoint
-            state = jax.device_put(state, replicated)
-        if jax.process_count() > 1:
-            batch = _place(batch, sharded)
-        return (train if rng else evaluate)(state, batch, *rng)
+    def program(state: Any, train: bool) -> jax.stages.Wrapped:
+        key = train, jax.tree.structure(state) if shard_state else None
+        if key not in programs:
+            where = layout(state) if shard_state else replicated
+            if train:
+                out = (where, replicated) if shard_state else replicated
+                options = {"in_shardings": (where, sharded, replicated), "out_shardings": out, "donate_argnums": 0}
+            else:
+                options = {"in_shardings": (where, sharded), "out_shardings": replicated}
+            programs[key] = jax.jit(body, **options)
+        return programs[key]
 
-    def lower(state, batch, *rng, **options):
-        return (train if rng else evaluate).trace(state, batch, *rng).lower(**options)
+    return CompiledStep(
+        mesh,
+        layout,
+        lambda state, batch, *rng: program(state, bool(rng))(state, batch, *rng),
+        lambda state, batch, *rng, **options: program(state, bool(rng)).trace(state, batch, *rng).lower(**options),
+    )
 
-    call.lower, call.batch_sharding = lower, sharded
-    return call
 
-
-def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
+def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) -> CompiledStep:
     """Compiles a step with a per-device view, over the mapped axis `"data"`.
 
-    Gradients and metrics are merged over the devices. With `axis_name="data"` in the model, BatchNorm is synchronized
-    and the step agrees with `jit_step`. Without it, each device normalizes by its own rows, and the mean of the
-    devices' running statistics is kept. Dropout and augmentation draw different numbers on each device.
+    Gradients and metrics are merged over the devices of all processes. With `axis_name="data"` in the model, BatchNorm
+    is synchronized and the step agrees with `jit_step`. Without it, each device normalizes by its own rows, and the
+    mean of the devices' running statistics is kept. Dropout and augmentation draw different numbers on each device, so
+    their results depend on the number of devices, but not on how many processes share them.
 
     Args:
         step: `train_step` or `eval_step` with its options bound; it is called with `axis_name="data"`.
-        devices: The devices; None for those of this process.
+        devices: The devices; None for all, those of other processes included.
 
     Returns:
-        The compiled step. As with `jit_step`, the batch is global and the state has no device axis, so a state can be
-        passed from one to the other. It raises ValueError if the batch size is not a multiple of the number of devices.
-        `.batch_sharding` is the sharding of its batches, for `prefetch`.
+        The compiled step. It takes the same global batch and the same state without a device axis as that of
+        `jit_step`, so a state passes freely between the two.
     """
-    devices = jax.local_devices() if devices is None else list(devices)
-    count = len(devices)
-    sharded = NamedSharding(make_mesh(devices), P(AXIS))
+    mesh = make_mesh(devices)
+    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    devices = list(mesh.devices.flat)
 
     def per_device(state, batch, *rng):
         return step(state, batch, *rng, axis_name=AXIS)
 
-    train = jax.pmap(per_device, AXIS, in_axes=(None, 0, None), out_axes=None, devices=devices)
+    train = jax.pmap(per_device, AXIS, in_axes=(None, 0, None), out_axes=None, devices=devices, donate_argnums=0)
     evaluate = jax.pmap(per_device, AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+    split = jax.jit(partial(_split, len(devices)), in_shardings=(sharded,), out_shardings=sharded)
 
-    def call(state, batch, *rng):
-        check_divides(batch, sharded)
-        batch = jax.tree.map(lambda x: x.reshape((count, x.shape[0] // count, *x.shape[1:])), batch)
-        return (train if rng else evaluate)(state, batch, *rng)
+    def run(state, batch, *rng):
+        out = (train if rng else evaluate)(state, split(batch), *rng)
+        return out if jax.process_count() == 1 else jax.tree.map(partial(_join, replicated), out)
 
-    call.batch_sharding = sharded
-    return call
+    def lower(state, batch, *rng):
+        return (train if rng else evaluate).lower(state, jax.eval_shape(partial(_split, len(devices)), batch), *rng)
+
+    return CompiledStep(mesh, partial(_everywhere, replicated), run, lower)
 
 
 def compile_steps(
@@ -110,8 +211,10 @@ def compile_steps(
     accumulate: int = 1,
     use_ema: bool = False,
     parallel: Literal["jit", "pmap"] = "jit",
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Compiles the train step and the eval step of a run, over all devices.
+    mesh: Mesh | None = None,
+    shard_state: bool = False,
+) -> tuple[CompiledStep, CompiledStep]:
+    """Compiles the train step and the eval step of a run.
 
     Args:
         objective: The objective of both steps.
@@ -120,17 +223,25 @@ def compile_steps(
         accumulate: See `train_step`.
         use_ema: See `eval_step`.
         parallel: `"jit"` for `jit_step`, `"pmap"` for `pmap_step`.
+        mesh: The devices; None for all.
+        shard_state: See `jit_step`.
 
     Returns:
         The train step and the eval step.
 
     Raises:
-        ValueError: `parallel` is neither of the two.
+        ValueError: `parallel` is neither of the two, or `"pmap"` with `shard_state`.
     """
-    compilers = {"jit": jit_step, "pmap": pmap_step}
-    if parallel not in compilers:
+    if parallel not in ("jit", "pmap"):
         raise ValueError(f"parallel must be 'jit' or 'pmap'; got {parallel!r}")
-    compile_step = compilers[parallel]
+    if shard_state and parallel == "pmap":
+        raise ValueError("shard_state must be False for parallel='pmap', which keeps a state on each device; got True")
+    mesh = make_mesh() if mesh is None else mesh
+    compile_step = (
+        partial(jit_step, mesh=mesh, shard_state=shard_state)
+        if parallel == "jit"
+        else partial(pmap_step, devices=list(mesh.devices.flat))
+    )
     return (
         compile_step(partial(train_step, objective=objective, transform=train_transform, accumulate=accumulate)),
         compile_step(partial(eval_step, objective=objective, transform=eval_transform, use_ema=use_ema)),
@@ -207,3 +318,40 @@ def _place(batch: dict[str, Any], sharding: NamedSharding) -> dict[str, Any]:
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def _everywhere(replicated: NamedSharding, state: Any) -> Any:
+    return jax.tree.map(lambda _: replicated, state)
+
+
+def _split(count: int, batch: dict[str, Any]) -> dict[str, Any]:
+    """Gives the rows [N, ...] of a batch the device axis of `jax.pmap`: [devices, N / devices, ...]."""
+    return jax.tree.map(lambda x: x.reshape((count, x.shape[0] // count, *x.shape[1:])), batch)
+
+
+def _join(replicated: NamedSharding, x: jax.Array) -> jax.Array:
+    """Makes the result of `jax.pmap`, which belongs to this process, an array of all processes. Copies nothing."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_join(replicated, jax.random.key_data(x)), impl=jax.random.key_impl(x))
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, replicated, shards)
+
+
+def _warn_of_gather(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Returns the step, which logs a warning while it is compiled if its parts cannot stay on their devices."""
+    accumulate = (getattr(step, "keywords", None) or {}).get("accumulate", 1)
+    if accumulate == 1:
+        return step
+
+    @functools.wraps(step)
+    def warned(state, batch, *rng):
+        rows = len(next(iter(jax.tree.leaves(batch))))
+        if rows % accumulate == 0 and rows // accumulate % mesh.size:
+            logger.warning(
+                "accumulate=%d makes parts of %d rows, which %d devices do not divide: each device receives the whole "
+                "batch; use a batch size that is a multiple of %d",
+                *(accumulate, rows // accumulate, mesh.size, accumulate * mesh.size),
+            )
+        return step(state, batch, *rng)
+
+    return warned

@@ -92,7 +92,7 @@ def train_step(
     if axis_name is not None:
         grads = jax.lax.psum(grads, axis_name)
         metrics = {name: metric.all_reduce(axis_name) for name, metric in metrics.items()}
-        # Without synchronised BatchNorm each device has its own running statistics; keep their mean.
+        # Without synchronized BatchNorm each device has its own running statistics; keep their mean.
         collections = jax.tree.map(lambda x: _mean(x, axis_name), collections)
     weight = jnp.maximum(metrics["loss"].weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)

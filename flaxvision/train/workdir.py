@@ -10,19 +10,24 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
 
-from flaxvision import atomic, checkpoint, plot
-from flaxvision.train import loop, writers
+from flaxvision import atomic, checkpoint, plot, processes
+from flaxvision.checkpoint import folders
+from flaxvision.train import callbacks as callbacks_lib
+from flaxvision.train import input as input_lib
+from flaxvision.train import lock, loop, writers
 from flaxvision.train.state import TrainState
 from flaxvision.train.step import Transform
 
 PACKAGES = ("flaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 
 
 def versions() -> dict[str, str]:
@@ -49,15 +54,39 @@ def commit() -> str | None:
     return head + ("+" if changed else "")
 
 
+def run_info(fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what the results of a run depend on, as JSON values; it is stored beside every checkpoint.
+
+    Args:
+        fingerprint: That of the training data.
+    """
+    flags = {name: getattr(jax.config, name, None) for name in FLAGS}
+    flags |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return {
+        "versions": versions(),
+        "commit": commit(),
+        "command": sys.argv,
+        "flags": flags,
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "seed": (fingerprint or {}).get("seed"),
+        "data": fingerprint,
+    }
+
+
 def _defaults(config: Any) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
 
 
 def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[str] = ()) -> Path:
-    """Creates the work directory of a run, or opens it again for the same run.
+    """Creates the work directory of a run, or opens it again for the same run, and locks it.
+
+    The lock lasts until the process ends; `flaxvision.train.lock.release` gives it back before. With several processes,
+    process 0 does all this, and its error is raised in all of them.
 
     Args:
-        path: The directory.
+        path: The directory, on storage that all processes share.
         config: A dataclass of JSON values with all settings of the run.
         free: Fields that may change when the run is resumed, such as the location of the data.
 
@@ -65,13 +94,20 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
         The directory. Its `config.json` holds the settings, the versions, the commit and the command.
 
     Raises:
-        ValueError: The directory is a file, its `config.json` cannot be read, or it holds records or checkpoints of a
-            run with other settings; the message names each setting with both values.
+        ValueError: The directory is a file or a URL, its `config.json` cannot be read, or it holds records or
+            checkpoints of a run with other settings; the message names each setting with both values.
+        WorkdirInUseError: Another run uses the directory; the message names its process.
     """
-    path = Path(path)
+    path = folders.local(path, "the work directory")
+    _on_first_process("open the work directory", lambda: _open(path, config, free))
+    return path
+
+
+def _open(path: Path, config: Any, free: Collection[str]) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"the work directory must be a directory; got the file {path}")
     path.mkdir(parents=True, exist_ok=True)
+    lock.acquire(path)
     file = path / "config.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     if file.exists():
@@ -92,11 +128,25 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
         if differ and begun:
             raise ValueError(f"{path} holds another run: {'; '.join(differ)}; choose another --workdir")
         if not differ:
-            return path
+            return
     written = {"config": settings, "versions": versions(), "commit": commit(), "command": sys.argv}
     with atomic.replacing(file) as partial:
         partial.write_text(json.dumps(written, indent=2) + "\n")
-    return path
+
+
+def _on_first_process(what: str, act: Callable[[], None]) -> None:
+    """Runs a function on process 0, and raises its error on all processes."""
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except Exception as error:
+            failure = error
+    told = processes.broadcast(what, failure and [isinstance(failure, ValueError), str(failure)])
+    if failure is not None:
+        raise failure
+    if told:
+        raise (ValueError if told[0] else RuntimeError)(told[1])
 
 
 def fit_in_workdir(
@@ -110,12 +160,18 @@ def fit_in_workdir(
     num_steps: int,
     best_metric: str = "accuracy",
     best_mode: Literal["min", "max"] = "max",
+    keep_latest: int = 2,
+    keep_best: int = 1,
     progress: str | None = None,
+    profile_steps: str | None = None,
+    allow_changes: bool = False,
+    callbacks: Sequence[Any] = (),
     **options: Any,
 ) -> loop.FitResult:
     """Runs `flaxvision.train.fit` with its checkpoints and records in a directory.
 
-    Prints a line if the run ended early.
+    Prints a line if the run ended early. With several processes, records and lines are those of process 0, and all
+    processes write the checkpoints.
 
     Args:
         path: The directory, opened by `open_workdir`. It gets `metrics.jsonl`, `tensorboard` and `checkpoints`.
@@ -127,7 +183,14 @@ def fit_in_workdir(
         num_steps: See `fit`.
         best_metric: Metric of the evaluation by which the best checkpoint is chosen.
         best_mode: Whether a larger (`"max"`) or a smaller (`"min"`) value is better.
+        keep_latest: Number of newest checkpoints to keep.
+        keep_best: Number of best checkpoints to keep.
         progress: Title of a progress bar; None shows none.
+        profile_steps: Steps to trace, such as `"10:20"`, into the directory `profile`; None traces none.
+        allow_changes: Whether the run may continue with other training data than it began with, for example after a
+            damaged file was replaced. What differs is logged; from there on the run is no longer the one that an
+            uninterrupted run would have been.
+        callbacks: See `fit`.
         **options: Further options of `fit`.
 
     Returns:
@@ -139,12 +202,15 @@ def fit_in_workdir(
         FloatingPointError: See `fit`.
     """
     path = Path(path)
-    records: list[Any] = [
-        writers.JsonlWriter(path / "metrics.jsonl"),
-        writers.TensorBoardWriter(path / "tensorboard"),
-    ]
-    if progress is not None:
-        records.append(writers.ProgressBar(num_steps, data.batch_size, desc=progress))
+    callbacks = list(callbacks)
+    if profile_steps is not None:
+        callbacks.append(callbacks_lib.Profiler(path / "profile", *callbacks_lib.step_range(profile_steps)))
+    records: list[Any] = []
+    first = jax.process_index() == 0
+    if first:
+        records += [writers.JsonlWriter(path / "metrics.jsonl"), writers.TensorBoardWriter(path / "tensorboard")]
+        if progress is not None:
+            records.append(writers.ProgressBar(num_steps, data.batch_size, desc=progress))
     manifest = {
         "model": model,
         "overrides": overrides | {"dtype": np.dtype(overrides.get("dtype") or "float32").name},
@@ -152,20 +218,41 @@ def fit_in_workdir(
         "versions": versions(),
     }
     with checkpoint.Checkpoints(
-        path / "checkpoints", manifest=manifest, best_metric=best_metric, best_mode=best_mode
+        path / "checkpoints",
+        manifest=manifest,
+        run=run_info(data.fingerprint),
+        allow=("data",) if allow_changes else (),
+        keep_latest=keep_latest,
+        keep_best=keep_best,
+        best_metric=best_metric,
+        best_mode=best_mode,
     ) as checkpoints:
         checkpoints.prepare()  # fails now, and not after the first epoch, if the directory cannot be written
-        result = loop.fit(state, step, data, num_steps=num_steps, checkpoints=checkpoints, writers=records, **options)
-        if options.get("early_stopping") and (restored := checkpoints.restore_best(result.state)) is not None:
-            result = dataclasses.replace(result, state=restored.state)
-            print(f"the best evaluation was at step {restored.step}")
-    if result.stopped in ("SIGTERM", "SIGINT"):
-        print(f"stopped by {result.stopped} after step {int(result.state.step)}; run the same command to resume")
+        result = loop.fit(
+            state,
+            step,
+            data,
+            num_steps=num_steps,
+            checkpoints=checkpoints,
+            writers=records,
+            callbacks=callbacks,
+            **options,
+        )
+        finished = result.stopped in (None, "early_stopping")
+        if finished and options.get("early_stopping"):
+            restored = checkpoints.restore_best(result.state)
+            if restored is not None:
+                result = dataclasses.replace(result, state=restored.state)
+                if first:
+                    print(f"the best evaluation was at step {restored.step}")
+    if not finished and first:
+        cause = "the time budget" if result.stopped == "time_budget" else result.stopped
+        print(f"stopped by {cause} after step {int(result.state.step)}; run the same command to resume")
     return result
 
 
 def draw_samples(path: str | os.PathLike[str], batches: Any, transform: Transform, rng: jax.Array) -> None:
-    """Draws up to 32 images of the first batch of a run after a transform.
+    """Draws up to 32 images of the first batch of a run after a transform. With several processes, process 0 does.
 
     Args:
         path: The picture to write.
@@ -173,6 +260,8 @@ def draw_samples(path: str | os.PathLike[str], batches: Any, transform: Transfor
         transform: `(rng, batch) -> batch` with images in [0, 1], such as the augmentations without standardization.
         rng: The key of the transform.
     """
+    if jax.process_index() != 0:
+        return
     with batches.from_step(0) as iterator:
         first = {key: values[:32] for key, values in next(iterator).items()}
     images = np.asarray(jax.jit(transform)(rng, first)["image"])
@@ -191,6 +280,15 @@ def run_experiment(main: Callable[[Any], int], parse: Callable[[], Any]) -> NoRe
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     try:
-        sys.exit(main(parse()))
+        with processes.failures():
+            status: int | str = main(parse())
     except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        status = "\n".join([f"error: {error}", *getattr(error, "__notes__", ())])
+        processes.fail(str(error))
+    if input_lib.hung():  # the interpreter would wait for the threads of the pipeline
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    sys.exit(status)

@@ -2,15 +2,17 @@
 
 A writer has the methods `start(step)`, called once before the first step with the step at which the run resumes,
 `write(record)` and `close()`. A record is a dict with `step`, `split` and the values of the metrics by name. A writer
-with a method `advance(examples)`, such as a progress bar, is called at every step too.
+with a method `advance(examples)`, such as a progress bar, is called at every step too. A run that was killed between an
+evaluation and its checkpoint repeats the evaluation, and may write its record a second time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 class JsonlWriter:
     """Writes one JSON object per line. When a run resumes, it drops the records after that step.
 
+    A record that the resumed run writes again, with the same step and split, is left out.
+
     Args:
         path: The file.
     """
@@ -58,22 +62,31 @@ class JsonlWriter:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._file: Any = None
+        self._kept: set[tuple[int, str | None]] = set()
 
     def start(self, step: int) -> None:
         """Drops the records after `step` and opens the file."""
         kept = [r for r in read_records(self.path) if r["step"] <= step]
+        self._kept = {(r["step"], r.get("split")) for r in kept}
         with atomic.replacing(self.path) as partial:
             partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("a", buffering=1)
 
     def write(self, record: Record) -> None:
-        """Appends one record."""
-        self._file.write(json.dumps(record) + "\n")
+        """Appends one record.
+
+        Raises:
+            OSError: The file cannot be written, for example because the disk is full. The error names the file.
+        """
+        if (record["step"], record.get("split")) not in self._kept:
+            with _naming(self.path):
+                self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
-            self._file.close()
+            with _naming(self.path):
+                self._file.close()
 
 
 class TensorBoardWriter:
@@ -98,15 +111,18 @@ class TensorBoardWriter:
 
         split = record["split"]
         if split not in self._writers:
-            self._writers[split] = SummaryWriter(str(self.directory / split), purge_step=self._purge)
+            with _naming(self.directory):
+                self._writers[split] = SummaryWriter(str(self.directory / split), purge_step=self._purge)
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "step":
-                self._writers[split].add_scalar(name, value, record["step"])
+                with _naming(self.directory):
+                    self._writers[split].add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        for writer in self._writers.values():
-            writer.close()
+        with _naming(self.directory):
+            for writer in self._writers.values():
+                writer.close()
 
 
 class ProgressBar:
@@ -150,3 +166,14 @@ class ProgressBar:
         """Closes the bar and leaves it on the screen."""
         if self._bar is not None:
             self._bar.close()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the path to an error that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"record cannot be written: {error.strerror}", str(path)) from error

@@ -1,92 +1,34 @@
 """The loop: bit-exact resume, early stopping, NaN, signals, records."""
 
-import json
 import os
 import signal
 import threading
 import time
-from functools import partial
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flaxvision as fv
-from flaxvision.train import EarlyStopping, JsonlWriter, create_state, eval_step, fit, jit_step, make_mesh, train_step
-
-
-class Net(nn.Module):
-    """BatchNorm and dropout: everything that a resume could lose."""
-
-    @nn.compact
-    def __call__(self, x, *, train=False):
-        x = nn.BatchNorm(not train, momentum=0.9, name="norm")(x.reshape((len(x), -1)))
-        x = nn.Dropout(0.3, deterministic=not train)(nn.relu(nn.Dense(8, name="hidden")(x)))
-        return nn.Dense(3, name="head")(x)
-
-
-SOURCE = fv.data.ArraySource(
-    np.random.default_rng(0).normal(size=(50, 2, 2, 1)).astype(np.float32), np.random.default_rng(1).integers(0, 3, 50)
+from flaxvision.train import EarlyStopping, fit, jit_step, train_step
+from tests.train.runs import (
+    EVAL,
+    MESH,
+    OBJECTIVE,
+    RNG,
+    SOURCE,
+    STEP,
+    KilledError,
+    Seen,
+    bits,
+    interrupted_after,
+    killed_in_step,
+    records_of,
+    run,
+    state_of,
 )
-OBJECTIVE = fv.train.classification()
-MESH = make_mesh(jax.devices()[:1])
-STEP = jit_step(partial(train_step, objective=OBJECTIVE), MESH)
-EVAL = jit_step(partial(eval_step, objective=OBJECTIVE, use_ema=True), MESH)
-RNG = jax.random.key(3)
-
-
-class Seen:
-    """A source that records which rows were read and runs `action` when the batch of step `at` is asked for."""
-
-    def __init__(self, at=None, action=None):
-        self.rows, self.at, self.action = [], at, action
-        self.inner = fv.data.train_batches(SOURCE, 16, seed=5)
-        self.fingerprint = self.inner.fingerprint
-
-    def from_step(self, step):
-        for i, batch in enumerate(self.inner.from_step(step), step):
-            if i == self.at:
-                self.action()
-            self.rows.append((i, batch["image"].tobytes()))
-            yield batch
-
-
-def state_of():
-    tx = fv.train.optimizer("adam", fv.train.schedule("cosine", 0.05, 20))
-    return create_state(Net(), tx, jax.random.key(0), jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32), ema_decay=0.9)
-
-
-def run(folder, data=None, num_steps=20, keep_latest=10, step=STEP, **options):
-    data = data or Seen()
-    evaluate = partial(fv.train.evaluate, eval_step=EVAL, batches=fv.data.eval_batches(SOURCE, 16))
-    options = {"eval_every": 5, "log_every": 4, "writers": [JsonlWriter(folder / "metrics.jsonl")]} | options
-    with fv.checkpoint.Checkpoints(
-        folder / "checkpoints", manifest={"data": data.fingerprint}, keep_latest=keep_latest
-    ) as checkpoints:
-        return fit(
-            state_of(), step, data, num_steps=num_steps, rng=RNG, evaluate=evaluate, checkpoints=checkpoints, **options
-        )
-
-
-def bits(state):
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
-    return {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in leaves}
-
-
-def records_of(folder):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    data = Seen()
-    result = run(folder, data)
-    return bits(result.state), records_of(folder), data.rows[:20], result
 
 
 def test_a_run_does_all_its_steps(uninterrupted):
@@ -103,14 +45,8 @@ def test_a_run_does_all_its_steps(uninterrupted):
     ("killed_at", "checkpoint_every"), [(0, None), (7, None), (10, None), (19, None), (1, 3), (13, 3)]
 )
 def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, checkpoint_every):
-    class KilledError(Exception):
-        pass
-
-    def kill():
-        raise KilledError
-
     with pytest.raises(KilledError):
-        run(tmp_path, Seen(killed_at, kill), checkpoint_every=checkpoint_every)
+        run(tmp_path, step=killed_in_step(killed_at), checkpoint_every=checkpoint_every)
     data = Seen()
     result = run(tmp_path, data, checkpoint_every=checkpoint_every)
     want, records, rows, _ = uninterrupted
@@ -177,7 +113,7 @@ def test_another_data_order_is_refused(tmp_path):
         run(tmp_path, data)
 
 
-@pytest.mark.parametrize("poisoned", ["loss", "parameters"])
+@pytest.mark.parametrize("poisoned", ["loss", "parameters", "opt_state", "ema"])
 def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poisoned):
     def step(state, batch, rng):
         state, metrics = STEP(state, batch, rng)
@@ -185,13 +121,21 @@ def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path, poison
             metrics = metrics | {"loss": metrics["loss"].replace(total=metrics["loss"].total * np.nan)}
         if int(state.step) == 10 and poisoned == "parameters":  # the loss becomes NaN one step later
             state = state.replace(params=jax.tree.map(lambda p: p * np.nan, state.params))
+        if int(state.step) == 10 and poisoned in ("opt_state", "ema"):  # the loss may never become NaN
+
+            def overflow(x):
+                return x + np.asarray(np.inf, x.dtype) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+            state = state.replace(**{poisoned: jax.tree.map(overflow, getattr(state, poisoned))})
         return state, metrics
 
     data = fv.data.train_batches(SOURCE, 16, seed=5)
     with fv.checkpoint.Checkpoints(tmp_path, manifest={}) as checkpoints:
         match = {
             "loss": "loss is not finite at step 8; the last checkpoint is step 5",
-            "parameters": "a model variable is not finite after step 10; the last checkpoint is step 5",
+            "parameters": "a parameter is not finite after step 10; the last checkpoint is step 5",
+            "opt_state": "the optimizer's state is not finite after step 10; the last checkpoint is step 5",
+            "ema": "the moving average is not finite after step 10; the last checkpoint is step 5",
         }[poisoned]
         with pytest.raises(FloatingPointError, match=match):
             fit(
@@ -231,6 +175,43 @@ def test_early_stopping_and_its_resume(tmp_path):
     assert stopping.best is None  # the caller's object is a setting, not the run's memory
 
 
+def test_any_object_can_stop_a_run_early(tmp_path):
+    class Twice:
+        """Stops after two evaluations; what it remembers survives a restart."""
+
+        def __init__(self, seen=()):
+            self.seen = list(seen)
+
+        def update(self, values):
+            self.seen.append(values["accuracy"])
+
+        @property
+        def stop(self):
+            return len(self.seen) == 3
+
+        def to_json(self):
+            return {"seen": self.seen}
+
+        def from_json(self, stored):
+            return Twice(stored["seen"])
+
+    rule = Twice()
+    with pytest.raises(KilledError):
+        run(tmp_path, step=killed_in_step(12), early_stopping=rule)
+    result = run(tmp_path, early_stopping=rule)
+    assert (result.stopped, int(result.state.step), rule.seen) == ("early_stopping", 15, [])
+
+
+def test_a_checkpoint_of_early_stopping_before_this_version_loads(tmp_path):
+    run(tmp_path, num_steps=10)
+    with fv.checkpoint.Checkpoints(tmp_path / "checkpoints", manifest={"data": Seen().fingerprint}) as checkpoints:
+        restored = checkpoints.restore(state_of())
+        progress = {"window": {}, "early_stopping": {"best": 2.0, "waited": 1}}
+        checkpoints.save(10, restored.state, progress=progress)
+    result = run(tmp_path, early_stopping=EarlyStopping(2, metric="accuracy", mode="max"), num_steps=30)
+    assert (result.stopped, int(result.state.step)) == ("early_stopping", 15)
+
+
 def test_early_stopping_by_itself():
     stopping = EarlyStopping(patience=2, metric="accuracy", mode="max", min_delta=0.1)
     for value, stop in [(0.5, False), (0.55, False), (0.65, False), (0.7, False), (0.7, True)]:
@@ -241,8 +222,11 @@ def test_early_stopping_by_itself():
     for value in (np.nan, 1.0, np.nan):
         by_loss.update({"loss": value})
     assert (by_loss.best, by_loss.waited) == (1.0, 1)
-    with pytest.raises(ValueError, match=r"metric must be one of loss; got 'accuracy'"):
+    with pytest.raises(ValueError, match=r"metric must be a value of the evaluation, such as loss; got 'accuracy'"):
         stopping.update({"loss": 1.0})
+    stopping.metric = "acuracy"
+    with pytest.raises(ValueError, match=r"such as accuracy; got 'acuracy'"):
+        stopping.update({"loss": 1.0, "accuracy": 0.5, "top5_error": 0.1})
     with pytest.raises(ValueError, match="patience must be at least 1; got 0"):
         EarlyStopping(0)
     with pytest.raises(ValueError, match="mode must be 'max' or 'min'; got 'up'"):
@@ -259,54 +243,14 @@ def test_intervals_must_be_positive(tmp_path):
         run(tmp_path, log_every=0)
 
 
-def test_jsonl_forgets_what_came_later_and_half_a_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "train"}\n{"step": 3, "spl')
-    writer = JsonlWriter(path)
-    writer.start(1)
-    writer.write({"step": 2, "split": "train", "loss": 0.5})
-    writer.close()
-    assert fv.train.read_records(path) == [
-        {"step": 1, "split": "train"},
-        {"step": 2, "split": "train", "loss": 0.5},
-    ]
-
-
-def test_tensorboard_files(tmp_path):
-    writer = fv.train.TensorBoardWriter(tmp_path)
-    writer.start(0)
-    writer.write({"step": 1, "split": "train", "loss": 0.5})
-    writer.write({"step": 1, "split": "validation", "loss": 0.25})
-    writer.close()
-    for split, value in (("train", 0.5), ("validation", 0.25)):
-        (file,) = (tmp_path / split).iterdir()
-        content = file.read_bytes()
-        assert b"loss" in content
-        assert np.float32(value).tobytes() in content
-
-
-def test_progress_bar_shows_speed_metrics_and_time_left(capsys):
-    bar = fv.train.ProgressBar(10, 16, mininterval=0)
-    bar.start(5)
-    bar.write({"step": 6, "split": "train", "loss": 0.5, "accuracy": 0.75})
-    bar.write({"step": 6, "split": "validation", "miou_mean": 0.875, "loss": 0.25, "learning_rate": 0.125})
-    bar.advance(16)
-    bar.close()
-    shown = capsys.readouterr().err.split("\r")[-1]
-    for part in ("96.0/160", "img/s", "loss=0.5000", "accuracy=0.7500", "val loss=0.2500", "<"):
-        assert part in shown
-    assert "val miou_mean=0.8750" in shown
-    assert "0.1250" not in shown
-
-
 def test_the_loop_waits_for_no_value_between_records(monkeypatch):
     """The thread that fetches the values of a record gets them only once the loop has started the next record."""
     from jax._src.array import ArrayImpl
 
-    from flaxvision.train import loop
+    from flaxvision.train import monitor
 
     dispatched, fetched, reads, records = [], [], [], []
-    host_value, fetch = ArrayImpl._value, loop._fetch
+    host_value, fetch = ArrayImpl._value, monitor._fetch
 
     def step(state, batch, rng):
         result = STEP(state, batch, rng)
@@ -336,7 +280,7 @@ def test_the_loop_waits_for_no_value_between_records(monkeypatch):
             pass
 
     state, schedule = state_of(), fv.train.schedule("cosine", 0.05, 16)
-    monkeypatch.setattr(loop, "_fetch", late)
+    monkeypatch.setattr(monitor, "_fetch", late)
     monkeypatch.setattr(ArrayImpl, "_value", property(value))
     data = fv.data.train_batches(SOURCE, 16, seed=5)
     fit(state, step, data, num_steps=16, log_every=4, rng=RNG, learning_rate=schedule, writers=[Writer()])
@@ -392,15 +336,6 @@ def test_a_checkpoint_of_sums_with_one_weight_still_loads(tmp_path, uninterrupte
     assert records_of(tmp_path) == uninterrupted[1]
 
 
-def interrupted_after(last):
-    def step(*args):
-        if int(args[0].step) == last - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return STEP(*args)
-
-    return step
-
-
 def test_a_compiled_step_is_traced_once_per_run():
     chex.clear_trace_counter()
 
@@ -411,58 +346,3 @@ def test_a_compiled_step_is_traced_once_per_run():
     data = fv.data.train_batches(SOURCE, 16, seed=5)
     result = fit(state_of(), jit_step(traced, MESH), data, num_steps=5, rng=RNG, log_every=2)
     assert int(result.state.step) == 5
-
-
-def test_range_test_finds_where_it_diverges():
-    """On a parabola of curvature 1, gradient descent diverges for rates above 2."""
-
-    def objective(apply_fn, params, collections, batch, rng, train):
-        loss = 50 * jnp.sum(params["hidden"]["bias"] ** 2) / 100
-        return loss, ({"loss": fv.metrics.Mean(loss, jnp.float32(1))}, collections)
-
-    def start(rate):
-        state = create_state(Net(), fv.train.optimizer("sgd", rate), jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
-        state.params["hidden"]["bias"] = jnp.ones(8)
-        return state
-
-    batches = fv.data.train_batches(SOURCE, 16, seed=0).from_step(0)
-    step = jit_step(partial(train_step, objective=objective), MESH)
-    found = fv.train.learning_rate_range(start, step, batches, RNG, low=1e-4, high=1e3, num_steps=100)
-    assert found.diverged
-    assert 1 < found.turned < 4
-    assert found.suggestion == found.turned / 3 < 2
-    assert len(found.rates) == len(found.losses) < 100
-    np.testing.assert_allclose(found.rates[1] / found.rates[0], 1e7 ** (1 / 99))
-    calm = fv.train.learning_rate_range(start, step, batches, RNG, low=1e-5, high=1e-3, num_steps=20)
-    assert not calm.diverged
-    assert calm.turned <= 1e-3
-    with pytest.raises(ValueError, match=r"0 < low < high; got low=1 and high=0\.1"):
-        fv.train.learning_rate_range(start, step, batches, RNG, low=1, high=0.1)
-    with pytest.raises(ValueError, match="num_steps must be at least 10; got 5"):
-        fv.train.learning_rate_range(start, step, batches, RNG, num_steps=5)
-
-
-def test_workdir(tmp_path):
-    import dataclasses
-
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        model: str = "mlp"
-        seed: int = 0
-        data_dir: str | None = None
-
-    folder = fv.train.open_workdir(tmp_path / "run", Config(), free=("data_dir",))
-    written = json.loads((folder / "config.json").read_text())
-    assert written["config"] == {"model": "mlp", "seed": 0, "data_dir": None}
-    assert written["versions"]["jax"] == jax.__version__
-    assert fv.train.open_workdir(folder, Config(data_dir="x"), free=("data_dir",)) == folder
-    assert fv.train.open_workdir(folder, Config(seed=5)) == folder  # the run has not begun
-    assert fv.train.open_workdir(folder, Config()) == folder
-    (folder / "metrics.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds another run: model was 'mlp', now 'lenet5'; seed was 0, now 1"):
-        fv.train.open_workdir(folder, Config(model="lenet5", seed=1))
-    (folder / "config.json").write_text('{"config"')
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
-        fv.train.open_workdir(folder, Config())
-    with pytest.raises(ValueError, match="must be a directory; got the file"):
-        fv.train.open_workdir(folder / "config.json", Config())

@@ -9,76 +9,26 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
 
 from flaxvision import metrics as fm
-from flaxvision.train import evaluate, fit, loop
-
-START = SimpleNamespace(step=0)
-LOSS = {"loss": fm.Mean(np.float32(1), np.float32(2))}
-
-
-class Data:
-    """`length` batches; then the data end, or `error` is raised."""
-
-    def __init__(self, length=1000, error=None):
-        self.length, self.error = length, error
-
-    def from_step(self, step):
-        for _ in range(step, self.length):
-            yield {"image": np.zeros((2, 1))}
-        if self.error:
-            raise self.error
-
-
-class Writer:
-    def __init__(self):
-        self.steps = []
-
-    def start(self, step):
-        pass
-
-    def write(self, record):
-        self.steps.append(record["step"])
-
-    def close(self):
-        self.steps.append("closed")
-
-
-def metrics_step(state, batch, rng, metrics=LOSS):
-    return state, metrics
-
-
-def raising_after(last, error):
-    done = iter(range(last))
-
-    def step(state, batch, rng):
-        if next(done, None) is None:
-            raise error
-        return state, LOSS
-
-    return step
-
-
-def run(step=metrics_step, data=None, **options):
-    options = {"num_steps": 10, "log_every": 2, "rng": jax.random.key(0)} | options
-    return fit(START, step, data or Data(), **options)
+from flaxvision.train import evaluate, monitor
+from tests.train.fakes import LOSS, Data, Writer, metrics_step, raising_after, run
 
 
 @pytest.fixture
 def slow(monkeypatch):
     """Makes a record ready only when the loop waits for it."""
-    fetch = loop._fetch
+    fetch = monitor._fetch
 
     def late(*args):
         time.sleep(0.2)
         return fetch(*args)
 
-    monkeypatch.setattr(loop, "_fetch", late)
+    monkeypatch.setattr(monitor, "_fetch", late)
 
 
 @pytest.mark.parametrize("where", ["step", "data"])
@@ -94,7 +44,7 @@ def test_an_error_loses_no_record(slow, where):
 
 def test_a_second_interrupt_loses_no_record(monkeypatch):
     """The second SIGINT arrives where it is most likely: while the loop waits for the values of a record."""
-    writer, fetch, waits = Writer(), loop._fetch, []
+    writer, fetch, waits = Writer(), monitor._fetch, []
 
     def late(*args):
         waits.append(True)
@@ -105,7 +55,7 @@ def test_a_second_interrupt_loses_no_record(monkeypatch):
                 time.sleep(0.1)
         return fetch(*args)
 
-    monkeypatch.setattr(loop, "_fetch", late)
+    monkeypatch.setattr(monitor, "_fetch", late)
     with pytest.raises(KeyboardInterrupt):
         run(num_steps=4, writers=[writer])
     assert writer.steps == [2, 4, "closed"]
@@ -151,7 +101,7 @@ def test_a_record_that_cannot_be_written_is_a_note_of_the_error(slow):
 
 
 def test_a_record_is_written_at_the_first_step_that_finds_it_ready(monkeypatch):
-    writer, fetch, release, at_step = Writer(), loop._fetch, threading.Event(), []
+    writer, fetch, release, at_step = Writer(), monitor._fetch, threading.Event(), []
 
     def late(*args):
         assert release.wait(30)
@@ -165,15 +115,15 @@ def test_a_record_is_written_at_the_first_step_that_finds_it_ready(monkeypatch):
                 time.sleep(0.001)
         return state, LOSS
 
-    class Log(loop._Log):
+    class Log(monitor.Log):
         def begin(self, *args):
             nonlocal log
             super().begin(*args)
             log = SimpleNamespace(queued=self._pending[2])
 
     log: Any = None
-    monkeypatch.setattr(loop, "_fetch", late)
-    monkeypatch.setattr(loop, "_Log", Log)
+    monkeypatch.setattr(monitor, "_fetch", late)
+    monkeypatch.setattr(monitor, "Log", Log)
     run(step, log_every=3, num_steps=9, writers=[writer])
     assert at_step[:6] == [[], [], [], [], [], [3]]  # ready during step 5, so written after it and not at step 6
     assert writer.steps == [3, 6, 9, "closed"]
@@ -216,7 +166,7 @@ GROWING = LOSS | {"rows": Rows(np.arange(3.0))}
 
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_training_metrics_that_grow_are_refused(log_every):
-    before, steps = loop._merge._cache_size(), []
+    before, steps = monitor._merge._cache_size(), []
 
     def step(state, batch, rng):
         steps.append(batch)
@@ -226,7 +176,7 @@ def test_training_metrics_that_grow_are_refused(log_every):
     with pytest.raises(ValueError, match=match):
         run(step, log_every=log_every)
     assert len(steps) <= 2
-    assert loop._merge._cache_size() == before
+    assert monitor._merge._cache_size() == before
 
 
 def test_training_metrics_that_change_from_step_to_step_are_refused():

@@ -1,0 +1,144 @@
+"""Runs an experiment in several processes on this machine.
+
+    python experiments/launch.py --num-processes 4 --devices 2 experiments/mnist.py --epochs 5
+
+The processes find each other over the loopback address. On a CPU each gets `--devices` virtual devices; with
+`--platform gpu` process i gets the GPUs from i * devices on. Process 0 prints as usual; the lines of the others begin
+with their number. SIGTERM and SIGINT are passed on to all processes. When a process fails, the others leave by
+themselves, and those that do not are ended after `--grace` seconds. The exit status is that of the first process that
+failed. experiments/processes.md describes clusters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Starts the processes, waits for them and returns the exit status."""
+    options = parse(arguments)
+    address = f"127.0.0.1:{options.port or free_port()}"
+    processes = [start(options, address, index) for index in range(options.num_processes)]
+    printers = [
+        threading.Thread(target=prefix, args=(stream, index, sink), daemon=True)
+        for index, process in enumerate(processes)
+        for stream, sink in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+        if stream is not None
+    ]
+    for printer in printers:
+        printer.start()
+
+    def forward(number, frame):
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    try:
+        status = wait(processes, options.grace)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+    for printer in printers:
+        printer.join(5)  # a descendant that still runs may keep the pipe open
+    return status
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-processes", type=int, required=True, help="number of processes")
+    parser.add_argument("--devices", type=int, default=1, help="devices of each process (default 1)")
+    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu", help="kind of the devices (default cpu)")
+    parser.add_argument("--port", type=int, default=0, help="port of the coordinator (default: a free one)")
+    parser.add_argument(
+        "--grace", type=float, default=90.0, help="seconds that the others have to leave after a failure (default 90)"
+    )
+    parser.add_argument("program", help="the experiment")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    options = parser.parse_args(arguments)
+    for name in ("num_processes", "devices"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}")
+    return options
+
+
+def start(options: argparse.Namespace, address: str, index: int) -> subprocess.Popen[str]:
+    """Starts one process. Process 0 keeps the terminal, for its progress bar."""
+    environment = dict(os.environ)
+    if options.platform == "cpu":
+        flags = environment.get("XLA_FLAGS", "")
+        environment["JAX_PLATFORMS"] = "cpu"
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}".strip()
+    else:
+        first = index * options.devices
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(options.devices))
+    command = [
+        *(sys.executable, options.program, *options.arguments),
+        *("--coordinator", address, "--num-processes", str(options.num_processes), "--process-id", str(index)),
+    ]
+    output = None if index == 0 else subprocess.PIPE
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=output,
+        stderr=output,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # otherwise Ctrl-C would reach the processes twice
+    )
+
+
+def wait(processes: list[subprocess.Popen[str]], grace: float) -> int:
+    """Waits for all processes and returns the first failing exit status, or 0.
+
+    After a failure it waits `grace` seconds for the others, then ends them with SIGTERM, and 10 seconds later with
+    SIGKILL.
+    """
+    status, failed = 0, None
+    while any(process.poll() is None for process in processes):
+        codes = [process.returncode for process in processes]
+        if failed is None and any(codes):
+            index, code = next((i, code) for i, code in enumerate(codes) if code)
+            status, failed = code if code > 0 else 128 - code, time.monotonic()
+            reason = f"exit status {code}" if code > 0 else signal.Signals(-code).name
+            print(f"process {index} ended with {reason}", file=sys.stderr, flush=True)
+        for number, after in ((signal.SIGTERM, grace), (signal.SIGKILL, grace + 10)):
+            if failed is not None and time.monotonic() - failed > after:
+                for process in processes:
+                    if process.poll() is None:
+                        process.send_signal(number)
+        time.sleep(0.1)
+    if failed is None:
+        codes = [process.returncode for process in processes]
+        status = next((code if code > 0 else 128 - code for code in codes if code), 0)
+    return status
+
+
+def prefix(stream: IO[str], index: int, sink: IO[str]) -> None:
+    """Copies the lines of a process with its number in front."""
+    for line in stream:
+        sink.write(f"[{index}] {line}")
+        sink.flush()
+
+
+def free_port() -> int:
+    """Returns a port of the loopback address that nobody uses."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

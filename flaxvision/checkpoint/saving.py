@@ -1,0 +1,226 @@
+"""Writes checkpoints and keeps their directory in order; the methods of `Writer` run on one thread.
+
+With several processes, each has a writer, and all writers do the same in the same order. They agree after every stage,
+so an error in one process is an error in all, and process 0 alone renames and deletes.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from flaxvision import atomic, manifest, processes
+from flaxvision.checkpoint import folders, orbax, pieces
+from flaxvision.checkpoint.folders import Entry
+from flaxvision.manifest import Damage, brief
+
+__all__ = ["Writer"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Writer:
+    """Writes the checkpoints of a run.
+
+    Args:
+        folder: Their directory.
+        run: JSON values for the `run.json` of each checkpoint.
+        timeout: Seconds to wait for other processes.
+    """
+
+    def __init__(self, folder: folders.Folder, run: dict[str, Any], timeout: float):
+        self.folder, self.directory, self.run, self.timeout = folder, folder.directory, run, timeout
+        self._failed: set[int] = set()
+
+    def prepare(self) -> None:
+        """Makes the directory ready for a save.
+
+        Raises:
+            OSError: It cannot be created or written.
+            ValueError: The processes do not share it.
+        """
+        first = jax.process_index() == 0
+        self.agree("prepare", self.folder.open if first else lambda: None)
+        if jax.process_count() == 1:
+            return
+        token = self.directory / self.agree("share", lambda: f".shared-{secrets.token_hex(8)}")[0]
+        try:
+            self.agree("write to", token.touch if first else lambda: None)
+            seen = self.agree("see", lambda: folders.appears(token))
+        finally:
+            if first:
+                token.unlink(missing_ok=True)
+        if not all(seen):
+            blind = [index for index, each in enumerate(seen) if not each]
+            raise ValueError(
+                f"directory must be on storage that all processes share; got {self.directory}, where processes {blind} "
+                "do not see the files of process 0"
+            )
+
+    def save(self, record: dict[str, Any], arrays: pieces.Pieces) -> None:
+        """Writes and verifies a checkpoint, and deletes older ones that are not to be kept.
+
+        Args:
+            record: The record, with leaves that have no checksums yet.
+            arrays: The arrays that this process writes. They are removed once they are written.
+
+        Raises:
+            OSError: A file cannot be written. No older checkpoint was deleted.
+            ProcessError: Another process failed.
+        """
+        try:
+            self._save(record, arrays)
+        except BaseException:
+            self._failed.add(record["step"])
+            raise
+        self._failed.discard(record["step"])
+
+    def _save(self, record: dict[str, Any], arrays: pieces.Pieces) -> None:
+        self.prepare()
+        table, first = pieces.table_of(arrays), jax.process_index() == 0
+        if jax.process_count() == 1:
+            checksums = {row["leaf"]: row["crc32"] for row in table}
+            for name, about in record["leaves"].items():
+                about["crc32"] = checksums.get(name, 0)
+        else:
+            record["processes"] = jax.process_count()
+        plans = self.agree("plan", lambda: self._plan(record, table))
+        if all(stored for _, stored in plans):
+            stored = plans[0][1]
+            amendment = {key: record[key] for key in stored}
+            if record["metrics"] is None:
+                amendment["metrics"] = stored["metrics"]
+            if not manifest.same(amendment, stored):
+                self.amend(amendment)
+            return
+        entry = folders.entry_of(self.directory / plans[0][0])
+        staged = entry.path.with_name(entry.path.name + ".saving")
+        try:
+            self.agree("write", lambda: self._stage(staged, record, arrays, table))
+            self.agree("complete", lambda: self._complete(staged, record, entry) if first else None)
+        except Exception as error:
+            if first:
+                for path in self.directory.glob(staged.name + "*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, processes.ProcessError):
+                raise
+            number = orbax.errno_of(error)
+            reason = f"checkpoint {entry.step} cannot be written: {os.strerror(number) if number else brief(error)}"
+            raise OSError(number or errno.EIO, reason, str(entry.path)) from error
+        self.folder.damaged.discard(entry.path)
+        self._saved(entry, record["metrics"])
+
+    def amend(self, amendment: dict[str, Any]) -> None:
+        """Writes the amendment of a checkpoint, and deletes others that are not to be kept.
+
+        Args:
+            amendment: `step`, `progress` and `metrics`. It is ignored if the step could not be saved.
+
+        Raises:
+            OSError: The file cannot be written.
+            ProcessError: Another process failed.
+            ValueError: The step is not saved.
+        """
+        step = amendment["step"]
+        if step in self._failed:
+            return  # the error of the save is enough
+
+        def write() -> str:
+            entry = self.folder.newest().get(step)
+            if entry is None:
+                raise ValueError(f"step must be one of the saved {list(self.folder.newest())}; got {step}")
+            manifest.amend(entry.path, amendment)
+            return entry.path.name
+
+        name = self.agree("amend", write if jax.process_index() == 0 else lambda: "")[0]
+        self._saved(folders.entry_of(self.directory / name), amendment["metrics"])
+
+    def agree(self, what: str, act: Callable[[], T]) -> list[T]:
+        """Returns the JSON values of `act` in all processes. An error in one process is an error in all.
+
+        Args:
+            what: What `act` does to the directory, for the error message.
+            act: What this process does.
+
+        Raises:
+            Exception: The error of `act`.
+            ProcessError: `act` failed in another process, or did not end in time.
+        """
+        failure = None
+        try:
+            outcome = {"value": act()}
+        except Exception as error:
+            failure, outcome = error, {"error": brief(error)}
+        outcomes = processes.gather(f"checkpoints/{self.directory.name}/{what}", outcome, self.timeout)
+        if failure is not None:
+            raise failure
+        for index, other in enumerate(outcomes):
+            if "error" in other:
+                raise processes.ProcessError(f"process {index} could not {what} {self.directory}: {other['error']}")
+        return [each["value"] for each in outcomes]
+
+    def _saved(self, entry: Entry, metrics: dict[str, float] | None) -> None:
+        self.folder.metrics[entry.path] = metrics
+        if jax.process_index() == 0:
+            self.folder.prune(entry)
+
+    def _plan(self, record: dict[str, Any], table: list[dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
+        """Returns the name of the new checkpoint, and what can be amended of one that has these arrays already."""
+        step, entries = record["step"], self.folder.entries()
+        if any(entry.step > step for entry in entries):
+            logger.warning("saving checkpoint %d, but restore will use the newer %d", step, entries[-1].step)
+        revisions = [entry for entry in entries if entry.step == step]
+        if not revisions:
+            return folders.name_of(step), None
+        last, stored = revisions[-1], None
+        with contextlib.suppress(Damage, OSError, MemoryError, RuntimeError):
+            old = folders.read_record(last, files=True)
+            keys = "leaves", "manifest", "processes"
+            unchanged = manifest.same([old.get(key) for key in keys], [record.get(key) for key in keys])
+            if unchanged and "processes" in old:
+                name = pieces.files_of(jax.process_index(), jax.process_count())[1]
+                unchanged = manifest.same(pieces.read_table(last.path / name), table)
+            if unchanged:
+                stored = {key: old[key] for key in ("step", "progress", "metrics")}
+        return folders.name_of(step, last.revision + 1), stored
+
+    def _stage(self, staged: Path, record: dict[str, Any], arrays: pieces.Pieces, table: list[dict[str, Any]]) -> None:
+        """Writes the arrays of this process and forgets them."""
+        need = sum(array.nbytes for some in arrays.values() for _, array in some)
+        free = shutil.disk_usage(self.directory).free
+        if need > free:  # Orbax reports a full disk with many messages
+            reason = f"checkpoint {record['step']} needs {need} bytes; the disk has {free} left"
+            raise OSError(errno.ENOSPC, reason, str(self.directory))
+        if "processes" in record:
+            staged.mkdir(exist_ok=True)
+            pieces.write(staged, arrays, table, record["leaves"])
+        else:
+            whole = {name: array for name, ((_, array),) in arrays.items()}
+            arrays.clear()
+            orbax.save(staged, whole, manifest.seal(record))
+
+    def _complete(self, staged: Path, record: dict[str, Any], entry: Entry) -> None:
+        """Adds the other files, reads back what is not verified yet, and renames the directory."""
+        leaves = record["leaves"]
+        if "processes" in record:
+            manifest.write_record(staged, record)
+            pieces.Reader(staged, leaves, record["processes"])
+        if self.run:
+            manifest.write_json(staged / "run.json", self.run)
+        manifest.write_checksums(staged)
+        if "processes" not in record:
+            stored = [name for name, about in leaves.items() if 0 not in about["shape"]]
+            collections.deque(orbax.read_arrays(staged, leaves, stored), maxlen=0)
+        atomic.move(staged, entry.path)

@@ -1,0 +1,145 @@
+"""Evaluating a state on a whole data set."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxvision import metrics as fm
+from flaxvision.train import input as input_lib
+from flaxvision.train import stopping
+from flaxvision.train.parallel import prefetch
+from flaxvision.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of a run, a callable `state -> values` for `fit`.
+
+    Attributes:
+        eval_step: A compiled eval step.
+        batches: The batches of one pass, such as `flaxvision.data.eval_batches`. Every evaluation iterates over them
+            anew.
+        input_timeout: Seconds to wait for a batch; None waits forever.
+
+    Raises:
+        ValueError: `batches` can be iterated only once, as a generator.
+    """
+
+    eval_step: Callable[..., dict[str, fm.Accumulator]]
+    batches: Iterable[Any]
+    input_timeout: float | None = input_lib.TIMEOUT
+
+    def __post_init__(self):
+        if isinstance(self.batches, Iterator):
+            raise ValueError(
+                "batches must be an object that every evaluation can iterate over, such as a list or those of "
+                f"flaxvision.data.eval_batches; got {type(self.batches).__name__}, which ends after one pass"
+            )
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Evaluates a state; see `evaluate`."""
+        return evaluate(state, self.eval_step, self.batches, self.input_timeout)
+
+    def check(self, state: TrainState) -> None:
+        """Checks that the batches fit the devices and the model, without running anything.
+
+        It uses what the batches offer: their `batch_size`, and for the shapes the first example of their `source`.
+
+        Args:
+            state: A state of the run.
+
+        Raises:
+            ValueError: The devices do not divide the batch size, or the eval step cannot take the shapes.
+        """
+        size = getattr(self.batches, "batch_size", None)
+        check_batch_size("the batch size of the evaluation", size, self.eval_step)
+        source, lower = getattr(self.batches, "source", None), getattr(self.eval_step, "lower", None)
+        if size is None or source is None or lower is None:
+            return
+
+        def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+
+        batch = {name: _rows(size, np.asarray(value)) for name, value in source[0].items()}
+        batch["mask"] = jax.ShapeDtypeStruct((size,), np.float32)
+        try:
+            lower(jax.tree.map(shape_of, state), batch)  # the first evaluation uses what is traced here
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in batch.items())
+            raise ValueError(f"the eval step must take batches of {shapes}; got {_brief(error)}") from error
+
+
+def evaluate(
+    state: TrainState,
+    eval_step: Callable[..., dict[str, fm.Accumulator]],
+    batches: Iterable[Any],
+    input_timeout: float | None = input_lib.TIMEOUT,
+) -> dict[str, float]:
+    """Evaluates a state on a whole data set.
+
+    Within `fit` it looks at requests to stop before every batch; see `flaxvision.train.stopping`.
+
+    Args:
+        state: The state.
+        eval_step: A compiled eval step.
+        batches: Batches. Rows with mask 0 are padding and do not count, so every example counts once.
+        input_timeout: Seconds to wait for a batch; None waits forever.
+
+    Returns:
+        The values of the metrics by name.
+
+    Raises:
+        ValueError: There are no batches.
+        InputTimeoutError: `batches` gave none in time.
+    """
+    total = None
+    pending: deque[dict[str, fm.Accumulator]] = deque()
+    stop = stopping.current()
+    reader = input_lib.Reader(iter(batches), input_timeout, *([stop.due] if stop else []))
+    with contextlib.closing(reader):
+        for batch in prefetch(reader, getattr(eval_step, "batch_sharding", None)):
+            stopping.claim()
+            pending.append(eval_step(state, batch))
+            if len(pending) == 8:  # let the device run ahead, within bounds
+                total = fm.merge(total, fm.to_host(pending.popleft()))
+    for metrics in pending:
+        total = fm.merge(total, fm.to_host(metrics))
+    if total is None:
+        once = " (a generator ends after one pass)" if isinstance(batches, Iterator) else ""
+        raise ValueError(f"batches must hold at least one batch; got none{once}")
+    return fm.compute(total)
+
+
+def check_batch_size(name: str, size: int | None, step: Callable[..., Any]) -> None:
+    """Checks that the devices of a compiled step divide a batch size.
+
+    Args:
+        name: What the size is, for the error.
+        size: Rows of a batch, over all processes; None if unknown.
+        step: The compiled step; without a `batch_sharding` nothing is checked.
+
+    Raises:
+        ValueError: They do not.
+    """
+    sharding = getattr(step, "batch_sharding", None)
+    if size is None or sharding is None:
+        return
+    devices = len(sharding.device_set)
+    if size % devices:
+        nearest = max(size // devices, 1) * devices
+        raise ValueError(f"{name} must be a multiple of the {devices} devices, such as {nearest}; got {size}")
+
+
+def _rows(size: int, value: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *value.shape), jax.dtypes.canonicalize_dtype(value.dtype))
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"

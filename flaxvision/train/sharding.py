@@ -1,0 +1,143 @@
+"""Where a state lives: a copy on every device, or its large arrays in parts over the devices (ZeRO stage 3, FSDP).
+
+A part of an array is a slice of its largest dimension that the devices divide. The rule looks at shapes only, so a
+parameter, its moments in the optimizer and its moving average have the same layout, whatever the optimizer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from flaxvision import processes
+
+SMALL = 4096
+
+
+def state_sharding(state: Any, mesh: Mesh, *, small: int = SMALL) -> Any:
+    """Returns the layout that `jit_step(..., shard_state=True)` gives a state.
+
+    To initialize a state that is too large for one device, compile its creation with this layout::
+
+        create = partial(fv.train.create_state, model, tx, rng, sample)
+        state = jax.jit(create, out_shardings=fv.train.state_sharding(jax.eval_shape(create), mesh))()
+
+    Args:
+        state: A state, or the result of `jax.eval_shape`.
+        mesh: A mesh of one dimension.
+        small: Arrays with fewer elements are replicated: splitting them costs more time than it saves memory.
+
+    Returns:
+        A tree of `NamedSharding` with the structure of the state. An array without a dimension that the number of
+        devices divides is replicated.
+    """
+    (axis,) = mesh.axis_names
+    count = mesh.size
+
+    def layout(leaf: Any) -> NamedSharding:
+        shape = tuple(np.shape(leaf))
+        extent, dimension = max(((n, i) for i, n in enumerate(shape) if n % count == 0), default=(0, -1))
+        if count == 1 or extent == 0 or int(np.prod(shape)) < small:
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, P(*(axis if i == dimension else None for i in range(dimension + 1))))
+
+    return jax.tree.map(layout, state)
+
+
+def template(state: Any, layout: Any) -> Any:
+    """Returns the shapes, dtypes and shardings of a state, which is what restoring a checkpoint needs of it.
+
+    Args:
+        state: A state.
+        layout: A tree of shardings, such as the result of `step.state_sharding(state)`.
+
+    Returns:
+        The state with a `jax.ShapeDtypeStruct` in place of each array.
+    """
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, layout)
+
+
+def release(state: Any) -> None:
+    """Frees the memory of a state at once, although there are still references to it.
+
+    Args:
+        state: A state that nobody uses any more.
+    """
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()
+
+
+def place(state: Any, layout: Any, *, donate: bool = False) -> Any:
+    """Moves a state to its devices, array by array.
+
+    With several processes, the arrays of one process become arrays of all of them. They must be the same everywhere,
+    or each process would train another model without noticing; their checksums are compared.
+
+    Args:
+        state: A tree of arrays.
+        layout: A tree of shardings with the same structure.
+        donate: Whether to free each array once it is copied, so that no device holds the state twice.
+
+    Returns:
+        The state with the layout. Arrays that have it already are not copied.
+
+    Raises:
+        ValueError: The processes have different states.
+    """
+    checksums: dict[str, int] = {}
+
+    def one(path: Any, leaf: Any, sharding: Sharding) -> Any:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if sharding.is_fully_addressable or not local:
+            # A copy that shares its memory with the array, on a device that has it already, outlives the donation.
+            return jax.device_put(leaf, sharding, donate=donate and isinstance(leaf, jax.Array))
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            placed = one(path, jax.random.key_data(leaf), NamedSharding(_mesh_of(sharding), P()))
+            return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        checksums[jax.tree_util.keystr(path, simple=True, separator="/")] = _crc(host)
+        placed = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        if donate:
+            release(leaf)
+        return placed
+
+    placed = jax.tree_util.tree_map_with_path(one, state, layout)
+    if checksums:
+        check_same(checksums)
+    return placed
+
+
+def check_same(checksums: dict[str, int]) -> None:
+    """Checks that all processes have the same values.
+
+    Args:
+        checksums: A number for each value, by its name.
+
+    Raises:
+        ValueError: The numbers differ between the processes; the message names the first value.
+    """
+    found = processes.gather("state", checksums)
+    for index, other in enumerate(found):
+        differ = [name for name in {**found[0], **other} if found[0].get(name) != other.get(name)]
+        if differ:
+            raise ValueError(
+                f"the state must be the same in all processes; got different values of {differ[0]} and "
+                f"{len(differ) - 1} other arrays in processes 0 and {index}: do they have the same seed and settings?"
+            )
+
+
+def _crc(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _mesh_of(sharding: Sharding) -> Mesh:
+    assert isinstance(sharding, NamedSharding)
+    return sharding.mesh  # pyright: ignore[reportReturnType]

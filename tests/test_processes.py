@@ -1,0 +1,190 @@
+"""Processes that agree, and processes that fail: the others leave with a message, in bounded time."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flaxvision import processes
+from tests import multiprocess
+
+# Steps with a collective operation until something happens; a line for each step.
+STEPS = """
+import time
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+import flaxvision as fv
+mesh = fv.train.make_mesh()
+total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))
+rows = jax.make_array_from_callback((jax.device_count(),), NamedSharding(mesh, P("data")), lambda i: jnp.ones(1))
+for i in range(10**9):
+    float(total(rows))
+    print(i, flush=True)
+    time.sleep(0.05)
+    if sys.argv[1:] and jax.process_index() == int(sys.argv[1]) and i == 20:
+        if sys.argv[2] == "raise":
+            raise KeyError("no such thing")
+        if sys.argv[2] == "fail":
+            processes.fail("the disk is full")
+            sys.exit("error: the disk is full")
+        if sys.argv[2] == "hang":
+            time.sleep(1000)
+        sys.exit(0)
+"""
+
+
+def wait_for_steps(process, count=10):
+    for line in process.stdout:
+        if int(line) >= count:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def leave(started, within):
+    """Waits for the processes; returns their exit statuses and what they wrote to stderr."""
+    deadline, errors = time.monotonic() + within, []
+    try:
+        for process in started:
+            _, error = process.communicate(timeout=max(1, deadline - time.monotonic()))
+            errors.append(error)
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 2], ids=["coordinator", "worker"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_killed_or_hangs_ends_the_others(killed, how):
+    started = multiprocess.start(STEPS, 3)
+    wait_for_steps(started[0])
+    victim = started.pop(killed)
+    victim.send_signal(how)
+    try:
+        # The heartbeat time-out is 20 s.
+        statuses, errors = leave(started, 45)
+    finally:
+        victim.kill()
+        victim.communicate()
+    assert statuses == [1, 1], errors
+    for error in errors:
+        assert "another process ended, or cannot be reached" in error or "failed: " in error, error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("index", "what"), [(0, "raise"), (1, "raise"), (0, "fail"), (1, "fail")])
+def test_a_process_that_fails_ends_the_others_at_once_and_says_why(index, what):
+    started = multiprocess.start(STEPS, 2, arguments=[index, what])
+    statuses, errors = leave(started, 60)
+    assert statuses == [1, 1], errors
+    reason = {"raise": "KeyError: 'no such thing'", "fail": "the disk is full"}[what]
+    assert reason in errors[index]
+    assert f"error: process {index} failed: {reason}" in errors[1 - index]
+
+
+@pytest.mark.slow
+def test_processes_that_never_start():
+    """One of two: it waits for the other as long as it was told to, says so and leaves."""
+    for index in (0, 1):
+        program = (
+            "from flaxvision import processes\n"
+            f"processes.initialize('127.0.0.1:{multiprocess.free_port()}', 2, {index}, start_timeout=3)"
+        )
+        begin = time.monotonic()
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        assert time.monotonic() - begin < 30
+        assert ended.returncode == 1
+        assert "the processes must all start within 3 s" in ended.stderr, ended.stderr
+
+
+AGREE = """
+import threading
+i = jax.process_index()
+assert processes.gather("a", {"x": i}) == [{"x": 0}, {"x": 1}, {"x": 2}]
+assert processes.broadcast("b", [i, "y"]) == [0, "y"]
+assert processes.gather("a", i) == [0, 1, 2]
+processes.barrier("c")
+try:
+    if i == 0:
+        processes.gather("d", 1, timeout=1)
+    print("passed")
+except processes.ProcessError as error:
+    print(error)
+processes.barrier("e")
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_values():
+    first, *others = multiprocess.run(AGREE, 3)
+    assert first.startswith("process 1 must answer 'd' within 1 s; got")
+    assert others == ["passed\n"] * 2
+
+
+def test_one_process_agrees_with_itself():
+    assert processes.gather("a", {"x": (1, 2)}) == [{"x": [1, 2]}]
+    assert processes.broadcast("a", 0.1) == 0.1
+    processes.barrier("a")
+    processes.fail("nobody listens")
+    assert not processes._failed.is_set()
+
+
+def test_only_broken_communication_is_another_process(monkeypatch):
+    import jax
+
+    error = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+    with pytest.raises(jax.errors.JaxRuntimeError), processes.failures():
+        raise error  # there is only one process
+    monkeypatch.setattr(processes.distributed.global_state, "num_processes", 2)
+    with pytest.raises(processes.ProcessError, match="another process ended, or cannot be reached: UNKNOWN: Gloo"):
+        with processes.failures():
+            raise error
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), processes.failures():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coordinator": "host:1"}, "coordinator, num_processes and process_id must be given together"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "coordinator must be host:port; got 'host'"),
+        ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, "process_id must be between 0 and num_processes"),
+        ({"heartbeat_timeout": 0}, "heartbeat_timeout must be positive; got 0"),
+    ],
+)
+def test_arguments_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        processes.initialize(**options)
+
+
+def test_without_a_cluster_there_is_one_process(monkeypatch):
+    monkeypatch.setattr(processes, "_in_cluster", lambda: False)
+    processes.initialize()
+
+
+SLURM = """
+import os
+processes.initialize(start_timeout=60, heartbeat_timeout=20)
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+
+
+@pytest.mark.slow
+def test_the_environment_of_slurm():
+    """JAX derives the port of the coordinator from the number of the job."""
+    port = next(port for port in iter(multiprocess.free_port, None) if port >= 61440)
+    started = []
+    for index in range(2):
+        environment = {
+            "SLURM_JOB_ID": str(port - 61440),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index),
+            "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+        }
+        started += multiprocess.start(SLURM, 1, environment=environment)
+    assert multiprocess.finish(started) == ["0 2 2\n", "1 2 2\n"]
