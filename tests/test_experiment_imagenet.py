@@ -184,6 +184,19 @@ def test_a_folder_trains_and_every_photograph_counts_once(tmp_path, folder, tiny
     assert float(close) == pytest.approx(float(loss), abs=2e-4)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_verifying_covers_both_parts(tmp_path, folder, tiny, part):
+    """The file is not among those that are read in any case."""
+    first = Path(folder, part, "dark", "0.jpg")
+    for i in range(100, 300):
+        Path(folder, part, "dark", f"{i}.jpg").hardlink_to(first)
+    Path(folder, part, "dark", "150.jpg").unlink()
+    Path(folder, part, "dark", "150.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=rf"images cannot be decoded: .*{part}/dark/150\.jpg"):
+        imagenet.main(config_of(tmp_path, "demo", folder, verify=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny, capsys):
     model = fv.create_model("tiny")
     rng = np.random.default_rng(2)
