@@ -19,6 +19,7 @@ import numpy as np
 
 from flaxvision.data import workers
 from flaxvision.data.arrays import Source
+from flaxvision.data.worker_processes import ProcessWorkers, chunks_ahead
 from flaxvision.data.workers import Batch
 
 Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
@@ -214,7 +215,7 @@ class BatchIterator(Iterator[Batch]):
         self._plan, self._next, self._stop = plan, start, stop
         self._ahead: deque[tuple[Future[Batch], Batch]] = deque()
         self._nbytes: int | None = None
-        self._rows, self._threads = reading.rows, reading.num_threads * max(1, reading.num_workers)
+        self._rows, self._chunks = reading.rows, reading.chunks
         self._workers = reading.start(plan(start), transform, seed)
         self._closed = False
 
@@ -239,7 +240,7 @@ class BatchIterator(Iterator[Batch]):
         return batch
 
     def _fill(self) -> None:
-        limit = workers.batches_ahead(self._threads, self._rows, self._nbytes)
+        limit = workers.batches_ahead(self._chunks, self._rows, self._nbytes)
         while len(self._ahead) < limit and (self._stop is None or self._next < self._stop):
             plan = self._plan(self._next)
             self._ahead.append((self._workers.submit(plan.indices, plan.positions), plan.more))
@@ -350,6 +351,11 @@ class _Reading:
         self.num_threads = int(num_threads or min(max(1, share), 16))
         self._first = process_index * self.rows
 
+    @property
+    def chunks(self) -> int:
+        """The number of chunks that can be read at once."""
+        return chunks_ahead(self.num_workers, self.num_threads) if self.num_workers else self.num_threads
+
     def positions(self, step: int) -> np.ndarray:
         """Returns the positions [N] of the rows of this process in the sequence of all examples of the run."""
         return step * self.batch_size + self._first + np.arange(self.rows)
@@ -362,8 +368,6 @@ class _Reading:
         read = _Reader(self.source, transform, seed)
         if not self.num_workers:
             return workers.ThreadWorkers(read, self.num_threads)
-        from flaxvision.data.worker_processes import ProcessWorkers
-
         example = int(first.indices[0]), int(first.positions[0])
         return ProcessWorkers(read, example, self.rows, self.num_workers, self.num_threads)
 

@@ -49,7 +49,7 @@ class ProcessWorkers:
         if os.name == "nt":
             raise ValueError(f"num_workers must be 0 on Windows; got {num_workers}")
         layout = _Layout.of(read(*first), rows)
-        slots = workers.batches_ahead(num_workers * num_threads, rows, layout.row_nbytes * rows)
+        slots = workers.batches_ahead(chunks_ahead(num_workers, num_threads), rows, layout.row_nbytes * rows)
         # Small enough to balance the load over the threads, large enough to amortize a message.
         self._chunk = max(1, min(16, rows // (2 * num_workers * num_threads)))
         self._tasks, self._free = workers.Tasks(), workers.Tasks()
@@ -89,8 +89,13 @@ class ProcessWorkers:
         workers.join(self._threads)
 
 
+def chunks_ahead(num_workers: int, num_threads: int) -> int:
+    """Returns how many chunks the processes have at once: two for each thread, so that none waits for a message."""
+    return 2 * num_workers * num_threads
+
+
 def _read_remotely(remote: tuple[Any, ...], pending: workers.Pending, start: int, stop: int) -> None:
-    worker, pipe, layout, memory, free = remote  # one for each thread of a worker process
+    worker, pipe, layout, memory, free = remote
     try:
         pipe.send((pending.slot, start, pending.indices[start:stop], pending.positions[start:stop]))
         error = pipe.recv()
@@ -114,14 +119,16 @@ def _stop_all(tasks: workers.Tasks, threads: Sequence[threading.Thread], started
 
 
 class _Worker:
-    """A worker process. Each of its threads has a pipe of its own; closing `control` ends it."""
+    """A worker process, which ends when `control` is closed, and the pipes of the chunks that it has at once."""
 
     def __init__(self, read: workers.ReadExample, layout: _Layout, memory: _SharedMemory, slots: int, num_threads: int):
         context = multiprocessing.get_context("spawn")
         self._lock = threading.Lock()  # two threads must not wait for the same process at once
-        (self.control, *self.pipes), theirs = zip(*(context.Pipe() for _ in range(num_threads + 1)), strict=True)
+        (self.control, *self.pipes), theirs = zip(
+            *(context.Pipe() for _ in range(chunks_ahead(1, num_threads) + 1)), strict=True
+        )
         try:
-            arguments = (theirs, read, layout, memory, slots)
+            arguments = (theirs, read, layout, memory, slots, num_threads)
             self._process = context.Process(target=_work, args=arguments, name="flaxvision-worker", daemon=True)
             self._process.start()
         finally:
@@ -218,29 +225,44 @@ class _Layout:
             batch[key][row] = value
 
 
-def _work(pipes: Sequence[Any], read: workers.ReadExample, layout: _Layout, memory: _SharedMemory, slots: int) -> None:
+def _work(
+    pipes: Sequence[Any],
+    read: workers.ReadExample,
+    layout: _Layout,
+    memory: _SharedMemory,
+    slots: int,
+    num_threads: int,
+) -> None:
     """Runs a worker process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the training
     batches = [layout.views(memory.buffer, slot) for slot in range(slots)]
+    turn = threading.BoundedSemaphore(num_threads)
     for pipe in pipes[1:]:
-        threading.Thread(target=_answer, args=(pipe, read, layout, batches), daemon=True).start()
+        threading.Thread(target=_answer, args=(pipe, read, layout, batches, turn), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         pipes[0].recv()
     os._exit(0)  # without waiting for the threads
 
 
-def _answer(pipe: Any, read: workers.ReadExample, layout: _Layout, batches: Sequence[workers.Batch]) -> None:
+def _answer(
+    pipe: Any,
+    read: workers.ReadExample,
+    layout: _Layout,
+    batches: Sequence[workers.Batch],
+    turn: threading.BoundedSemaphore,
+) -> None:
     """Reads chunks and answers each with its error or None, until the other end of the pipe is closed."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             slot, start, indices, positions = pipe.recv()
             error = None
             try:
-                for row, pair in enumerate(zip(indices.tolist(), positions.tolist(), strict=True), start):
-                    layout.write(read(*pair), batches[slot], row)
+                with turn:
+                    for row, pair in enumerate(zip(indices.tolist(), positions.tolist(), strict=True), start):
+                        layout.write(read(*pair), batches[slot], row)
             except BaseException as raised:
                 error = _portable(raised)
             pipe.send(error)

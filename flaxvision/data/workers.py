@@ -83,20 +83,20 @@ class ThreadWorkers:
         join(self._threads)
 
 
-def batches_ahead(num_threads: int, rows: int, nbytes: int | None) -> int:
+def batches_ahead(chunks: int, rows: int, nbytes: int | None) -> int:
     """Returns how many batches to read at once.
 
     At least two, because threads that have no rows left of one batch go on with the next one; more if the threads need
     them, and so that a short delay of the threads does not stop the training.
 
     Args:
-        num_threads: Number of threads, over all processes.
+        chunks: Number of chunks that can be read at once.
         rows: Rows per batch.
         nbytes: Size of a batch; None if it is not known yet.
     """
     if nbytes is None:
         return 2
-    return max(2, min(max(_AHEAD, -(-num_threads // rows) + 1), _AHEAD_BYTES // max(1, nbytes)))
+    return max(2, min(max(_AHEAD, -(-chunks // rows) + 1), _AHEAD_BYTES // max(1, nbytes)))
 
 
 def bounded_map(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
