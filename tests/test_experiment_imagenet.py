@@ -184,6 +184,20 @@ def test_a_folder_trains_and_every_photograph_counts_once(tmp_path, folder, tiny
     assert float(close) == pytest.approx(float(loss), abs=2e-4)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_verifying_covers_both_parts(tmp_path, folder, tiny, part):
+    for i in range(100, 300):
+        Path(folder, part, "dark", f"{i}.jpg").hardlink_to(Path(folder, part, "dark", "0.jpg"))
+    source = fv.data.load(folder, part)
+    sampled = np.linspace(0, len(source) - 1, 64).astype(int)  # what is read in any case
+    broken = Path(folder, part, source.paths[next(i for i in range(20, 200) if i not in sampled)])
+    broken.unlink()
+    broken.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=rf"images cannot be decoded: .*{part}/dark/{broken.name}"):
+        imagenet.main(config_of(tmp_path, "demo", folder, verify=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny, capsys):
     model = fv.create_model("tiny")
     rng = np.random.default_rng(2)

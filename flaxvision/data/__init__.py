@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from flaxvision.data import augment, cropping
     from flaxvision.data.arrays import ArraySource, Mapped, Source, Subset, stratified_split, subset
     from flaxvision.data.folder import FolderSource
-    from flaxvision.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
+    from flaxvision.data.pipeline import EvalBatches, TrainBatches, describe_changes, eval_batches, train_batches
     from flaxvision.data.preprocessing import Preprocessing
     from flaxvision.data.sources import load
     from flaxvision.data.statistics import channel_statistics
@@ -28,6 +28,7 @@ _HOME = {
     "TfdsSource": "tfds",
     "TrainBatches": "pipeline",
     "channel_statistics": "statistics",
+    "describe_changes": "pipeline",
     "eval_batches": "pipeline",
     "load": "sources",
     "stratified_split": "arrays",
@@ -49,6 +50,7 @@ __all__ = [
     "augment",
     "channel_statistics",
     "cropping",
+    "describe_changes",
     "eval_batches",
     "load",
     "stratified_split",

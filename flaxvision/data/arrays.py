@@ -122,6 +122,26 @@ class Subset:
         if verify is not None:
             verify()
 
+    def without_broken(self, *, progress: bool = True) -> tuple["Subset", list[str]]:
+        """Leaves out the examples that `find_broken` of the other source finds, if it has this method.
+
+        Returns:
+            The subset of the other examples, and what is wrong with each example left out.
+        """
+        find = getattr(self.source, "find_broken", None)
+        broken = find(progress=progress) if find is not None else {}
+        lost = np.isin(self.indices, list(broken))
+        if not lost.any():
+            return self, []
+        if lost.all():
+            raise ValueError(f"{self.name!r} has no sound image: {broken[int(self.indices[0])]}")
+        return Subset(self.source, self.indices[~lost], self.name), [broken[int(i)] for i in self.indices[lost]]
+
+    @property
+    def contents(self) -> dict[str, Any] | None:
+        """The `contents` of the other source, if it has any."""
+        return getattr(self.source, "contents", None)
+
     @property
     def fingerprint(self) -> str:
         """Hexadecimal digest of the other source's fingerprint and of the positions."""
@@ -145,7 +165,7 @@ class Mapped:
 
     def __init__(self, source: Source, function: Callable[[np.ndarray], np.ndarray], name: str):
         self.source, self.function, self.name = source, function, f"{source.name}/{name}"
-        self.classes = source.classes
+        self.classes, self._function_name = source.classes, name
 
     def __len__(self) -> int:
         return len(self.source)
@@ -159,10 +179,33 @@ class Mapped:
         """The labels [N], if the other source has an attribute `label`."""
         return np.asarray(self.source.label)  # type: ignore[attr-defined]
 
+    def verify(self) -> None:
+        """Calls `verify` of the other source, if it has one; the function is not called."""
+        verify = getattr(self.source, "verify", None)
+        if verify is not None:
+            verify()
+
+    def without_broken(self, *, progress: bool = True) -> tuple["Mapped", list[str]]:
+        """Maps the other source without its broken examples, if it has a method `without_broken`.
+
+        Returns:
+            The new source, and what is wrong with each example left out.
+        """
+        remove = getattr(self.source, "without_broken", None)
+        source, broken = remove(progress=progress) if remove is not None else (self.source, [])
+        return Mapped(source, self.function, self._function_name) if broken else self, broken
+
+    @property
+    def contents(self) -> dict[str, Any] | None:
+        """The `contents` of the other source, if it has any."""
+        return getattr(self.source, "contents", None)
+
     @property
     def fingerprint(self) -> str:
         """Hexadecimal digest of the other source's fingerprint and of the name."""
-        return hashlib.blake2b(f"{self.source.fingerprint}/{self.name}".encode(), digest_size=16).hexdigest()
+        # The name of a folder is no part of its content. For other sources it stays, so that old runs can be resumed.
+        name = self.name if self.contents is None else self._function_name
+        return hashlib.blake2b(f"{self.source.fingerprint}/{name}".encode(), digest_size=16).hexdigest()
 
 
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:

@@ -1,5 +1,6 @@
 """Decodes, resizes and converts images on the host."""
 
+import errno
 import os
 from typing import IO, Any
 
@@ -7,6 +8,26 @@ import numpy as np
 
 # ITU-R BT.601, as Pillow uses for uint8.
 _LUMA = np.array([0.299, 0.587, 0.114])
+# Errors of the file system that say nothing about the content of a file.
+_FAILURES = frozenset(
+    getattr(errno, name)
+    for name in (
+        *(
+            "EACCES",
+            "EAGAIN",
+            "EBUSY",
+            "ECONNABORTED",
+            "ECONNREFUSED",
+            "ECONNRESET",
+            "EHOSTDOWN",
+            "EHOSTUNREACH",
+            "EIO",
+        ),
+        *("EMFILE", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENFILE", "ENODEV", "ENOMEM", "ENOTCONN", "ENXIO", "EPERM"),
+        *("EPIPE", "EREMOTEIO", "ESHUTDOWN", "ESTALE", "ETIMEDOUT"),
+    )
+    if hasattr(errno, name)
+)
 
 
 def decode_image(
@@ -34,18 +55,23 @@ def decode_image(
 
     Raises:
         ValueError: The file is missing, truncated or damaged.
+        OSError: The file system fails, which says nothing about the file.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
             opened.load()
-            picture: Any = ImageOps.exif_transpose(opened) if orient else opened.copy()
+            picture: Any = ImageOps.exif_transpose(opened) if orient else opened
             if picture.mode.startswith("I"):
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             mode = "RGB" if channels == 3 else "L"
             picture = picture if picture.mode == mode else picture.convert(mode)
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FAILURES:
+            raise
         # Depending on the format and the damage, Pillow raises OSError, SyntaxError, ValueError, struct.error and more.
         raise ValueError(f"{name or file} is not a readable image: {error}") from error
     pixels = np.asarray(picture if image_size is None else _resize(picture, image_size))

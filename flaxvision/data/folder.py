@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,13 @@ import numpy as np
 
 from flaxvision.data.arrays import check_split, stratified_split
 from flaxvision.data.decode import check_channels, check_image_size, decode_image
+from flaxvision.data.workers import bounded_map
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# Seconds before an error of the file system is met again; what is missing or damaged is not tried again.
+_PAUSES = (0.5, 2.0)
+_CHUNK = 1024  # files whose sizes one thread asks for at a time
+_MAX_CLASSES = 2000  # that are listed in a fingerprint
 _VAL = ("val", "valid", "validation")
 _SUBFOLDERS = {"train": ("train", "training"), "test": ("test", *_VAL), "val": (*_VAL, "test")}
 
@@ -58,25 +64,83 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        path = self.root / self.paths[index]
-        image = decode_image(path, channels=self.channels, image_size=self.image_size, orient=self.orient)
-        return {"image": image, "label": self.label[index]}
+        return {"image": self._decode(index, self.image_size), "label": self.label[index]}
 
     def __repr__(self) -> str:
         return f"FolderSource({self.name!r}, {len(self)} images of {len(self.classes)} classes)"
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the name, the decoding options, and the path, size and label of every file."""
-        return self._digest
+        """Hexadecimal digest of the decoding options and of the relative path, size and label of every file.
+
+        It depends neither on the name of the folder nor on where the folder is. Reading it needs the size of each file.
+        """
+        return self._identity[0]
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """The parts of the fingerprint, as JSON values: the options, and count and digest of the files of a class.
+
+        With more than 2,000 classes, the classes are left out.
+        """
+        return self._identity[1]
 
     @cached_property
-    def _digest(self) -> str:
-        identity = f"{self.name}/{self.image_size}/{self.channels}" + ("" if self.orient else "/as stored")
-        digest = hashlib.blake2b(identity.encode(), digest_size=16)
-        for path, label in zip(self.paths, self.label, strict=True):
-            digest.update(f"/{path}/{(self.root / path).stat().st_size}/{label}".encode())
-        return digest.hexdigest()
+    def _identity(self) -> tuple[str, dict[str, Any]]:
+        options = {"image_size": self.image_size, "channels": self.channels, "orient": self.orient}
+        whole = hashlib.blake2b(repr(options).encode(), digest_size=16)
+        parts = {label: hashlib.blake2b(digest_size=8) for label in np.unique(self.label).tolist()}
+        for path, size, label in zip(self.paths, self._sizes(), self.label.tolist(), strict=True):
+            text = f"/{path}/{size}".encode(errors="surrogateescape")
+            whole.update(b"%s/%d" % (text, label))
+            parts[label].update(text)
+        counts = Counter(self.label.tolist())
+        names = dict(enumerate(self.classes)) if len(self.classes) <= _MAX_CLASSES else {}
+        classes = {names[k]: f"{counts[k]} {part.hexdigest()}" for k, part in parts.items() if k in names}
+        return whole.hexdigest(), {**options, "classes": classes}
+
+    def _sizes(self) -> Iterator[int]:
+        root = os.fspath(self.root)
+
+        def sizes(start: int) -> list[int]:
+            return [os.stat(f"{root}/{path}").st_size for path in self.paths[start : start + _CHUNK]]
+
+        for chunk in bounded_map(sizes, range(0, len(self), _CHUNK)):
+            yield from chunk
+
+    def _decode(self, index: int, image_size: int | None) -> np.ndarray:
+        options: Any = {"channels": self.channels, "image_size": image_size, "orient": self.orient}
+        for pause in _PAUSES:
+            try:
+                return decode_image(self.root / self.paths[index], **options)
+            except OSError:
+                time.sleep(pause)
+        return decode_image(self.root / self.paths[index], **options)
+
+    def find_broken(self, *, progress: bool = True) -> dict[int, str]:
+        """Decodes every file once.
+
+        Args:
+            progress: Whether to show a progress bar.
+
+        Returns:
+            Of each file that is missing or damaged, its index and what is wrong with it.
+
+        Raises:
+            OSError: The file system fails, which says nothing about a file.
+        """
+        from tqdm import tqdm
+
+        def fault(index: int) -> str | None:
+            try:
+                self._decode(index, None)
+            except ValueError as error:
+                return str(error)
+            return None
+
+        faults = bounded_map(fault, range(len(self)))
+        bar = tqdm(faults, f"checking {self.name}", len(self), disable=not progress, unit="file", leave=False)
+        return {index: text for index, text in enumerate(bar) if text is not None}
 
     def verify(self, *, progress: bool = True) -> None:
         """Decodes every file once.
@@ -86,23 +150,33 @@ class FolderSource:
 
         Raises:
             ValueError: Some files cannot be decoded; the message names the first five.
+            OSError: The file system fails, which says nothing about a file.
         """
-        from tqdm import tqdm
-
-        def damage(path: str) -> str | None:
-            try:
-                decode_image(self.root / path, channels=self.channels)
-            except ValueError as error:
-                return str(error)
-            return None
-
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="flaxvision-verify") as pool:
-            results = pool.map(damage, self.paths)
-            bar = tqdm(results, f"checking {self.name}", len(self), disable=not progress, unit="file", leave=False)
-            damaged = [message for message in bar if message is not None]
-        if damaged:
+        if damaged := list(self.find_broken(progress=progress).values()):
             more = f" (and {len(damaged) - 5} more)" if len(damaged) > 5 else ""
             raise ValueError(f"{len(damaged)} of {len(self)} images cannot be decoded: {'; '.join(damaged[:5])}{more}")
+
+    def without_broken(self, *, progress: bool = True) -> tuple["FolderSource", list[str]]:
+        """Decodes every file once and leaves out those that are missing or damaged.
+
+        Args:
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The source of the other files, with the same classes and labels, and what is wrong with each file left out.
+
+        Raises:
+            ValueError: No file is left.
+            OSError: The file system fails, which says nothing about a file.
+        """
+        if not (broken := self.find_broken(progress=progress)):
+            return self, []
+        kept = [index for index in range(len(self)) if index not in broken]
+        if not kept:
+            raise ValueError(f"{self.name!r} has no sound image: {next(iter(broken.values()))}")
+        options: Any = {"image_size": self.image_size, "channels": self.channels, "orient": self.orient}
+        paths = [self.paths[index] for index in kept]
+        return FolderSource(self.root, paths, self.label[kept], self.classes, self.name, **options), [*broken.values()]
 
 
 def load_folder(
@@ -161,24 +235,36 @@ def _first_folder(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _class_names(root: Path) -> list[str]:
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     if not names:
         raise ValueError(f"{root} has no class folders; it must have one folder of images per class")
     return names
 
 
 def _list_images(root: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    paths, label = [], []
-    for k, name in enumerate(classes):
-        if not (root / name).is_dir():
-            continue
-        found = sorted(
-            path.relative_to(root).as_posix()
-            for path in (root / name).rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
-        if not found:
+    paths, counts = [], []
+    for name in classes:
+        found = sorted(_images_in(root / name, name)) if (root / name).is_dir() else None
+        if found == []:
             raise ValueError(f"{root / name} has no images; a class folder must have at least one")
-        paths += found
-        label += [k] * len(found)
-    return paths, np.array(label, np.int32)
+        paths += found or []
+        counts.append(len(found or []))
+    return paths, np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+
+
+def _images_in(folder: Path, name: str) -> Iterator[str]:
+    """Yields the paths of the images below a folder, from its parent on. Asks the file system for folders only."""
+    folders = [(os.fspath(folder), name)]
+    while folders:
+        path, relative = folders.pop()
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append((entry.path, f"{relative}/{entry.name}"))
+                elif (
+                    os.path.splitext(entry.name)[1].lower() in SUFFIXES
+                    and not entry.name.startswith(".")
+                    and entry.is_file()
+                ):
+                    yield f"{relative}/{entry.name}"

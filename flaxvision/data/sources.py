@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ def load(
     check_image_size(image_size)
     if as_stored and image_size is not None:
         raise ValueError(f"image_size must be None with as_stored=True; got {image_size}")
+    for option, value in {"name": name, "data_dir": data_dir, "manual_dir": manual_dir}.items():
+        if value is not None and re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(value)):  # a Path has lost the second slash
+            raise ValueError(f"{option} must be on a mounted file system, and not a URL; got {os.fspath(value)!r}")
     text, path = os.fspath(name), Path(name).expanduser()
     if text == "cifar10" and manual_dir is not None and (files := cifar.find_cifar10(Path(manual_dir).expanduser())):
         return _adapted(cifar.load_cifar10(files, split), image_size, channels)

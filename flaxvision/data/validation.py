@@ -47,6 +47,7 @@ def validate(
     Raises:
         ValueError: The first fault: the source is empty, an image or a target is not as described, a pixel is not
             finite, or a file cannot be decoded.
+        OSError: The file system fails, which says nothing about a file.
     """
     if task not in _TARGETS:
         raise ValueError(f"task must be one of {', '.join(_TARGETS)}; got {task!r}")

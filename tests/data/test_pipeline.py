@@ -125,6 +125,36 @@ def test_processes_together_see_the_global_batch(process_count, transform):
     chex.assert_trees_all_equal(together, whole)
 
 
+def test_the_processes_are_those_of_jax(monkeypatch):
+    whole = data.train_batches(numbered(32), 8, seed=0)
+    alone = [batch["label"].tolist() for batch in data.eval_batches(numbered(14), 8)]
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    part = data.train_batches(numbered(32), 8, seed=0)
+    assert labels(part, 6) == [row[4:6] for row in labels(whole, 6)]
+    assert part.fingerprint == whole.fingerprint
+    assert [batch["label"].tolist() for batch in data.eval_batches(numbered(14), 8)] == [row[4:6] for row in alone]
+    with pytest.raises(ValueError, match="batch_size must be a multiple of process_count=4; got 6"):
+        data.eval_batches(numbered(14), 6)
+    # Others can be given, as for a loader that all processes share.
+    assert labels(data.train_batches(numbered(32), 8, seed=0, process_index=0, process_count=1), 2) == labels(whole, 2)
+
+
+def test_changes_are_described():
+    def fingerprint(*args, **kwargs):
+        return data.train_batches(*args, **kwargs).fingerprint
+
+    first = fingerprint(numbered(23), 5, seed=7)
+    assert data.describe_changes(first, first) == []
+    other = fingerprint(numbered(24), 6, seed=7, shuffle=False)
+    assert data.describe_changes(first, other) == [
+        "shuffle was True, is False",
+        "batch_size was 5, is 6",
+        "length was 23, is 24",
+        "the examples of the source differ",
+    ]
+
+
 def test_a_transform_draws_anew_for_every_example_and_epoch_and_resumes():
     def draw(example, rng):
         return {**example, "draw": rng.integers(2**62)}
@@ -196,7 +226,7 @@ def test_reading_ahead_is_bounded():
         read.append(int(example["label"]))
         return example
 
-    with data.train_batches(numbered(100), 1, seed=0, transform=note).from_step(0) as iterator:
+    with data.train_batches(numbered(100), 1, seed=0, transform=note, num_threads=2).from_step(0) as iterator:
         next(iterator)
         time.sleep(0.1)
         assert len(read) <= 5

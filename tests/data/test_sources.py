@@ -376,3 +376,12 @@ def test_real_originals_and_photos():
     flowers = data.load(root / "flowers5", "train", image_size=64)
     assert flowers.classes == ("daisy", "dandelion", "roses", "sunflowers", "tulips")
     data.validate(flowers, channels=3, image_size=64)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/photos", "s3://bucket/photos.npz", Path("gs://bucket/photos")])
+def test_object_stores_are_refused(url):
+    with pytest.raises(ValueError, match=r"name must be on a mounted file system, and not a URL; got '(gs|s3):/"):
+        data.load(url, "train")
+    for option in ("data_dir", "manual_dir"):
+        with pytest.raises(ValueError, match=f"{option} must be on a mounted file system"):
+            data.load("mnist", "train", **{option: url})
