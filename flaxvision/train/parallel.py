@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flaxvision.layers import batch_context
 from flaxvision.train.objectives import Objective
 from flaxvision.train.step import Transform, eval_step, train_step
 
@@ -34,7 +35,8 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
     """Compiles a step with a global view: the batch is sharded over the mesh, everything else is replicated.
 
-    BatchNorm is synchronised by construction, and the `axis_name` of the model stays None.
+    `layers.BatchNorm` knows from its mode whose statistics to use and from this function how many devices there are;
+    Linen's is synchronised by construction. The `axis_name` of the model stays None.
 
     Args:
         step: `train_step`, `eval_step` or any `(state, batch[, rng])`, with its options bound by `partial`. A call with
@@ -47,8 +49,15 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
     """
     mesh = make_mesh() if mesh is None else mesh
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-    train = jax.jit(step, in_shardings=(replicated, sharded, replicated), out_shardings=replicated, donate_argnums=0)
-    evaluate = jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated)
+
+    def over_shards(*args):
+        with batch_context(shards=mesh.shape[AXIS]):
+            return step(*args)
+
+    train = jax.jit(
+        over_shards, in_shardings=(replicated, sharded, replicated), out_shardings=replicated, donate_argnums=0
+    )
+    evaluate = jax.jit(over_shards, in_shardings=(replicated, sharded), out_shardings=replicated)
 
     def call(state, batch, *rng):
         check_divides(batch, sharded)
@@ -69,9 +78,10 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
 def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
     """Compiles a step with a per-device view, over the mapped axis `"data"`.
 
-    Gradients and metrics are merged over the devices. With `axis_name="data"` in the model, BatchNorm is synchronised
-    and the step agrees with `jit_step`. Without it, each device normalizes by its own rows, and the mean of the
-    devices' running statistics is kept. Dropout and augmentation draw different numbers on each device.
+    Gradients and metrics are merged over the devices. The modes of `layers.BatchNorm` mean the same as under
+    `jit_step`, and the model needs no `axis_name`. Linen's BatchNorm without one normalizes by the rows of each device,
+    and the mean of the devices' running statistics is kept. Dropout and augmentation draw different numbers on each
+    device.
 
     Args:
         step: `train_step` or `eval_step` with its options bound; it is called with `axis_name="data"`.
