@@ -125,18 +125,18 @@ class BatchNorm(nn.Module, kw_only=True):
             )
         if self.mode == "sync":
             mean, var, count = _statistics(x, mask, axis_name)
-            y = normalize(x, mean, var, scale, bias)
+            of_rows = functools.partial(normalize, x, mean, var, scale, bias)
         else:
             groups = self._groups(x.shape[0], batch.shards)
             rows = x.reshape((groups, -1, *x.shape[1:]))
-            mean, var, count = jax.vmap(_statistics)(rows, None if mask is None else mask.reshape((groups, -1)))
-            y = jax.vmap(normalize, (0, 0, 0, None, None))(rows, mean, var, scale, bias).reshape(x.shape)
-            mean, var, count = _over_groups(mean, var, count, axis_name)
+            means, vars_, counts = jax.vmap(_statistics)(rows, None if mask is None else mask.reshape((groups, -1)))
+            of_rows = functools.partial(jax.vmap(normalize, (0, 0, 0, None, None)), rows, means, vars_, scale, bias)
+            mean, var, count = _over_groups(means, vars_, counts, axis_name)
         if not self.is_initializing():
             decay = self.momentum if count is None else jnp.where(count > 0, self.momentum, 1.0)
             running_mean.value = decay * running_mean.value + (1 - decay) * mean
             running_var.value = decay * running_var.value + (1 - decay) * var
-        return y
+        return of_rows().reshape(x.shape)
 
     @nn.nowrap
     def _groups(self, rows: int, shards: int) -> int:

@@ -73,16 +73,21 @@ def train_step(
     def gradient(collections, part, key):
         def loss(params):
             with batch_context(mask=part.get("mask"), axis_name=axis_name):
-                value, found = objective(state.apply_fn, params, collections, part, key, True)
-            return value if loss_scale is None else value * loss_scale, found
+                value, (metrics, updated) = objective(state.apply_fn, params, collections, part, key, True)
+            check_loss(metrics)
+            weight = metrics["loss"].weight
+            if axis_name is not None:
+                # Synchronised BatchNorm passes gradients between devices, so each device's loss needs its share of the
+                # whole before it is differentiated. The share is 1 if all devices have the same number of real rows.
+                own, weight = weight, jax.lax.pmean(weight, axis_name)
+                value = value * jnp.where(weight > 0, own / weight, 1.0)
+            if loss_scale is not None:
+                value, weight = value * loss_scale, weight / loss_scale
+            return value, (weight, metrics, updated)
 
-        grads, (metrics, collections) = jax.grad(loss, has_aux=True)(state.params)
-        check_loss(metrics)
-        weight = metrics["loss"].weight
-        if loss_scale is not None:
-            weight = weight / loss_scale
-        # Parts and devices have mean losses of different weights; what can be added up are the weighted sums.
-        return collections, jax.tree.map(lambda g: g * weight.astype(g.dtype), jax.tree.map(_wide, grads)), metrics
+        grads, (weight, metrics, updated) = jax.grad(loss, has_aux=True)(state.params)
+        # Parts have mean losses of different weights; what can be added up are the weighted sums.
+        return updated, jax.tree.map(lambda g: g * weight.astype(g.dtype), jax.tree.map(_wide, grads)), metrics
 
     if accumulate == 1:
         collections, grads, metrics = gradient(state.collections, batch, model_rng)

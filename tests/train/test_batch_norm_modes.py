@@ -94,34 +94,37 @@ def gradients(mode, devices, accumulate, batch, params):
     }
 
 
+@pytest.mark.parametrize(
+    ("padded", "accumulate"),
+    [(True, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, 1), (True, 1), (False, 2)])],
+)
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["sync", "local", "ghost", "frozen"])
-def test_against_numpy(mode, kind, devices):
+def test_against_numpy(mode, kind, devices, padded, accumulate):
     many = jax.devices()[:devices]
     assert len(many) == devices
-    for padded, accumulate in [(False, 1), (True, 1), (True, 2)]:
-        batch = batch_of(padded)
-        step = partial(train_step, objective=fv.train.regression(), accumulate=accumulate)
-        compiled = KINDS[kind](step, make_mesh(many) if kind == "jit" else many)
-        state = create_state(Net(mode), optax.sgd(1.0), jax.random.key(0), SAMPLE)
-        params = {"curve": np.array([0.3, -0.2]), "scale": np.array([0.8, 1.5]), "bias": np.array([0.1, -0.4])}
-        single = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
-        curve = single.pop("curve")
-        state = state.replace(params={"curve": curve, "BatchNorm_0": single})
-        before = jax.device_get(state.params)
-        state, metrics = compiled(state, batch, RNG)
-        loss, (mean, var) = reference(mode, devices, accumulate, batch, params)
-        np.testing.assert_allclose(metrics["loss"].compute(), loss, rtol=1e-5)
-        statistics = state.collections["batch_stats"]["BatchNorm_0"]
-        np.testing.assert_allclose(statistics["mean"], mean, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(statistics["var"], var, rtol=1e-5)
-        found = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.params)
-        want = gradients(mode, devices, accumulate, batch, params)
-        np.testing.assert_allclose(found["curve"], want.pop("curve"), rtol=1e-3, atol=1e-5)
-        for name, value in want.items():
-            value = np.zeros(CHANNELS) if mode == "frozen" else value
-            np.testing.assert_allclose(found["BatchNorm_0"][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    batch = batch_of(padded)
+    step = partial(train_step, objective=fv.train.regression(), accumulate=accumulate)
+    compiled = KINDS[kind](step, make_mesh(many) if kind == "jit" else many)
+    state = create_state(Net(mode), optax.sgd(1.0), jax.random.key(0), SAMPLE)
+    params = {"curve": np.array([0.3, -0.2]), "scale": np.array([0.8, 1.5]), "bias": np.array([0.1, -0.4])}
+    single = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    curve = single.pop("curve")
+    state = state.replace(params={"curve": curve, "BatchNorm_0": single})
+    before = jax.device_get(state.params)
+    state, metrics = compiled(state, batch, RNG)
+    loss, (mean, var) = reference(mode, devices, accumulate, batch, params)
+    np.testing.assert_allclose(metrics["loss"].compute(), loss, rtol=1e-5)
+    statistics = state.collections["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(statistics["mean"], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(statistics["var"], var, rtol=1e-5)
+    found = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.params)
+    want = gradients(mode, devices, accumulate, batch, params)
+    np.testing.assert_allclose(found["curve"], want.pop("curve"), rtol=1e-3, atol=1e-5)
+    for name, value in want.items():
+        value = np.zeros(CHANNELS) if mode == "frozen" else value
+        np.testing.assert_allclose(found["BatchNorm_0"][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_the_modes_differ():
@@ -131,6 +134,7 @@ def test_the_modes_differ():
     assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_padding_leaves_the_running_statistics(kind):
     for mode in ("sync", "local", "ghost"):
@@ -153,6 +157,7 @@ def test_rows_that_do_not_divide():
         step("local", accumulate=8)
 
 
+@pytest.mark.slow
 def test_models_take_the_mode():
     """ResNet by ghosts of two rows on eight devices is ResNet by ghosts of two rows on one."""
     fields = {"stage_sizes": (1,), "features": (4,), "num_classes": 3, "batch_norm": "ghost", "ghost_size": 2}

@@ -56,7 +56,7 @@ def test_the_average_of_half_precision_moves(dtype):
     for _ in range(20):
         state = state.apply_gradients(zeros, state.collections)
     want = 1.25 - 0.25 * 0.9999**20
-    jax.tree.map(lambda x: np.testing.assert_allclose(x, want, rtol=1e-6), state.ema["params"])
+    jax.tree.map(lambda x: np.testing.assert_allclose(x, want, rtol=2e-6), state.ema["params"])
     assert {x.dtype for x in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}
 
 
@@ -88,7 +88,7 @@ def test_parts_in_bfloat16_are_as_good_as_one_pass(compiled):
     assert error(parts) < 1.2 * error(whole)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_float16_with_a_scaled_loss(accumulate):
     """The gradients of a small loss are zero in float16, unless it is scaled while it is differentiated."""
 
