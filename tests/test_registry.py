@@ -144,7 +144,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 def test_overrides_go_to_the_module_that_has_the_field():
     model = fv.create_model("googlenet_bn", num_classes=7, dtype=jnp.bfloat16, stages=("stage4",), dropout_rate=0.1)
-    backbone = fv.models.GoogLeNetBackbone(batch_norm=True, wide_kernel=3, dtype=jnp.bfloat16, stages=("stage4",))
+    backbone = fv.models.GoogLeNetBackbone(norm=True, wide_kernel=3, dtype=jnp.bfloat16, stages=("stage4",))
     assert model == fv.models.GoogLeNet(backbone, num_classes=7, dropout_rate=0.1)
     assert fv.create_backbone("googlenet_bn", num_classes=7, dtype=jnp.bfloat16, stages=("stage4",)) == backbone
 

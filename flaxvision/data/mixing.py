@@ -6,8 +6,8 @@ depends on the key of the batch only and the permutation runs over the global ba
 results do not depend on the number of devices; the rows are exchanged by one gather between devices.
 
 ``label`` becomes float32 [N, K]: integer classes [N] are first converted to one-hot rows of `num_classes` numbers, soft
-targets [N, K] are mixed as they are. Batches with boxes, masks or key points are refused. Pass these transforms to
-`flaxvision.data.augment.make_transform`.
+targets [N, K] are mixed as they are. A class outside [0, K) becomes a row of NaN. Batches with boxes, masks or key
+points are refused. Pass these transforms to `flaxvision.data.augment.make_transform`.
 """
 
 from collections.abc import Callable, Mapping
@@ -140,7 +140,11 @@ def _prepare(name, rng, batch, alpha, num_classes, probability):
         raise ValueError("num_classes must be given for integer labels [N]; got None")
     if not integers and num_classes not in (None, label.shape[1]):
         raise ValueError(f"num_classes must be {label.shape[1]}, the number of label columns; got {num_classes}")
-    targets = jax.nn.one_hot(label, num_classes) if num_classes and integers else label.astype(jnp.float32)
+    if num_classes and integers:  # a label outside of the classes must not become a row of zeros
+        known = (label >= 0) & (label < num_classes)
+        targets = jnp.where(known[:, None], jax.nn.one_hot(label, num_classes), jnp.nan)
+    else:
+        targets = label.astype(jnp.float32)
 
     key_weight, key_partner, key_rest = jax.random.split(rng, 3)
     weight = jnp.ones(())

@@ -1,5 +1,6 @@
 """Layers that two or more models share and Linen lacks."""
 
+from flaxvision.layers.batch_context import BatchContext, batch_context
 from flaxvision.layers.capsules import (
     PrimaryCapsules,
     RoutedCapsules,
@@ -35,6 +36,7 @@ from flaxvision.layers.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "RBF",
+    "BatchContext",
     "BatchNorm",
     "Conv",
     "ConvNorm",
@@ -47,6 +49,7 @@ __all__ = [
     "TrainableAvgPool",
     "adaptive_avg_pool",
     "avg_pool",
+    "batch_context",
     "capsule_lengths",
     "conv",
     "conv_chain",

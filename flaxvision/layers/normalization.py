@@ -1,15 +1,39 @@
 """Batch normalization and local response normalization."""
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flaxvision.layers.batch_context import BatchContext, current_batch
 from flaxvision.layers.lowering import channel_sum, standardize
+
+BatchNormMode = Literal["sync", "local", "ghost", "frozen"]
+MODES = ("sync", "local", "ghost", "frozen")
+
+
+def check_mode(mode: str, ghost_size: int | None, argument: str = "mode") -> None:
+    """Checks the choice of BatchNorm's statistics.
+
+    Args:
+        mode: See `BatchNorm`.
+        ghost_size: See `BatchNorm`.
+        argument: The caller's name of `mode`.
+
+    Raises:
+        ValueError: `mode` is unknown, or `ghost_size` is not given for "ghost" alone.
+    """
+    if mode not in MODES:
+        raise ValueError(f"{argument} must be one of {', '.join(MODES)}; got {mode!r}")
+    if mode == "ghost" and (ghost_size is None or ghost_size < 1):
+        raise ValueError(f"ghost_size must be at least 1 for {argument}='ghost'; got {ghost_size}")
+    if mode != "ghost" and ghost_size is not None:
+        raise ValueError(f"ghost_size must be None unless {argument} is 'ghost'; got {ghost_size} for {mode!r}")
 
 
 class BatchNorm(nn.Module, kw_only=True):
@@ -18,6 +42,21 @@ class BatchNorm(nn.Module, kw_only=True):
     Ioffe and Szegedy 2015, algorithm 1. The variables are those of Linen, and so are the results up to the order of the
     sums. Statistics are computed in float32 or wider. The variance is biased, `E[x^2] - E[x]^2`, also in the running
     statistics. Parameters: `scale [C]` and `bias [C]`. In `batch_stats`: `mean [C]` and `var [C]`.
+
+    `mode` states whose statistics normalize a row in training. It means the same under `jit` and `pmap`, on one device
+    and on many:
+
+    * `"sync"`: those of the whole batch, over all devices.
+    * `"local"`: those of the rows on the same device. The result depends on the number of devices.
+    * `"ghost"`: those of the row's group; the groups are `ghost_size` consecutive rows each (Hoffer, Hubara and Soudry
+      2017, algorithm 1, with one update of the running statistics for all groups). The result does not depend on the
+      number of devices.
+    * `"frozen"`: the running statistics, which stay as they are. The scale and the bias receive no gradient.
+
+    The running statistics take the mean over devices or groups of their means and of their variances, weighted by the
+    number of real rows. Padded rows count in no statistics: `train_step` passes the batch's `mask` through
+    `batch_context`. A group without a real row normalizes by mean 0 and variance 0, and a batch without one leaves the
+    running statistics as they are. When gradients are accumulated, each part of a batch is a batch of its own.
 
     Fields are keyword-only. Linen's fields `axis`, `axis_index_groups`, `use_fast_variance` and
     `force_float32_reductions` and its argument `mask` do not exist here.
@@ -32,8 +71,14 @@ class BatchNorm(nn.Module, kw_only=True):
         use_scale: Whether to learn a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        axis_name: Name of the mapped axis over which the statistics are averaged, under `pmap`.
-        frozen: Normalize by the running statistics even in training, and pass no gradient to the scale and the bias.
+        axis_name: Name of the mapped axis over which the batch is split; None for that of `batch_context`, which
+            `train_step` enters.
+        mode: Whose statistics normalize a row in training.
+        ghost_size: Number of rows in a group for "ghost"; it must divide the rows on each device.
+
+    Raises:
+        ValueError: The mode is unknown or does not go with `ghost_size`. In training: the rows of a device are not a
+            multiple of `ghost_size`, or the input has other rows than the batch's mask.
     """
 
     use_running_average: bool | None = None
@@ -46,29 +91,64 @@ class BatchNorm(nn.Module, kw_only=True):
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros
     scale_init: Callable[..., jax.Array] = nn.initializers.ones
     axis_name: str | None = None
-    frozen: bool = False
+    mode: BatchNormMode = "sync"
+    ghost_size: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mode(self.mode, self.ghost_size)
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
-        """Maps `[..., C]` to `[..., C]`."""
+        """Maps `[N, ..., C]` to `[N, ..., C]`."""
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        use_running_average = use_running_average or self.frozen
+        frozen = self.mode == "frozen"
         shape = x.shape[-1:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
-        scale, bias = lax.stop_gradient((scale, bias)) if self.frozen else (scale, bias)
+        scale, bias = lax.stop_gradient((scale, bias)) if frozen else (scale, bias)
         dtype = nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if use_running_average:
-            mean, var = running_mean.value, running_var.value
+        normalize = functools.partial(_standardize, self.epsilon, jnp.dtype(dtype))
+        if use_running_average or frozen:
+            return normalize(x, running_mean.value, running_var.value, scale, bias)
+
+        batch = BatchContext() if self.is_initializing() else current_batch()
+        axis_name = None if self.is_initializing() else self.axis_name or batch.axis_name
+        mask = batch.mask
+        if mask is not None and mask.shape != x.shape[:1]:
+            raise ValueError(
+                f"x must have the {mask.shape[0]} rows of the batch's mask (batch_context(mask=...) sets another one); "
+                f"got {x.shape}"
+            )
+        if self.mode == "sync":
+            mean, var, count = _statistics(x, mask, axis_name)
+            of_rows = functools.partial(normalize, x, mean, var, scale, bias)
         else:
-            mean, var = _moments(x, None if self.is_initializing() else self.axis_name)
-            if not self.is_initializing():
-                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
-                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
-        return _standardize(self.epsilon, jnp.dtype(dtype), x, mean, var, scale, bias)
+            groups = self._groups(x.shape[0], batch.shards)
+            rows = x.reshape((groups, -1, *x.shape[1:]))
+            means, vars_, counts = jax.vmap(_statistics)(rows, None if mask is None else mask.reshape((groups, -1)))
+            of_rows = functools.partial(jax.vmap(normalize, (0, 0, 0, None, None)), rows, means, vars_, scale, bias)
+            mean, var, count = _over_groups(means, vars_, counts, axis_name)
+        if not self.is_initializing():
+            decay = self.momentum if count is None else jnp.where(count > 0, self.momentum, 1.0)
+            running_mean.value = decay * running_mean.value + (1 - decay) * mean
+            running_var.value = decay * running_var.value + (1 - decay) * var
+        return of_rows().reshape(x.shape)
+
+    @nn.nowrap
+    def _groups(self, rows: int, shards: int) -> int:
+        """Returns the number of groups of rows with statistics of their own."""
+        if rows % shards:
+            raise ValueError(f"x must have a multiple of {shards} rows, the number of devices; got {rows}")
+        if self.mode == "local":
+            return shards
+        size, of_device = self.ghost_size or 1, rows // shards
+        if of_device % size:
+            raise ValueError(f"ghost_size must divide the {of_device} rows on each device; got {size}")
+        return rows // size
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # layers of equal shape are traced once
@@ -80,13 +160,60 @@ def _standardize(epsilon, dtype, x, mean, var, scale, bias):
     return standardize(x, mean, factor, shift).astype(dtype)
 
 
-def _moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean and the biased variance of each channel, over all devices along the axis."""
-    moments = jnp.stack([channel_sum(x), channel_sum(jnp.square(x))]) / (x.size // x.shape[-1])
-    if axis_name is not None:
-        moments = lax.pmean(moments, axis_name)
+def _statistics(
+    x: jax.Array, mask: jax.Array | None, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Computes the statistics of real rows over all devices along an axis.
+
+    Args:
+        x: `[N, ..., C]`.
+        mask: `[N]`, above 0 for real rows; None for all.
+        axis_name: The mapped axis; None for no other devices.
+
+    Returns:
+        The mean `[C]`, the biased variance `[C]` and, with a mask, the number of real rows.
+    """
+    if mask is None:
+        count = None
+        moments = jnp.stack([channel_sum(x), channel_sum(jnp.square(x))]) / (x.size // x.shape[-1])
+        if axis_name is not None:
+            moments = lax.pmean(moments, axis_name)
+    else:
+        real = mask > 0
+        # `where` and not a product: a padded row may hold NaN.
+        x = jnp.where(real.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+        sums = jnp.stack([channel_sum(x), channel_sum(jnp.square(x))])
+        count = jnp.sum(real, dtype=x.dtype)
+        if axis_name is not None:
+            sums, count = lax.psum((sums, count), axis_name)
+        moments = sums / (jnp.maximum(count, 1) * math.prod(x.shape[1:-1]))
     mean, square = moments
-    return mean, jnp.maximum(0.0, square - jnp.square(mean))  # rounding can make it negative
+    return mean, jnp.maximum(0.0, square - jnp.square(mean)), count  # rounding can make the difference negative
+
+
+def _over_groups(
+    mean: jax.Array, var: jax.Array, count: jax.Array | None, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Averages statistics over groups and devices, weighted by real rows.
+
+    Args:
+        mean: `[G, C]`.
+        var: `[G, C]`.
+        count: Number of real rows of each group, `[G]`; None if all rows are real.
+        axis_name: The mapped axis; None for no other devices.
+
+    Returns:
+        The mean `[C]`, the variance `[C]` and, with a mask, the number of real rows.
+    """
+    both = jnp.stack([mean, var])
+    if count is None:
+        both = both.mean(1)
+        both = both if axis_name is None else lax.pmean(both, axis_name)
+        return both[0], both[1], None
+    sums, total = jnp.sum(both * count[None, :, None], axis=1), count.sum()
+    if axis_name is not None:
+        sums, total = lax.psum((sums, total), axis_name)
+    return sums[0] / jnp.maximum(total, 1), sums[1] / jnp.maximum(total, 1), total
 
 
 def local_response_norm(

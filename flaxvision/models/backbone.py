@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.layers import BatchNorm, global_avg_pool
+from flaxvision.layers.normalization import BatchNormMode, check_mode
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -33,19 +34,25 @@ class Backbone(nn.Module, kw_only=True):
         output_stride: Largest stride of the network (atrous convolution). A stage whose stride would exceed it keeps
             its resolution, and its convolutions are dilated instead. The parameters stay the same. None leaves the
             strides as published.
-        freeze_batch_norm: Whether BatchNorm normalizes by its running statistics in training too. Its statistics, scale
-            and bias then receive no update, as in torchvision's `FrozenBatchNorm2d`.
+        batch_norm: Whose statistics BatchNorm normalizes by in training: those of the whole batch over all devices
+            (`"sync"`), of the rows on the same device (`"local"`), of groups of `ghost_size` consecutive rows
+            (`"ghost"`), or the running statistics (`"frozen"`). Frozen statistics, scales and biases receive no update,
+            as in torchvision's `FrozenBatchNorm2d`. See `layers.BatchNorm`.
+        ghost_size: Number of rows in a group for `"ghost"`; it must divide the rows on each device.
         dtype: Dtype of the computation, None for that of the inputs and parameters.
         param_dtype: Dtype of the parameters.
-        axis_name: Mapped axis over which BatchNorm averages its statistics under `pmap`.
+        axis_name: Mapped axis over which the batch is split, for BatchNorm. `pmap_step` sets it; models that are mapped
+            in another way need it.
 
     Raises:
-        ValueError: `stages` is empty or names an unknown stage, or the family does not support the `output_stride`.
+        ValueError: `stages` is empty or names an unknown stage, the family does not support the `output_stride`, or
+            `batch_norm` is unknown or does not go with `ghost_size`.
     """
 
     stages: tuple[str, ...] | None = None
     output_stride: int | None = None
-    freeze_batch_norm: bool = False
+    batch_norm: BatchNormMode = "sync"
+    ghost_size: int | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None
@@ -58,6 +65,7 @@ class Backbone(nn.Module, kw_only=True):
         name, known = type(self).__name__, self.stage_strides
         if self.stages is not None and (not self.stages or not set(self.stages) <= set(known)):
             raise ValueError(f"stages must be one or more of {', '.join(known)} for {name}; got {self.stages!r}")
+        check_mode(self.batch_norm, self.ghost_size, "batch_norm")
         if self.output_stride is None:
             return
         if self.atrous_from is None:
@@ -110,14 +118,15 @@ class Backbone(nn.Module, kw_only=True):
         """Returns a constructor of `BatchNorm` that applies the fields of this backbone.
 
         Args:
-            train: Whether to normalize by the statistics of the batch, unless `freeze_batch_norm` is set.
+            train: Whether to normalize by the statistics of the batch, as `batch_norm` says.
             epsilon: Added to the variance.
             momentum: Decay of the running statistics.
         """
         return functools.partial(
             BatchNorm,
             use_running_average=not train,
-            frozen=self.freeze_batch_norm,
+            mode=self.batch_norm,
+            ghost_size=self.ghost_size,
             momentum=momentum,
             epsilon=epsilon,
             axis_name=self.axis_name,

@@ -132,14 +132,14 @@ class GoogLeNetBackbone(Backbone):
     the auxiliary classifiers. The other fields are those of `Backbone`.
 
     Attributes:
-        batch_norm: Whether to use torchvision's layers: BatchNorm instead of biases and response normalization,
+        norm: Whether to use torchvision's layers: BatchNorm instead of biases and response normalization,
             symmetric padding, and pools that round up, the last of them 2x2.
         wide_kernel: Kernel size of the "5x5" branches: 5 in the paper, 3 in torchvision.
         epsilon: Epsilon of BatchNorm.
         momentum: Decay of BatchNorm's running statistics.
     """
 
-    batch_norm: bool = False
+    norm: bool = False
     wide_kernel: int = 5
     epsilon: float = 1e-3
     momentum: float = 0.9
@@ -153,18 +153,18 @@ class GoogLeNetBackbone(Backbone):
     @property
     def kernel_init(self) -> Initializer:
         """Initializer of the kernels of the dense layers, and of the convolutions too."""
-        return nn.initializers.normal(0.01) if self.batch_norm else nn.initializers.lecun_uniform()
+        return nn.initializers.normal(0.01) if self.norm else nn.initializers.lecun_uniform()
 
     @property
     def bias_init(self) -> Initializer:
         """Initializer of the biases of the convolutions and of the auxiliary classifiers' hidden layers."""
-        return nn.initializers.zeros if self.batch_norm else nn.initializers.constant(0.2)
+        return nn.initializers.zeros if self.norm else nn.initializers.constant(0.2)
 
     @nn.nowrap
     def make_unit(self, train: bool) -> Unit:
         """Returns a constructor of convolutions with their normalization and activation."""
         conv = partial(Conv, kernel_init=self.kernel_init, **self.dtypes)
-        if self.batch_norm:
+        if self.norm:
             norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
             return partial(ConvNorm, conv=partial(conv, use_bias=False), norm=norm)
         no_norm: Any = lambda name: lambda x: x
@@ -174,7 +174,7 @@ class GoogLeNetBackbone(Backbone):
     def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
         """Yields the stages and the inputs of the auxiliary classifiers."""
         unit = self.make_unit(train)
-        if self.batch_norm:
+        if self.norm:
             padding, lrn = [(3, 3), (3, 3)], lambda x: x
             pool = partial(max_pool, strides=2, ceil_mode=True)
         else:
@@ -187,7 +187,7 @@ class GoogLeNetBackbone(Backbone):
         yield "stage1", x
         for name, features in MODULES.items():
             if name.endswith("a"):
-                x = pool(x, 2 if self.batch_norm and name == "inception5a" else 3)
+                x = pool(x, 2 if self.norm and name == "inception5a" else 3)
             x = InceptionModule(features, unit, self.wide_kernel, name=name)(x)
             if name in _AUX.values():
                 yield name, x
@@ -230,7 +230,7 @@ class GoogLeNet(Classifier):
                 GoogLeNetAux,
                 self.num_classes,
                 backbone.make_unit(train),
-                adaptive=backbone.batch_norm,
+                adaptive=backbone.norm,
                 dropout_rate=self.aux_dropout_rate,
                 kernel_init=init,
                 bias_init=backbone.bias_init,
@@ -264,7 +264,7 @@ register(
     GoogLeNet,
     "googlenet_bn",
     backbone=GoogLeNetBackbone,
-    defaults={"batch_norm": True, "wide_kernel": 3, "dropout_rate": 0.2},
+    defaults={"norm": True, "wide_kernel": 3, "dropout_rate": 0.2},
     params=6_624_904,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),

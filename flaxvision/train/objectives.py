@@ -8,8 +8,11 @@ An objective maps `(apply_fn, params, collections, batch, rng, train)` to `loss,
   own weights.
 * `collections` are the other Linen collections after the pass.
 
-In training, BatchNorm also sees the padded rows, as zeros, so train on full batches. A new task needs a new objective
-and no change in the step, the loop or the checkpoints.
+`layers.BatchNorm` leaves padded rows out of its statistics; Linen's sees them, as zeros. A new task needs a new
+objective and no change in the step, the loop or the checkpoints.
+
+A label outside the classes of the model has no loss, and a compiled step cannot raise. Such a row has a loss of NaN,
+which ends a run of `fit`, and an accuracy of NaN, by which `explain_loss` knows the cause. It gives no gradient.
 
 Metrics of training (`train=True`) are merged on the device and stored in checkpoints. They must include `"loss"` and
 keep their names and shapes, both from step to step and when they are merged; otherwise `train_step` or `fit` raises
@@ -23,6 +26,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flaxvision import losses as fl
@@ -58,7 +62,8 @@ def classification(
     """Makes the objective of single-label classification.
 
     `batch["label"]` holds integers `[N]`, or soft targets `[N, K]` such as those of mixup and cutmix. The metrics are
-    `loss`, `accuracy` and, if K > 5, `top5_accuracy`. The class of a soft target is that of its largest entry.
+    `loss`, `accuracy` and, if K > 5, `top5_accuracy`. The class of a soft target is that of its largest entry. All of
+    them are NaN for an integer outside [0, K) and for a soft target that is not finite.
 
     Args:
         label_smoothing: Share of each target that is spread over all classes (Szegedy et al. 2015, section 7).
@@ -77,25 +82,20 @@ def classification(
     per_example = loss or optax.softmax_cross_entropy
 
     def losses(logits, batch):
-        label, classes = batch["label"], logits.shape[-1]
-        if label.ndim == 1:
-            targets = jax.nn.one_hot(label, classes)
-        elif label.shape == logits.shape:
-            targets = label.astype(jnp.float32)
-        else:
-            raise ValueError(f"label must be integers [N] or targets {logits.shape}; got {label.shape}")
-        weights = jnp.ones(label.shape[:1])
+        targets, known = _class_targets(batch["label"], logits)
+        classes, weights = logits.shape[-1], jnp.ones(known.shape)
         if class_weights is not None:
             if len(class_weights) != classes:
                 raise ValueError(f"class_weights must have {classes} values, one per class; got {len(class_weights)}")
             weights = targets @ jnp.asarray(class_weights, jnp.float32)
-        return weights * per_example(logits, optax.smooth_labels(targets, label_smoothing))
+        return _unless(known, weights * per_example(logits, optax.smooth_labels(targets, label_smoothing)))
 
     def measure(logits, batch):
-        label = batch["label"] if batch["label"].ndim == 1 else jnp.argmax(batch["label"], axis=-1)
-        found = {"accuracy": fm.correct(logits, label)}
+        targets, known = _class_targets(batch["label"], logits)
+        label = batch["label"] if batch["label"].ndim == 1 else jnp.argmax(targets, axis=-1)
+        found = {"accuracy": _unless(known, fm.correct(logits, label))}
         if logits.shape[-1] > 5:
-            found["top5_accuracy"] = fm.top_k_correct(logits, label, 5)
+            found["top5_accuracy"] = _unless(known, fm.top_k_correct(logits, label, 5))
         return found
 
     return _objective(losses, measure, aux_weight)
@@ -104,8 +104,8 @@ def classification(
 def binary(*, positive_weight: float = 1.0) -> Objective:
     """Makes the objective of binary classification from a single logit.
 
-    The model returns `[N, 1]` (`num_classes=1`); `batch["label"]` is 0 or 1, `[N]`. The metrics are `loss` and
-    `accuracy`.
+    The model returns `[N, 1]` (`num_classes=1`); `batch["label"]` is 0 or 1, `[N]`, or a probability. The metrics are
+    `loss` and `accuracy`; both are NaN for a label outside [0, 1].
 
     Args:
         positive_weight: Factor of the loss of examples with label 1.
@@ -118,10 +118,11 @@ def binary(*, positive_weight: float = 1.0) -> Objective:
         _expect(logits.shape == (*batch["label"].shape, 1), "one row per logit", logits, batch["label"])
         label = batch["label"].astype(jnp.float32)
         weights = 1 + (positive_weight - 1) * label
-        return weights * optax.sigmoid_binary_cross_entropy(logits[:, 0], label)
+        return _unless(_probable(label), weights * optax.sigmoid_binary_cross_entropy(logits[:, 0], label))
 
     def measure(logits, batch):
-        return {"accuracy": ((logits[:, 0] > 0) == (batch["label"] > 0.5)).astype(jnp.float32)}
+        right = (logits[:, 0] > 0) == (batch["label"] > 0.5)
+        return {"accuracy": _unless(_probable(batch["label"]), right.astype(jnp.float32))}
 
     return _objective(losses, measure)
 
@@ -129,8 +130,9 @@ def binary(*, positive_weight: float = 1.0) -> Objective:
 def multilabel() -> Objective:
     """Makes the objective of multi-label classification, in which an example has any number of K classes.
 
-    `batch["label"]` is 0 or 1, `[N, K]`. The loss of an example is the mean binary cross-entropy over the classes. The
-    metrics are `loss`, `accuracy` (the share of correct decisions) and `exact_match` (all K correct).
+    `batch["label"]` is 0 or 1, or a probability, `[N, K]`. The loss of an example is the mean binary cross-entropy over
+    the classes. The metrics are `loss`, `accuracy` (the share of correct decisions) and `exact_match` (all K correct);
+    all are NaN for an example with a label outside [0, 1].
 
     Returns:
         The objective. When traced it raises ValueError if the labels and the logits differ in shape.
@@ -138,11 +140,13 @@ def multilabel() -> Objective:
 
     def losses(logits, batch):
         _expect(logits.shape == batch["label"].shape, "the shape of the logits", logits, batch["label"])
-        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch["label"].astype(jnp.float32)), axis=-1)
+        label = batch["label"].astype(jnp.float32)
+        return _unless(_probable(label), jnp.mean(optax.sigmoid_binary_cross_entropy(logits, label), axis=-1))
 
     def measure(logits, batch):
         right = (logits > 0) == (batch["label"] > 0.5)
-        return {"accuracy": jnp.mean(right, axis=-1), "exact_match": jnp.all(right, axis=-1).astype(jnp.float32)}
+        found = {"accuracy": jnp.mean(right, axis=-1), "exact_match": jnp.all(right, axis=-1).astype(jnp.float32)}
+        return {name: _unless(_probable(batch["label"]), values) for name, values in found.items()}
 
     return _objective(losses, measure)
 
@@ -199,7 +203,8 @@ def capsule(
     See Sabour, Frosst and Hinton 2017, sections 3 and 4.1. `batch["label"]` holds integers `[N]` or targets `[N, K]`.
     The image is reconstructed from the capsule of the true class (the largest target) in training, and from the longest
     capsule in evaluation. Images are in [0, 1]. The metrics are `loss` (the sum), `accuracy`, `margin` and, if the
-    model has a decoder, `reconstruction`: the squared error summed over the pixels of an image.
+    model has a decoder, `reconstruction`: the squared error summed over the pixels of an image. The first three are NaN
+    for an integer outside [0, K) and for a target that is not finite.
 
     Args:
         reconstruction_weight: Factor of the squared error; 0 leaves the decoder out.
@@ -217,8 +222,8 @@ def capsule(
         raise ValueError(f"reconstruction_weight must not be negative; got {reconstruction_weight}")
 
     def objective(apply_fn, params, collections, batch, rng, train):
-        image, mask = _real_rows(batch)
-        label = batch["label"]
+        batch, mask = _real_rows(batch)
+        image, label = batch["image"], batch["label"]
         classes = label if label.ndim == 1 else jnp.argmax(label, axis=-1)
         lengths, updated = apply_fn(
             {"params": params, **collections},
@@ -230,10 +235,10 @@ def capsule(
         )
         updated = dict(updated)
         drawings = jax.tree.leaves(updated.pop("reconstruction", {}))
-        targets = jax.nn.one_hot(label, lengths.shape[-1]) if label.ndim == 1 else label.astype(lengths.dtype)
-        _expect(targets.shape == lengths.shape, "shape [N] or the shape of the outputs", lengths, label)
+        targets, known = _class_targets(label, lengths)
         margin = fl.margin(lengths, targets, present=present, absent=absent, absent_weight=absent_weight)
-        found = {"loss": margin, "accuracy": fm.correct(lengths, classes), "margin": margin}
+        margin = _unless(known, margin)
+        found = {"loss": margin, "accuracy": _unless(known, fm.correct(lengths, classes)), "margin": margin}
         if drawings:
             error = jnp.sum(jnp.square(drawings[0] - image), axis=(1, 2, 3))
             found |= {"loss": margin + reconstruction_weight * error, "reconstruction": error}
@@ -250,15 +255,59 @@ def _expect(fits: bool, what: str, outputs: jax.Array, label: jax.Array) -> None
         raise ValueError(f"label must have {what}; got outputs {outputs.shape} and labels {label.shape}")
 
 
-def _real_rows(batch: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the images with padded rows set to 0, and the mask.
+def explain_loss(metrics: Mapping[str, Any]) -> str:
+    """Explains a loss that is not finite, as far as the metrics tell.
 
-    A padded row may hold NaN, and 0 times NaN would be a NaN gradient.
+    Args:
+        metrics: Accumulators by name, or their values, of the steps in question.
+
+    Returns:
+        A clause for an error message, such as `"the loss is not finite" + explain_loss(metrics)`; empty if the labels
+        are not the cause.
     """
-    image, mask = batch["image"], batch.get("mask")
-    if mask is not None:
-        image = jnp.where(mask.reshape((-1,) + (1,) * (image.ndim - 1)) > 0, image, jnp.zeros((), image.dtype))
-    return image, mask
+    accuracy = metrics.get("accuracy")
+    if isinstance(accuracy, fm.Mean):
+        accuracy = accuracy.total
+    if accuracy is None or not np.isnan(jax.device_get(accuracy)):
+        return ""
+    return ", because a label lies outside the classes of the model (fv.data.validate finds the example)"
+
+
+def _class_targets(label: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns targets `[N, K]` and whether they are usable, `[N]`; the targets of a label that is not are zeros."""
+    if label.ndim == 1:
+        classes = logits.shape[-1]
+        label = label.astype(jnp.promote_types(label.dtype, jnp.int32))  # uint8 does not compare with 1000
+        return jax.nn.one_hot(label, classes), (label >= 0) & (label < classes)
+    if label.shape != logits.shape:
+        raise ValueError(f"label must be integers [N] or targets {logits.shape}; got {label.shape}")
+    known = jnp.all(jnp.isfinite(label), axis=-1)
+    return jnp.where(known[:, None], label.astype(jnp.float32), 0.0), known
+
+
+def _probable(label: jax.Array) -> jax.Array:
+    """Returns whether labels `[N]` or `[N, K]` lie in [0, 1], `[N]`."""
+    return jnp.all((label >= 0) & (label <= 1), axis=tuple(range(1, label.ndim)))
+
+
+def _unless(known: jax.Array, values: jax.Array) -> jax.Array:
+    """Replaces the values of rows that are not `known` by NaN, without a gradient."""
+    return jnp.where(known, values, jnp.nan)
+
+
+def _real_rows(batch: dict[str, Any]) -> tuple[dict[str, Any], jax.Array | None]:
+    """Returns the batch with the images and labels of padded rows set to 0, and the mask.
+
+    A padded row may hold anything. The gradient of NaN is NaN even if the loss is multiplied by 0.
+    """
+    mask = batch.get("mask")
+    if mask is None:
+        return batch, None
+
+    def real(x):
+        return jnp.where(mask.reshape((-1,) + (1,) * (x.ndim - 1)) > 0, x, jnp.zeros((), x.dtype))
+
+    return {**batch, "image": real(batch["image"]), "label": real(batch["label"])}, mask
 
 
 def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
@@ -267,7 +316,8 @@ def _objective(losses, measure, aux_weight: float = 0.0) -> Objective:
     def objective(apply_fn, params, collections, batch, rng, train):
         variables = {"params": params, **collections}
         aux = []
-        image, mask = _real_rows(batch)
+        batch, mask = _real_rows(batch)
+        image = batch["image"]
         if train:
             outputs, updated = apply_fn(
                 variables,

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flaxvision.layers import batch_context
 from flaxvision.train.objectives import Objective
 from flaxvision.train.sharding import place, state_sharding
 from flaxvision.train.step import Transform, eval_step, train_step
@@ -120,8 +121,9 @@ class CompiledStep:
 def jit_step(step: Callable[..., Any], mesh: Mesh | None = None, *, shard_state: bool = False) -> CompiledStep:
     """Compiles a step with a global view: the batch is sharded over the mesh, everything else is replicated.
 
-    BatchNorm is synchronized by construction, and the `axis_name` of the model stays None. The results do not depend on
-    the number of devices or processes, except for the order of sums.
+    `layers.BatchNorm` knows from its mode whose statistics to use and from this function how many devices there are;
+    Linen's is synchronized by construction. The `axis_name` of the model stays None. Except for `local` statistics, the
+    results do not depend on the number of devices or processes, up to the order of sums.
 
     Two options of a train step move whole batches between devices. Mixup and CutMix combine rows of the global batch,
     so each device receives the images of all. `accumulate` needs parts that the devices divide
@@ -144,7 +146,11 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None, *, shard_state:
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
     layout = partial(state_sharding, mesh=mesh) if shard_state else partial(_everywhere, replicated)
     programs: dict[Any, Any] = {}
-    body = _warn_of_gather(step, mesh)
+    checked = _warn_of_gather(step, mesh)
+
+    def body(*args):
+        with batch_context(shards=mesh.shape[AXIS]):
+            return checked(*args)
 
     def program(state: Any, train: bool) -> jax.stages.Wrapped:
         key = train, jax.tree.structure(state) if shard_state else None
@@ -169,10 +175,10 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None, *, shard_state:
 def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) -> CompiledStep:
     """Compiles a step with a per-device view, over the mapped axis `"data"`.
 
-    Gradients and metrics are merged over the devices of all processes. With `axis_name="data"` in the model, BatchNorm
-    is synchronized and the step agrees with `jit_step`. Without it, each device normalizes by its own rows, and the
-    mean of the devices' running statistics is kept. Dropout and augmentation draw different numbers on each device, so
-    their results depend on the number of devices, but not on how many processes share them.
+    Gradients and metrics are merged over the devices of all processes. The modes of `layers.BatchNorm` mean the same as
+    under `jit_step`, and the model needs no `axis_name`. Linen's BatchNorm without one normalizes by the rows of each
+    device, and the mean of the devices' running statistics is kept. Dropout and augmentation draw different numbers on
+    each device, so their results depend on the number of devices, but not on how many processes share them.
 
     Args:
         step: `train_step` or `eval_step` with its options bound; it is called with `axis_name="data"`.

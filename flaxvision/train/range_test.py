@@ -12,6 +12,7 @@ import jax
 import optax
 
 from flaxvision import metrics as fm
+from flaxvision.train.objectives import explain_loss
 from flaxvision.train.state import TrainState
 
 
@@ -63,7 +64,7 @@ def learning_rate_range(
         The `LearningRateRange`; `flaxvision.plot.lr_range` draws it.
 
     Raises:
-        ValueError: Not `0 < low < high`, or `num_steps` is below 10.
+        ValueError: Not `0 < low < high`, `num_steps` is below 10, or a label is not a class of the model.
     """
     if not 0 < low < high:
         raise ValueError(f"low and high must satisfy 0 < low < high; got low={low} and high={high}")
@@ -76,6 +77,8 @@ def learning_rate_range(
     for i in range(num_steps):
         state, metrics = step(state, next(batches), rng)
         loss = fm.compute(metrics)["loss"]
+        if cause := explain_loss(metrics):
+            raise ValueError(f"the loss must be finite; got {loss} at step {i + 1}{cause}")
         rates.append(low * ratio**i)
         losses.append(loss)
         average = smoothing * average + (1 - smoothing) * loss

@@ -22,7 +22,7 @@ class TrainState:
         params: Trainable parameters.
         collections: All other Linen collections by name, such as `batch_stats`.
         opt_state: State of the optimizer.
-        ema: Moving average of all variables, `{"params": ..., **collections}`, or None.
+        ema: Moving average of all variables, `{"params": ..., **collections}`, in float32 or wider; or None.
         apply_fn: The `apply` of the model.
         tx: The optimizer.
         ema_decay: Decay of the moving average; None for no average.
@@ -66,7 +66,7 @@ class TrainState:
         # ExponentialMovingAverage(num_updates).
         step = self.step.astype(jnp.float32)
         decay = jnp.minimum(limit, (1 + step) / (10 + step)).astype(old.dtype)
-        return decay * old + (1 - decay) * new
+        return decay * old + (1 - decay) * new.astype(old.dtype)
 
 
 def create_state(
@@ -87,7 +87,8 @@ def create_state(
         sample_input: An input, or a `jax.ShapeDtypeStruct`, with the shape of the model's input.
         variables: Variables to start from, which are copied; None initializes them.
         ema_decay: Decay of a moving average of the variables; None for no average. At step t the decay is at most
-            `(1 + t) / (10 + t)`.
+            `(1 + t) / (10 + t)`. The average is kept in float32 or wider: in half precision, the change of one step is
+            rounded away.
 
     Returns:
         The state before the first step.
@@ -107,8 +108,8 @@ def create_state(
     params = collections.pop("params", {})
     collections = {k: v for k, v in collections.items() if k not in ("aux_logits", "intermediates")}
     ema = None
-    if ema_decay is not None:  # copied, because a buffer cannot be donated twice
-        ema = jax.tree.map(jnp.array, {"params": params, **collections})
+    if ema_decay is not None:
+        ema = jax.tree.map(_wide_copy, {"params": params, **collections})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -119,3 +120,9 @@ def create_state(
         tx=tx,
         ema_decay=ema_decay,
     )
+
+
+def _wide_copy(x: jax.Array) -> jax.Array:
+    """Copies an array, because a buffer cannot be donated twice; half precision becomes float32."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32) if floating else x.dtype)

@@ -43,7 +43,10 @@ _log = logging.getLogger(__name__)
 _ENDINGS = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".th", ".bin")
 # Fields of a bundle that a caller may leave out: `load` has an argument for the first one, and the others do not change
 # the logits in evaluation.
-_OPTIONAL = ("num_classes", "aux_heads", "dropout_rate", "dtype", "param_dtype", "axis_name")
+_OPTIONAL = (
+    *("num_classes", "aux_heads", "dropout_rate", "dtype", "param_dtype"),
+    *("axis_name", "batch_norm", "ghost_size"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,7 @@ def test_models_are_values():
 def test_frozen_batch_norm():
     """Training normalizes by the running statistics; statistics, scales and biases receive no update."""
     fields = {"stage_sizes": (1, 1), "features": (4, 6), "num_classes": 3}
-    free, frozen = (fv.create_model("resnet20_cifar", freeze_batch_norm=f, **fields) for f in (False, True))
+    free, frozen = (fv.create_model("resnet20_cifar", batch_norm=mode, **fields) for mode in ("sync", "frozen"))
     x = images(8, 9)
     variables = filled(shapes_of(free))
     chex.assert_trees_all_equal_structs(variables, shapes_of(frozen))

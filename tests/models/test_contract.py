@@ -51,18 +51,20 @@ def test_features_and_policy_by_shape(name):
     """Without a head, in half precision, for images of another depth: features are float32, parameters too."""
     size, cut, width = SMALLEST[name]
     model = fv.create_model(name, **cut)
-    fields = {"axis_name": "data"} if "axis_name" in fv.model_fields(model) else {}
+    fields = {"axis_name": "data", "batch_norm": "ghost", "ghost_size": 2}
+    fields = fields if "batch_norm" in fv.model_fields(model) else {}
     headless = fv.create_model(name, **cut, num_classes=0, dtype=jnp.bfloat16, **fields)
     norms = set()
 
     def watch(call, args, kwargs, context):
         if isinstance(context.module, fv.layers.BatchNorm):
-            norms.add((context.module.axis_name, context.module.dtype))
+            norm = context.module
+            norms.add((norm.axis_name, norm.mode, norm.ghost_size, norm.dtype))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
         features, variables = jax.eval_shape(headless.init_with_output, jax.random.key(0), sample_of(size, 4))
-    assert norms == ({("data", jnp.bfloat16)} if "batch_stats" in variables else set())
+    assert norms == ({("data", "ghost", 2, jnp.bfloat16)} if "batch_stats" in variables else set())
     assert (features.shape, features.dtype) == ((2, width), jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} <= {jnp.dtype("float32")}
 

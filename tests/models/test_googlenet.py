@@ -75,8 +75,8 @@ def test_inputs_of_the_auxiliary_heads(name):
 
 def test_definitions():
     paper, ours = fv.create_model("googlenet"), fv.create_model("googlenet_bn")
-    assert (paper.backbone.wide_kernel, paper.backbone.batch_norm, paper.dropout_rate) == (5, False, 0.4)
-    assert (ours.backbone.wide_kernel, ours.backbone.batch_norm, ours.dropout_rate) == (3, True, 0.2)
+    assert (paper.backbone.wide_kernel, paper.backbone.norm, paper.dropout_rate) == (5, False, 0.4)
+    assert (ours.backbone.wide_kernel, ours.backbone.norm, ours.dropout_rate) == (3, True, 0.2)
     assert paper.aux_dropout_rate == ours.aux_dropout_rate == 0.7
     # torchvision's weights see its `transform_input`.
     assert fv.model_info("googlenet_bn").mean == fv.model_info("googlenet_bn").std == (0.5, 0.5, 0.5)
