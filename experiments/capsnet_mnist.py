@@ -32,18 +32,12 @@ import flaxvision as fv
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(fv.train.RunSettings):
     """Train, evaluate, draw and resume CapsNet."""
 
     dataset: str = "digits"
     """digits (embedded), mnist, fashion_mnist, another TFDS name, a directory, or an .npz; see flaxvision.data.load.
     Images are brought to 28x28 pixels."""
-    workdir: str | None = None
-    """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-capsnet-SEED."""
-    data_dir: str | None = None
-    """TFDS directory with prepared data sets. Default: that of TFDS."""
-    manual_dir: str | None = None
-    """Directory with the original files of a data set, from which TFDS prepares it without a network."""
     epochs: float = 20.0
     """Passes over the training set."""
     batch_size: int = 32
@@ -64,20 +58,13 @@ class Config:
     """Channels of the first convolution."""
     primary_features: int = 32
     """Primary capsules at each position."""
-    bfloat16: bool = False
-    """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
-    eval_every: float = 1.0
-    """Epochs between evaluations and checkpoints."""
     log_every: int = 50
     """Steps between training records."""
-    seed: int = 0
-    """Seed of the parameters, of the order of the data and of everything else."""
-    progress: bool = True
-    """Show the progress bar."""
 
 
 def main(config: Config) -> int:
     """Runs the experiment and returns the exit status of the process."""
+    config.start()
     check(config)
     train, test = load(config)
     name, size = Path(config.dataset).stem, fv.model_info("capsnet").input_size
@@ -90,6 +77,7 @@ def main(config: Config) -> int:
         train_transform=train_transform,
         eval_transform=eval_transform,
         use_ema=config.ema_decay is not None,
+        **config.step_options,
     )
     batches = fv.data.train_batches(train, config.batch_size, seed=config.seed)
     num_steps = max(1, round(config.epochs * batches.steps_per_epoch))
@@ -98,8 +86,8 @@ def main(config: Config) -> int:
     sample = jax.ShapeDtypeStruct((1, *overrides["image_shape"]), jnp.float32)
     state = fv.train.create_state(model, fv.train.optimizer("adam", rate), init_rng, sample, ema_decay=config.ema_decay)
 
-    fv.train.open_workdir(workdir, config, free=("workdir", "data_dir", "manual_dir", "progress"))
-    eval_size = max(config.batch_size, 200 // jax.device_count() * jax.device_count())
+    fv.train.open_workdir(workdir, config, free=config.FREE)
+    held_out = fv.data.eval_batches(test, fv.train.eval_batch_size(max(config.batch_size, 200)))
     result = fv.train.fit_in_workdir(
         workdir,
         state,
@@ -109,21 +97,22 @@ def main(config: Config) -> int:
         overrides=overrides,
         num_steps=num_steps,
         rng=run_rng,
-        evaluate=partial(fv.train.evaluate, eval_step=eval_step, batches=fv.data.eval_batches(test, eval_size)),
+        evaluate=fv.train.Evaluation(eval_step, held_out, config.input_timeout),
         eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
-        log_every=config.log_every,
         learning_rate=rate,
-        progress=f"capsnet on {name}" if config.progress else None,
+        **config.fit_options(f"capsnet on {name}"),
     )
-    if result.stopped:
-        return 0 if result.stopped == "SIGTERM" else 130
+    if result.exit_status is not None:
+        return result.exit_status
+    variables = fv.train.collect(result.state.variables if config.ema_decay is None else result.state.ema)
+    if jax.process_index() != 0:
+        return 0
 
     records = fv.train.read_records(workdir / "metrics.jsonl")
     fv.plot.curves(records, path=workdir / "curves.png", steps_per_epoch=batches.steps_per_epoch)
     final = result.metrics
     print(f"test accuracy {final['accuracy']:.2%}, margin loss {final['margin']:.4f}, on {len(test)} images")
     if config.reconstruction_weight:
-        variables = result.state.variables if config.ema_decay is None else result.state.ema
         draw(model, variables, test, eval_transform, workdir)
         per_pixel = final["reconstruction"] / np.prod(overrides["image_shape"])
         print(f"mean squared error of the reconstructions {per_pixel:.4f} per pixel, in [0, 1]")
@@ -144,7 +133,9 @@ def check(config: Config) -> None:
 def load(config: Config):
     """Loads and checks the training and test sources."""
     if config.dataset == "digits":
-        print("training on scikit-learn's digits, not MNIST; use --dataset mnist --manual-dir FOLDER for MNIST")
+        fv.train.print_once(
+            "training on scikit-learn's digits, not MNIST; use --dataset mnist --manual-dir FOLDER for MNIST"
+        )
     read = partial(
         fv.data.load, config.dataset, data_dir=config.data_dir, manual_dir=config.manual_dir, seed=config.seed
     )
@@ -157,14 +148,13 @@ def load(config: Config):
 
 def model_overrides(config: Config, train) -> dict[str, Any]:
     """Returns the fields of the model that differ from its defaults."""
-    return {
-        "num_classes": len(train.classes),
+    fields = fv.model_fields(fv.create_model("capsnet"))
+    return config.model_overrides(fields, len(train.classes)) | {
         "routing_iterations": config.routing_iterations,
         "decoder": config.reconstruction_weight > 0,
         "image_shape": (*fv.model_info("capsnet").input_size, train[0]["image"].shape[-1]),
         "conv_features": config.conv_features,
         "primary_features": config.primary_features,
-        "dtype": jnp.bfloat16 if config.bfloat16 else None,
     }
 
 

@@ -87,7 +87,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Recipe):
+class Config(Recipe, fv.train.RunSettings):
     """Train, evaluate, checkpoint and resume. --recipe sets the defaults of the training settings."""
 
     recipe: Literal["he", "fast", "demo"] = "he"
@@ -97,12 +97,6 @@ class Config(Recipe):
     dataset: str | None = None
     """cifar10, patterns, or another set of 32x32 colour images; see flaxvision.data.load. Default: cifar10 if
     --manual-dir or --data-dir is given, else patterns."""
-    manual_dir: str | None = None
-    """Directory with the binary version of CIFAR-10."""
-    data_dir: str | None = None
-    """TFDS directory with prepared data sets. Default: that of TFDS."""
-    workdir: str | None = None
-    """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-MODEL-RECIPE-SEED."""
     weights: str | None = None
     """Weights to evaluate: a file or a published tag."""
     source: str | None = None
@@ -110,19 +104,9 @@ class Config(Recipe):
     eval_only: bool = False
     """Only evaluate --weights on the test images."""
     eval_batch_size: int = 500
-    """Images per step of evaluation, over all devices."""
+    """Images per step of evaluation, over all devices; rounded up to a multiple of their number."""
     eval_every: float = 2.0
-    """Epochs between evaluations and checkpoints."""
-    log_every: int = 100
-    """Steps between training records."""
-    bfloat16: bool = False
-    """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How the steps are compiled for several devices."""
-    seed: int = 0
-    """Seed of the parameters, of the order of the data and of everything else."""
-    progress: bool = True
-    """Show the progress bar."""
+    """Epochs between evaluations."""
 
 
 def parse(args: list[str] | None = None) -> Config:
@@ -137,10 +121,13 @@ def parse(args: list[str] | None = None) -> Config:
 
 def main(config: Config) -> int:
     """Runs the experiment and returns the exit status of the process."""
+    config.start()
     check(config)
     dataset = config.dataset or ("cifar10" if config.manual_dir or config.data_dir else "patterns")
     if dataset == "patterns":
-        print("training on drawn patterns, not photographs; use --manual-dir FOLDER or --dataset cifar10 for CIFAR-10")
+        fv.train.print_once(
+            "training on drawn patterns, not photographs; use --manual-dir FOLDER or --dataset cifar10 for CIFAR-10"
+        )
     read = partial(fv.data.load, dataset, data_dir=config.data_dir, manual_dir=config.manual_dir, image_size=32)
     test = read("test")
     fv.data.validate(test, channels=3, num_classes=len(test.classes))
@@ -180,7 +167,7 @@ def run(config: Config, train, test, workdir: Path, title: str) -> int:
         eval_transform=a.make_transform(**common),
         accumulate=config.accumulate,
         use_ema=config.ema_decay is not None,
-        parallel=config.parallel,
+        **config.step_options,
     )
     batches = fv.data.train_batches(train, config.batch_size, seed=config.seed)
     rate = config.learning_rate_schedule(batches.steps_per_epoch)
@@ -189,8 +176,8 @@ def run(config: Config, train, test, workdir: Path, title: str) -> int:
     model = fv.create_model(config.model, **overrides)
     state = fv.train.create_state(model, config.make_optimizer(rate), init_rng, sample, ema_decay=config.ema_decay)
 
-    free = ("workdir", "data_dir", "manual_dir", "progress", "eval_only", "weights", "source")
-    fv.train.open_workdir(workdir, config, free=(*free, "eval_batch_size", "log_every"))
+    free = (*config.FREE, "eval_only", "weights", "source", "eval_batch_size")
+    fv.train.open_workdir(workdir, config, free=free)
     fv.train.draw_samples(workdir / "samples.png", batches, a.make_transform(*ops), run_rng)
     result = fv.train.fit_in_workdir(
         workdir,
@@ -201,30 +188,28 @@ def run(config: Config, train, test, workdir: Path, title: str) -> int:
         overrides=overrides,
         num_steps=config.num_steps(batches.steps_per_epoch),
         rng=run_rng,
-        evaluate=partial(
-            fv.train.evaluate, eval_step=eval_step, batches=fv.data.eval_batches(test, config.eval_batch_size)
-        ),
+        evaluate=evaluation(config, eval_step, test),
         eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
-        log_every=config.log_every,
         learning_rate=rate,
-        progress=title if config.progress else None,
+        **config.fit_options(title),
     )
-    if result.stopped:
-        return 0 if result.stopped == "SIGTERM" else 130
+    if result.exit_status is not None:
+        return result.exit_status
+    variables = fv.train.collect(result.state.variables if config.ema_decay is None else result.state.ema)
+    if jax.process_index() != 0:
+        return 0
     records = fv.train.read_records(workdir / "metrics.jsonl")
     fv.plot.curves(records, path=workdir / "curves.png", steps_per_epoch=batches.steps_per_epoch)
     report(result.metrics, test)
-    save_weights(config, result, test, overrides, workdir / "weights.safetensors")
+    save_weights(config, variables, result.metrics, test, overrides, workdir / "weights.safetensors")
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
 
 
 def model_overrides(config: Config, num_classes: int) -> dict[str, Any]:
     """Returns the fields of the model that differ from its defaults."""
-    overrides: dict[str, Any] = {"num_classes": num_classes, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     fields = fv.model_fields(fv.create_model(config.model))
-    if config.parallel == "pmap" and "axis_name" in fields:
-        overrides["axis_name"] = "data"  # synchronised BatchNorm
+    overrides = config.model_overrides(fields, num_classes)
     if config.aux_weight and "aux_heads" in fields:
         overrides["aux_heads"] = True
     return overrides
@@ -257,31 +242,39 @@ def evaluate_weights(config: Config, test) -> int:
     size = test[0]["image"].shape[:2]
     transform = fv.data.augment.make_transform(size=size, mean=info.mean, std=info.std)
     objective = fv.train.classification(label_smoothing=config.label_smoothing, aux_weight=config.aux_weight)
-    _, eval_step = fv.train.compile_steps(objective, eval_transform=transform, parallel=config.parallel)
+    _, eval_step = fv.train.compile_steps(objective, eval_transform=transform, **config.step_options)
     state = fv.train.create_state(model, optax.identity(), jax.random.key(0), None, variables=variables)
-    report(fv.train.evaluate(state, eval_step, fv.data.eval_batches(test, config.eval_batch_size)), test)
+    report(evaluation(config, eval_step, test)(state), test)
     return 0
 
 
-def save_weights(config: Config, result: fv.train.FitResult, test, overrides: dict[str, Any], path: Path) -> None:
+def evaluation(config: Config, eval_step, test) -> fv.train.Evaluation:
+    """Returns the evaluation on the test images."""
+    batches = fv.data.eval_batches(test, fv.train.eval_batch_size(config.eval_batch_size))
+    return fv.train.Evaluation(eval_step, batches, config.input_timeout)
+
+
+def save_weights(config: Config, variables, metrics, test, overrides: dict[str, Any], path: Path) -> None:
     """Writes the weights that were evaluated, with their preprocessing and class names."""
     info, side = fv.model_info(config.model), test[0]["image"].shape[0]
     preprocessing = fv.data.Preprocessing(crop=side, resize=side, mean=info.mean, std=info.std)
     fv.weights.save(
         path,
-        result.state.variables if config.ema_decay is None else result.state.ema,
+        variables,
         name=config.model,
-        metadata={**result.metrics, "preprocessing": dataclasses.asdict(preprocessing)},
+        metadata={**metrics, "preprocessing": dataclasses.asdict(preprocessing)},
         input_size=(side, side),
         class_names=test.classes,
-        **{k: v for k, v in overrides.items() if k not in ("dtype", "axis_name")},
+        **{k: v for k, v in overrides.items() if k not in ("dtype", "batch_norm", "ghost_size")},
     )
 
 
 def report(metrics: dict[str, float], test) -> None:
     """Prints the test accuracy and loss."""
     top5 = f", top-5 {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
-    print(f"test accuracy {metrics['accuracy']:.2%}{top5}, loss {metrics['loss']:.4f}, on {len(test)} images")
+    fv.train.print_once(
+        f"test accuracy {metrics['accuracy']:.2%}{top5}, loss {metrics['loss']:.4f}, on {len(test)} images"
+    )
 
 
 if __name__ == "__main__":

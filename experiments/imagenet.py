@@ -93,9 +93,7 @@ RECIPES = {
         label_smoothing=0.1, mixup=0.2, cutmix=1.0, ema_decay=0.999966, size=176, eval_size=224, eval_shorter=232,
     ),
     # Krizhevsky 2012, sections 4.1 and 5. The authors lowered the learning rate by hand, three times in 90 epochs.
-    "alexnet": Recipe(
-        batch_size=128, learning_rate=0.01, weight_decay=5e-4, crop="scaled", lighting=0.1, eval_shorter=256
-    ),
+    "alexnet": Recipe(batch_size=128, learning_rate=0.01, weight_decay=5e-4, crop="scaled", lighting=0.1, eval_shorter=256),
     # Simonyan 2014, section 3.1: 74 epochs with scale jittering. The learning rate was lowered by hand three times.
     "vgg": Recipe(epochs=74.0, learning_rate=0.01, weight_decay=5e-4, crop="scaled", shorter=(256, 512), lighting=0.1),
     # Szegedy 2014, section 6: the learning rate falls by 4 % every 8 epochs. The rest is from Caffe's bvlc_googlenet.
@@ -147,7 +145,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Recipe):
+class Config(Recipe, fv.train.RunSettings):
     """Train, evaluate, checkpoint and resume. --recipe sets the defaults of the training settings."""
 
     recipe: Literal[tuple(RECIPES)] = "resnet"  # type: ignore[valid-type]
@@ -159,12 +157,6 @@ class Config(Recipe):
     eval_split: str | None = None
     """Split to evaluate. Default: validation for imagenet2012, else test (val for a directory without test). all is for
     a directory that has class directories and no splits."""
-    manual_dir: str | None = None
-    """Directory with the original archives of a TFDS data set."""
-    data_dir: str | None = None
-    """TFDS directory with prepared data sets. Default: that of TFDS."""
-    workdir: str | None = None
-    """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-MODEL-RECIPE-SEED."""
     weights: str | None = None
     """Weights to evaluate with their own preprocessing: a published tag or a file."""
     source: str | None = None
@@ -174,23 +166,15 @@ class Config(Recipe):
     eval_only: bool = False
     """Only evaluate --weights."""
     eval_batch_size: int = 256
-    """Images per step of evaluation, over all devices."""
-    eval_every: float = 1.0
-    """Epochs between evaluations and checkpoints."""
-    log_every: int = 100
-    """Steps between training records."""
+    """Images per step of evaluation, over all devices; rounded up to a multiple of their number."""
     threads: int | None = None
     """Number of threads that decode and crop. Default: one per processor, at most 16."""
+    workers: int = 0
+    """Number of worker processes that decode and crop, for hosts with many processors. Default: only threads."""
     verify: bool = False
-    """Decode every file of a directory once before the run."""
-    bfloat16: bool = False
-    """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How the steps are compiled for several devices."""
-    seed: int = 0
-    """Seed of the parameters, of the order of the data and of everything else."""
-    progress: bool = True
-    """Show the progress bar."""
+    """Decode every file of a directory once before the run, and end with an error if some are broken."""
+    skip_broken: bool = False
+    """Decode every file of a directory once before the run, and leave out those that are broken."""
 
 
 def parse(args: list[str] | None = None) -> Config:
@@ -211,21 +195,37 @@ def parse(args: list[str] | None = None) -> Config:
 
 def main(config: Config) -> int:
     """Runs the experiment and returns the exit status of the process."""
+    config.start()
     check(config)
     if config.dataset == "patterns":
-        print("using drawn patterns, not photographs; use --dataset imagenet2012 or --dataset FOLDER for photographs")
+        fv.train.print_once(
+            "using drawn patterns, not photographs; use --dataset imagenet2012 or --dataset FOLDER for photographs"
+        )
     places = {"data_dir": config.data_dir, "manual_dir": config.manual_dir}
     read = partial(fv.data.load, config.dataset, **places, seed=config.seed, as_stored=True)
     # The split "test" of imagenet2012 has no labels.
     photos = read(config.eval_split or ("validation" if config.dataset.startswith("imagenet2012") else "test"))
+    photos = check_photos(config, photos, photos.classes)
     if config.eval_only:
         return evaluate_weights(config, photos)
     crop = centre_crop(config)
-    test = fv.data.Mapped(photos, lambda image: np.asarray(crop.resized(image)), repr(crop))
-    train = read("train")
-    for source in (train, test):
-        fv.data.validate(source, channels=3, num_classes=len(photos.classes), verify=config.verify)
-    return run(config, train, test)
+    test = fv.data.Mapped(photos, crop.resized, repr(crop))
+    return run(config, check_photos(config, read("train"), photos.classes), test)
+
+
+def check_photos(config: Config, source, classes):
+    """Checks a source, and returns it without its broken files if --skip-broken is set."""
+    if config.skip_broken and hasattr(source, "without_broken"):
+        source, broken = source.without_broken()
+        if broken:
+            fv.train.print_once(f"left out {len(broken)} broken files of {source.name}:", *broken, sep="\n  ")
+    fv.data.validate(source, channels=3, num_classes=len(classes), verify=config.verify)
+    return source
+
+
+def cropped(example: dict[str, Any], rng: np.random.Generator, crop) -> dict[str, Any]:
+    """Crops the photograph of an example at random for training."""
+    return {**example, "image": crop(example["image"], rng)}
 
 
 def check(config: Config) -> None:
@@ -261,10 +261,9 @@ def run(config: Config, train, test) -> int:
 
     name = f"{Path(config.dataset).name}-{config.model}-{config.recipe}-{config.seed}"
     workdir = Path(config.workdir or f"runs/{name}")
-    free = ("workdir", "data_dir", "manual_dir", "progress", "threads", "verify", "eval_only", "weights", "source")
-    fv.train.open_workdir(workdir, config, free=(*free, "preprocessing", "eval_batch_size", "log_every"))
+    free = (*config.FREE, "threads", "workers", "verify", "eval_only", "weights", "source", "preprocessing")
+    fv.train.open_workdir(workdir, config, free=(*free, "eval_batch_size"))
     fv.train.draw_samples(workdir / "samples.png", batches, view, run_rng)
-    held_out = fv.data.eval_batches(test, config.eval_batch_size, num_threads=config.threads)
     result = fv.train.fit_in_workdir(
         workdir,
         state,
@@ -274,28 +273,28 @@ def run(config: Config, train, test) -> int:
         overrides=overrides,
         num_steps=config.num_steps(batches.steps_per_epoch),
         rng=run_rng,
-        evaluate=partial(fv.train.evaluate, eval_step=eval_step, batches=held_out),
+        evaluate=evaluation(config, eval_step, test),
         eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
-        log_every=config.log_every,
         learning_rate=rate,
-        progress=config.model if config.progress else None,
+        **config.fit_options(config.model),
     )
-    if result.stopped:
-        return 0 if result.stopped == "SIGTERM" else 130
+    if result.exit_status is not None:
+        return result.exit_status
+    variables = fv.train.collect(result.state.variables if config.ema_decay is None else result.state.ema)
+    if jax.process_index() != 0:
+        return 0
     records = fv.train.read_records(workdir / "metrics.jsonl")
     fv.plot.curves(records, path=workdir / "curves.png", steps_per_epoch=batches.steps_per_epoch)
     report(result.metrics, test)
-    save_weights(config, result, test.classes, overrides, workdir / "weights.safetensors")
+    save_weights(config, variables, result.metrics, test.classes, overrides, workdir / "weights.safetensors")
     print(f"see {workdir / 'curves.png'}; tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
 
 
 def model_overrides(config: Config, num_classes: int) -> dict[str, Any]:
     """Returns the fields of the model that differ from its defaults."""
-    overrides: dict[str, Any] = {"num_classes": num_classes, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     fields = fv.model_fields(fv.create_model(config.model))
-    if config.parallel == "pmap" and "axis_name" in fields:
-        overrides["axis_name"] = "data"  # synchronised BatchNorm
+    overrides = config.model_overrides(fields, num_classes)
     if config.aux_weight and "aux_heads" in fields:
         overrides["aux_heads"] = True
     return overrides
@@ -311,8 +310,9 @@ def training_batches(config: Config, train) -> fv.data.TrainBatches:
         train,
         config.batch_size,
         seed=config.seed,
-        transform=lambda example, rng: {**example, "image": crop(example["image"], rng)},
+        transform=partial(cropped, crop=crop),
         num_threads=config.threads,
+        num_workers=config.workers,
     )
 
 
@@ -342,7 +342,7 @@ def compile_steps(config: Config, num_classes: int):
         eval_transform=a.make_transform(mean=info.mean, std=info.std),
         accumulate=config.accumulate,
         use_ema=config.ema_decay is not None,
-        parallel=config.parallel,
+        **config.step_options,
     )
     return *steps, a.make_transform(*ops)
 
@@ -351,7 +351,6 @@ def evaluate_weights(config: Config, photos) -> int:
     """Evaluates the weights of --weights with the preprocessing that belongs to them."""
     assert config.weights is not None
     classes = len(photos.classes)
-    fv.data.validate(photos, channels=3, num_classes=classes, verify=config.verify)
     options = {"source": config.source, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     model, variables = fv.weights.load_model(config.model, config.weights, **options)
     if model.num_classes != classes:
@@ -366,31 +365,37 @@ def evaluate_weights(config: Config, photos) -> int:
         preprocessing = dataclasses.replace(preprocessing, crop=crop.crop, resize=crop.resize)
     prepared = fv.data.Mapped(photos, preprocessing, repr(preprocessing))
     objective = fv.train.classification(label_smoothing=config.label_smoothing)
-    _, eval_step = fv.train.compile_steps(objective, parallel=config.parallel)
+    _, eval_step = fv.train.compile_steps(objective, **config.step_options)
     state = fv.train.create_state(model, optax.identity(), jax.random.key(0), None, variables=variables)
-    batches = fv.data.eval_batches(prepared, config.eval_batch_size, num_threads=config.threads)
-    report(fv.train.evaluate(state, eval_step, batches), photos)
+    report(evaluation(config, eval_step, prepared)(state), photos)
     return 0
 
 
-def save_weights(config: Config, result: fv.train.FitResult, classes, overrides: dict[str, Any], path: Path) -> None:
+def evaluation(config: Config, eval_step, source) -> fv.train.Evaluation:
+    """Returns the evaluation on a source."""
+    size = fv.train.eval_batch_size(config.eval_batch_size)
+    batches = fv.data.eval_batches(source, size, num_threads=config.threads, num_workers=config.workers)
+    return fv.train.Evaluation(eval_step, batches, config.input_timeout)
+
+
+def save_weights(config: Config, variables, metrics, classes, overrides: dict[str, Any], path: Path) -> None:
     """Writes the weights that were evaluated, with their preprocessing and class names."""
     size = config.size or fv.model_info(config.model).input_size[0]
     fv.weights.save(
         path,
-        result.state.variables if config.ema_decay is None else result.state.ema,
+        variables,
         name=config.model,
-        metadata={**result.metrics, "preprocessing": dataclasses.asdict(centre_crop(config))},
+        metadata={**metrics, "preprocessing": dataclasses.asdict(centre_crop(config))},
         input_size=(size, size),
         class_names=classes,
-        **{k: v for k, v in overrides.items() if k not in ("dtype", "axis_name")},
+        **{k: v for k, v in overrides.items() if k not in ("dtype", "batch_norm", "ghost_size")},
     )
 
 
 def report(metrics: dict[str, float], source) -> None:
     """Prints the accuracy and the loss."""
     top5 = f", top-5 {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
-    print(f"top-1 {metrics['accuracy']:.2%}{top5}, loss {metrics['loss']:.4f}, on {len(source)} images")
+    fv.train.print_once(f"top-1 {metrics['accuracy']:.2%}{top5}, loss {metrics['loss']:.4f}, on {len(source)} images")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import flaxvision as fv
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(fv.train.RunSettings):
     """Train, evaluate, checkpoint and resume a classifier."""
 
     dataset: str = "digits"
@@ -32,12 +32,6 @@ class Config:
     train_image, train_label, test_image and test_label."""
     model: str = "lenet5"
     """A registered classifier: perceptron, mlp, lenet5, lenet5_modern, lenet_dli, fashion_cnn."""
-    workdir: str | None = None
-    """Work directory of the run; a run in the same directory is resumed. Default: runs/DATASET-MODEL-SEED."""
-    data_dir: str | None = None
-    """TFDS directory with prepared data sets. Default: that of TFDS."""
-    manual_dir: str | None = None
-    """Directory with the original files of a data set, from which TFDS prepares it without a network."""
     epochs: float = 30.0
     """Passes over the training set."""
     batch_size: int = 32
@@ -78,29 +72,20 @@ class Config:
     """Augmentation: alpha of mixup."""
     ema_decay: float | None = None
     """Decay of a moving average of the weights, which is then evaluated. Default: no average."""
-    bfloat16: bool = False
-    """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How the steps are compiled for several devices."""
     validation: float = 0.0
     """Share of the training set held out for validation. With 0, the test set is evaluated during training, and nothing
     is chosen by it."""
     early_stopping: int = 0
     """Stop after this many evaluations without a lower loss and test the best checkpoint; requires --validation."""
-    eval_every: float = 1.0
-    """Epochs between evaluations and checkpoints."""
     log_every: int = 50
     """Steps between training records."""
     range_test: bool = False
     """Only run a learning-rate range test and draw lr_range.png."""
-    seed: int = 0
-    """Seed of the parameters, of the order of the data and of everything else."""
-    progress: bool = True
-    """Show the progress bar."""
 
 
 def main(config: Config) -> int:
     """Runs the experiment and returns the exit status of the process."""
+    config.start()
     check(config)
     name = Path(config.dataset).stem if "/" in config.dataset or config.dataset.endswith(".npz") else config.dataset
     workdir = Path(config.workdir or f"runs/{name}-{config.model}-{config.seed}")
@@ -116,7 +101,7 @@ def main(config: Config) -> int:
         eval_transform=eval_transform,
         accumulate=config.accumulate,
         use_ema=config.ema_decay is not None,
-        parallel=config.parallel,
+        **config.step_options,
     )
     batches = fv.data.train_batches(train, config.batch_size, seed=config.seed)
     init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
@@ -135,16 +120,18 @@ def main(config: Config) -> int:
     if config.range_test:
         return range_test(create_state, train_step, batches, run_rng, workdir)
 
-    fv.train.open_workdir(workdir, config, free=("workdir", "data_dir", "manual_dir", "progress"))
+    fv.train.open_workdir(workdir, config, free=config.FREE)
     if view is not None:
         fv.train.draw_samples(workdir / "samples.png", batches, view, run_rng)
+    options = {"model": config.model, "overrides": overrides, "rng": run_rng}
+    options |= config.fit_options(f"{config.model} on {name}")
     evaluate = evaluation(config, eval_step)
-    title = f"{config.model} on {name}" if config.progress else None
-    options = {"model": config.model, "overrides": overrides, "rng": run_rng, "progress": title}
-    result = fit(config, workdir, create_state, train_step, batches, partial(evaluate, validation), options)
-    if result.stopped in ("SIGTERM", "SIGINT"):
-        return 0 if result.stopped == "SIGTERM" else 130
-    final = evaluate(test, result.state)
+    result = fit(config, workdir, create_state, train_step, batches, evaluate(validation), options)
+    if result.exit_status is not None:
+        return result.exit_status
+    final = evaluate(test)(result.state)
+    if jax.process_index() != 0:
+        return 0
     records = fv.train.read_records(workdir / "metrics.jsonl")
     fv.plot.curves(records, path=workdir / "curves.png", steps_per_epoch=batches.steps_per_epoch)
     print(f"test accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f}, on {len(test)} images")
@@ -183,11 +170,9 @@ def load(config: Config):
 
 def model_overrides(config: Config, num_classes: int) -> dict[str, Any]:
     """Returns the fields of the model that differ from its defaults."""
-    overrides: dict[str, Any] = {"num_classes": num_classes, "dtype": jnp.bfloat16 if config.bfloat16 else None}
+    overrides = config.model_overrides(fv.model_fields(fv.create_model(config.model)), num_classes)
     if config.hidden is not None:
         overrides["features"] = config.hidden
-    if config.parallel == "pmap" and "axis_name" in fv.model_fields(fv.create_model(config.model)):
-        overrides["axis_name"] = "data"  # synchronised BatchNorm
     return overrides
 
 
@@ -224,9 +209,9 @@ def transforms(config: Config, train, size):
 
 
 def evaluation(config: Config, eval_step):
-    """Returns `(source, state) -> values`."""
-    size = max(config.batch_size, 500 // jax.device_count() * jax.device_count())
-    return lambda source, state: fv.train.evaluate(state, eval_step, fv.data.eval_batches(source, size))
+    """Returns `source -> Evaluation`."""
+    size = fv.train.eval_batch_size(max(config.batch_size, 500))
+    return lambda source: fv.train.Evaluation(eval_step, fv.data.eval_batches(source, size), config.input_timeout)
 
 
 def fit(config: Config, workdir: Path, create_state, train_step, batches, evaluate, options) -> fv.train.FitResult:
@@ -245,7 +230,6 @@ def fit(config: Config, workdir: Path, create_state, train_step, batches, evalua
         num_steps=num_steps,
         evaluate=evaluate,
         eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
-        log_every=config.log_every,
         learning_rate=rate,
         **options,
     )

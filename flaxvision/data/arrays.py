@@ -172,7 +172,7 @@ class Mapped:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         example = self.source[index]
-        return {**example, "image": self.function(example["image"])}
+        return {**example, "image": np.asarray(self.function(example["image"]))}
 
     @property
     def label(self) -> np.ndarray:

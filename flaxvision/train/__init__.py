@@ -13,11 +13,20 @@ from flaxvision.train.parallel import CompiledStep, compile_steps, jit_step, mak
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
 from flaxvision.train.recipe import Recipe
 from flaxvision.train.reproducibility import deterministic
-from flaxvision.train.sharding import state_sharding
+from flaxvision.train.settings import RunSettings, eval_batch_size
+from flaxvision.train.sharding import collect, state_sharding
 from flaxvision.train.state import TrainState, create_state
 from flaxvision.train.step import eval_step, train_step
 from flaxvision.train.stopping import EarlyStopping
-from flaxvision.train.workdir import draw_samples, fit_in_workdir, open_workdir, run_experiment, run_info, versions
+from flaxvision.train.workdir import (
+    draw_samples,
+    fit_in_workdir,
+    open_workdir,
+    print_once,
+    run_experiment,
+    run_info,
+    versions,
+)
 from flaxvision.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter, read_records
 
 __all__ = [
@@ -34,16 +43,19 @@ __all__ = [
     "Profiler",
     "ProgressBar",
     "Recipe",
+    "RunSettings",
     "TensorBoardWriter",
     "TrainState",
     "WorkdirInUseError",
     "binary",
     "capsule",
     "classification",
+    "collect",
     "compile_steps",
     "create_state",
     "deterministic",
     "draw_samples",
+    "eval_batch_size",
     "eval_step",
     "evaluate",
     "fit",
@@ -57,6 +69,7 @@ __all__ = [
     "optimizer",
     "pmap_step",
     "prefetch",
+    "print_once",
     "read_records",
     "regression",
     "run_experiment",

@@ -48,6 +48,11 @@ class FitResult:
     metrics: dict[str, float]
     stopped: str | None
 
+    @property
+    def exit_status(self) -> int | None:
+        """Exit status of a program whose run was interrupted; None if the run is complete."""
+        return {None: None, "early_stopping": None, "SIGINT": 130}.get(self.stopped, 0)
+
 
 def fit(
     state: TrainState,

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -113,6 +114,24 @@ def place(state: Any, layout: Any, *, donate: bool = False) -> Any:
     if checksums:
         check_same(checksums)
     return placed
+
+
+def collect(tree: Any) -> Any:
+    """Copies arrays to the host, wherever their parts are. With several processes, all of them must call it.
+
+    Args:
+        tree: A tree of arrays, such as the variables of a trained state.
+
+    Returns:
+        The tree with NumPy arrays, the same in all processes.
+    """
+
+    def one(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
 
 
 def check_same(checksums: dict[str, int]) -> None:

@@ -243,11 +243,10 @@ def fit_in_workdir(
             restored = checkpoints.restore_best(result.state)
             if restored is not None:
                 result = dataclasses.replace(result, state=restored.state)
-                if first:
-                    print(f"the best evaluation was at step {restored.step}")
-    if not finished and first:
+                print_once(f"the best evaluation was at step {restored.step}")
+    if not finished:
         cause = "the time budget" if result.stopped == "time_budget" else result.stopped
-        print(f"stopped by {cause} after step {int(result.state.step)}; run the same command to resume")
+        print_once(f"stopped by {cause} after step {int(result.state.step)}; run the same command to resume")
     return result
 
 
@@ -266,6 +265,12 @@ def draw_samples(path: str | os.PathLike[str], batches: Any, transform: Transfor
         first = {key: values[:32] for key, values in next(iterator).items()}
     images = np.asarray(jax.jit(transform)(rng, first)["image"])
     plot.image_grid(images, first["label"], batches.source.classes, path=path)
+
+
+def print_once(*values: Any, **options: Any) -> None:
+    """Prints on process 0 only; the arguments are those of `print`."""
+    if jax.process_index() == 0:
+        print(*values, **options)
 
 
 def run_experiment(main: Callable[[Any], int], parse: Callable[[], Any]) -> NoReturn:
