@@ -83,8 +83,7 @@ def every(epochs: int, total: int) -> tuple[float, ...]:
 RECIPES = {
     # Goyal 2017, section 5.1: 90 epochs, a learning rate of 0.1 per 256 images, and the crops of GoogLeNet.
     "resnet": Recipe(),
-    # The same for large batches, with warm-up and a cosine schedule (He 2019, "Bag of tricks", section 5.1, which
-    # trains for 120 epochs).
+    # The same for large batches, with warm-up and a cosine schedule (He 2019, section 5.1, which trains for 120 epochs).
     "resnet_cosine": Recipe(batch_size=1024, learning_rate=0.4, schedule="cosine", warmup_epochs=5.0),
     # torchvision's recipe of 2021 (IMAGENET1K_V2) without TrivialAugment, random erasing and repeated augmentation.
     # torchvision updates its average every 32 steps with weight 2e-5 * 1024 * 32 / 600; this is the same per step.
@@ -93,7 +92,9 @@ RECIPES = {
         label_smoothing=0.1, mixup=0.2, cutmix=1.0, ema_decay=0.999966, size=176, eval_size=224, eval_shorter=232,
     ),
     # Krizhevsky 2012, sections 4.1 and 5. The authors lowered the learning rate by hand, three times in 90 epochs.
-    "alexnet": Recipe(batch_size=128, learning_rate=0.01, weight_decay=5e-4, crop="scaled", lighting=0.1, eval_shorter=256),
+    "alexnet": Recipe(
+        batch_size=128, learning_rate=0.01, weight_decay=5e-4, crop="scaled", lighting=0.1, eval_shorter=256
+    ),
     # Simonyan 2014, section 3.1: 74 epochs with scale jittering. The learning rate was lowered by hand three times.
     "vgg": Recipe(epochs=74.0, learning_rate=0.01, weight_decay=5e-4, crop="scaled", shorter=(256, 512), lighting=0.1),
     # Szegedy 2014, section 6: the learning rate falls by 4 % every 8 epochs. The rest is from Caffe's bvlc_googlenet.
@@ -129,9 +130,7 @@ FAMILIES = {
     "*": "resnet",
 }  # fmt: skip
 # Image sizes for the drawn patterns: the smallest that each family takes without auxiliary classifiers.
-DEMO_SIZES = {
-    "alexnet_dli": 200, "alexnet*": 64, "zfnet*": 64, "*inception*": 80, "lenet5*": 32, "*": 48,
-}  # fmt: skip
+DEMO_SIZES = {"alexnet_dli": 200, "alexnet*": 64, "zfnet*": 64, "*inception*": 80, "lenet5*": 32, "*": 48}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,11 +362,10 @@ def evaluate_weights(config: Config, photos) -> int:
     if not published and (config.eval_size or config.eval_shorter):
         crop = centre_crop(config)
         preprocessing = dataclasses.replace(preprocessing, crop=crop.crop, resize=crop.resize)
-    prepared = fv.data.Mapped(photos, preprocessing, repr(preprocessing))
     objective = fv.train.classification(label_smoothing=config.label_smoothing)
     _, eval_step = fv.train.compile_steps(objective, **config.step_options)
     state = fv.train.create_state(model, optax.identity(), jax.random.key(0), None, variables=variables)
-    report(evaluation(config, eval_step, prepared)(state), photos)
+    report(evaluation(config, eval_step, fv.data.Mapped(photos, preprocessing, repr(preprocessing)))(state), photos)
     return 0
 
 

@@ -159,11 +159,11 @@ class Mapped:
 
     Args:
         source: The other source.
-        function: `image [H, W, C] -> image`, called on the host, from several threads.
+        function: `image [H, W, C] -> image`, an array or a PIL image; called on the host, from several threads.
         name: Describes the function; part of the name and of the fingerprint.
     """
 
-    def __init__(self, source: Source, function: Callable[[np.ndarray], np.ndarray], name: str):
+    def __init__(self, source: Source, function: Callable[[np.ndarray], Any], name: str):
         self.source, self.function, self.name = source, function, f"{source.name}/{name}"
         self.classes, self._function_name = source.classes, name
 
