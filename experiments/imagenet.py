@@ -83,7 +83,7 @@ def every(epochs: int, total: int) -> tuple[float, ...]:
 RECIPES = {
     # Goyal 2017, section 5.1: 90 epochs, a learning rate of 0.1 per 256 images, and the crops of GoogLeNet.
     "resnet": Recipe(),
-    # The same for large batches, with warm-up and a cosine schedule (He 2019, section 5.1, which trains for 120 epochs).
+    # The same for large batches, with warm-up and a cosine schedule (He 2019, section 5.1, trains for 120 epochs).
     "resnet_cosine": Recipe(batch_size=1024, learning_rate=0.4, schedule="cosine", warmup_epochs=5.0),
     # torchvision's recipe of 2021 (IMAGENET1K_V2) without TrivialAugment, random erasing and repeated augmentation.
     # torchvision updates its average every 32 steps with weight 2e-5 * 1024 * 32 / 600; this is the same per step.
