@@ -14,7 +14,7 @@ import numpy as np
 from flaxvision import metrics as fm
 from flaxvision.train import input as input_lib
 from flaxvision.train import stopping
-from flaxvision.train.parallel import prefetch
+from flaxvision.train.parallel import CompiledStep, prefetch
 from flaxvision.train.state import TrainState
 
 
@@ -60,17 +60,19 @@ class Evaluation:
         """
         size = getattr(self.batches, "batch_size", None)
         check_batch_size("the batch size of the evaluation", size, self.eval_step)
-        source, lower = getattr(self.batches, "source", None), getattr(self.eval_step, "lower", None)
-        if size is None or source is None or lower is None:
+        source = getattr(self.batches, "source", None)
+        if size is None or source is None or not isinstance(self.eval_step, CompiledStep):
             return
 
-        def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+        def shape_of(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
 
-        batch = {name: _rows(size, np.asarray(value)) for name, value in source[0].items()}
-        batch["mask"] = jax.ShapeDtypeStruct((size,), np.float32)
+        rows, where = self.eval_step.batch_sharding, self.eval_step.state_sharding(state)
+        batch = {name: _rows(size, np.asarray(value), rows) for name, value in source[0].items()}
+        batch["mask"] = jax.ShapeDtypeStruct((size,), np.float32, sharding=rows)
         try:
-            lower(jax.tree.map(shape_of, state), batch)  # the first evaluation uses what is traced here
+            # Under jit the first evaluation uses what is traced here.
+            self.eval_step.lower(jax.tree.map(shape_of, state, where), batch)
         except Exception as error:
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in batch.items())
             raise ValueError(f"the eval step must take batches of {shapes}; got {_brief(error)}") from error
@@ -137,8 +139,9 @@ def check_batch_size(name: str, size: int | None, step: Callable[..., Any]) -> N
         raise ValueError(f"{name} must be a multiple of the {devices} devices, such as {nearest}; got {size}")
 
 
-def _rows(size: int, value: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size, *value.shape), jax.dtypes.canonicalize_dtype(value.dtype))
+def _rows(size: int, value: np.ndarray, sharding: Any) -> jax.ShapeDtypeStruct:
+    dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+    return jax.ShapeDtypeStruct((size, *value.shape), dtype, sharding=sharding)
 
 
 def _brief(error: Exception) -> str:

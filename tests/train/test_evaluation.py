@@ -1,10 +1,12 @@
 """Evaluations: what is checked before a run, and batches that end."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 import flaxvision as fv
-from flaxvision.train import Evaluation, evaluate, jit_step
+from flaxvision.train import Evaluation, eval_step, evaluate, jit_step, pmap_step
 from tests.train import runs
 from tests.train.fakes import LOSS, START, Data, run
 
@@ -37,7 +39,23 @@ def test_the_shapes_of_an_evaluation_are_checked_before_the_first_step():
     match = r"the eval step must take batches of image \[4, 3, 3, 1\], label \[4\], mask \[4\]; got \w+: "
     with pytest.raises(ValueError, match=match):
         evaluation.check(runs.state_of())
-    Evaluation(runs.EVAL, fv.data.eval_batches(runs.SOURCE, 16)).check(runs.state_of())
+    for step in (runs.EVAL, pmap_step(partial(eval_step, objective=runs.OBJECTIVE))):
+        Evaluation(step, fv.data.eval_batches(runs.SOURCE, 16)).check(runs.state_of())
+
+
+def test_a_check_costs_no_second_trace():
+    traces = []
+
+    def body(state, batch):
+        traces.append(batch)
+        return eval_step(state, batch, objective=runs.OBJECTIVE)
+
+    evaluation = Evaluation(jit_step(body), fv.data.eval_batches(runs.SOURCE, 16))
+    state = runs.state_of()
+    evaluation.check(state)
+    assert len(traces) == 1
+    evaluation(state)
+    assert len(traces) == 1
 
 
 def test_an_evaluation_needs_batches_that_last():

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import chex
 import jax
@@ -102,6 +103,31 @@ def test_a_damaged_checkpoint_costs_only_the_way_back(tmp_path, uninterrupted, c
     assert "15" in caplog.text
     assert bits(result.state) == uninterrupted[0]
     assert records_of(tmp_path) == uninterrupted[1]
+
+
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_a_resumed_run_holds_one_state(tmp_path, uninterrupted, shard_state):
+    """Before the checkpoint is read the first state is freed, and each array goes where the step wants it."""
+    run(tmp_path, num_steps=15)
+    step = jit_step(partial(train_step, objective=OBJECTIVE), shard_state=shard_state) if shard_state else STEP
+    state, seen = state_of(), []
+    wanted = jax.tree.leaves(step.state_sharding(state))
+
+    class Watched(fv.checkpoint.Checkpoints):
+        def restore(self, template):
+            seen.append([x.is_deleted() for x in jax.tree.leaves(state)])
+            restored = super().restore(template)
+            seen.append([x.sharding for x in jax.tree.leaves(restored.state)])
+            return restored
+
+    with Watched(tmp_path / "checkpoints") as checkpoints:
+        data = fv.data.train_batches(SOURCE, 16, seed=5)
+        result = fit(state, step, data, num_steps=20, rng=RNG, checkpoints=checkpoints)
+    freed, shardings = seen
+    assert all(freed)
+    assert shardings == wanted
+    if not shard_state:
+        assert bits(result.state) == uninterrupted[0]
 
 
 def test_another_data_order_is_refused(tmp_path):
