@@ -188,7 +188,7 @@ def test_damage_to_a_piece_is_found(alone, harm):
         rows = pieces.read_table(table)
         table.write_text(json.dumps(manifest.seal({"pieces": rows[:-1]})))
     with pytest.raises(Damage):
-        pieces.place({"rows": np.zeros(0), "whole": np.zeros(0)}, leaves, pieces.Reader(directory, leaves, 2))
+        pieces.place({"rows": np.zeros((8, 3)), "whole": np.zeros(5)}, leaves, pieces.Reader(directory, leaves, 2))
 
 
 DISAGREE = """
