@@ -174,8 +174,8 @@ class Writer:
 
     def _saved(self, entry: Entry, metrics: dict[str, float] | None) -> None:
         self.folder.metrics[entry.path] = metrics
-        if jax.process_index() == 0:
-            self.folder.prune(entry)
+        first = jax.process_index() == 0
+        self.agree("prune", lambda: self.folder.prune(entry) if first else None)  # all see the same from here on
 
     def _plan(self, record: dict[str, Any], table: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the name of the new checkpoint, what is stored of its step, and whether the arrays are the same."""
