@@ -207,6 +207,8 @@ def _read(path: Path, row: dict[str, Any], about: dict[str, Any]) -> np.ndarray:
                 left = left[count:]
     except FileNotFoundError as error:
         raise Damage(f"file {path.name} is missing") from error
+    if left:
+        raise Damage(f"file {path.name} is too short")
     if (found := zlib.crc32(data.data)) != row["crc32"]:
         raise Damage(f"a piece of {row['leaf']} must have the checksum {row['crc32']:08x}; got {found:08x}")
     return data.view(dtype).reshape(shape)
