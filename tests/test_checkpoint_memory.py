@@ -39,20 +39,23 @@ make = jax.jit(lambda key: jax.random.normal(key, shape))
 state = {f"layer{i:02d}": make(key) for i, key in enumerate(jax.random.split(jax.random.key(0), layers))}
 jax.block_until_ready(state)
 size = sum(x.nbytes for x in state.values())
+train = jax.jit(lambda state: jax.tree.map(lambda x: x * 1.5, state), donate_argnums=0)
+state = jax.block_until_ready(train(state))
 with Checkpoints(sys.argv[1] + "/big", keep_latest=1) as checkpoints:
-    times = []
+    times, peaks = [], []
     for step in range(3):  # the quickest counts: the machine may be busy
         base = resident() - size
         reset_peak()
         start = time.perf_counter()
         checkpoints.save(step, state, progress={})
         stopped = time.perf_counter() - start
+        for _ in range(2):
+            state = jax.block_until_ready(train(state))
         checkpoints.wait()
         times.append((stopped, time.perf_counter() - start))
-        peak = (resident(True) - base) / size
-        assert peak < 2.2, peak
+        peaks.append((resident(True) - base) / size)
 stopped, total = min(times, key=lambda pair: pair[0] / pair[1])
-print(json.dumps({"peak": peak, "stopped": stopped, "total": total}))
+print(json.dumps({"peak": max(peaks), "stopped": stopped, "total": total}))
 """
 
 RESTORE = """
@@ -82,6 +85,7 @@ def measure(program, *arguments):
 def test_saving_and_restoring_hold_little_more_than_the_state(tmp_path):
     saved = measure(SAVE, tmp_path, MEGABYTES)
     print(saved)
+    assert saved["peak"] < 2.2, saved
     assert saved["stopped"] < 0.05 * saved["total"], saved
     restored = measure(RESTORE, tmp_path, MEGABYTES)
     print(restored)
