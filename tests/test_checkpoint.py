@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import chex
@@ -13,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flaxvision.checkpoint import Checkpoints, folders, orbax
+from flaxvision.checkpoint import Checkpoints, folders, orbax, pieces
 
 
 @flax.struct.dataclass
@@ -131,20 +132,43 @@ def test_nothing_there(tmp_path):
     assert not (tmp_path / "new").exists()  # reading makes no directory
 
 
-def test_training_may_donate_the_state_while_it_is_saved(tmp_path):
-    def step(state):
-        return jax.tree.map(lambda x: x * 3 + 1, state)
+@pytest.mark.parametrize("layout", ["one device", "replicated", "sharded", "pmap"])
+def test_training_may_donate_the_state_while_it_is_saved(tmp_path, monkeypatch, layout):
+    go_on = threading.Event()
+    real = pieces.table_of
 
-    donating, plain = jax.jit(step, donate_argnums=0), jax.jit(step)
-    state = {"w": jnp.arange(200_000, dtype=jnp.float32), "n": jnp.int32(1)}
-    expected = jax.tree.map(jnp.copy, state)
+    def late(arrays):  # the thread reads the first value after the training has gone on
+        go_on.wait(60)
+        return real(arrays)
+
+    monkeypatch.setattr(pieces, "table_of", late)
+    state = {"w": jnp.arange(200_000, dtype=jnp.float32) % 50, "n": jnp.arange(4)}
+    if layout != "one device":
+        spec = PartitionSpec("data") if layout == "sharded" else PartitionSpec()
+        state = jax.device_put(state, NamedSharding(mesh_of(4), spec))
+
+    def step(state, rows):
+        return jax.tree.map(lambda x: x * 3 + rows[0].astype(x.dtype), state)
+
+    donating, rows = jax.jit(step, donate_argnums=0), jnp.ones(4)
+    if layout == "pmap":
+        options = {"in_axes": (None, 0), "out_axes": None, "donate_argnums": 0, "devices": jax.devices()[:4]}
+        donating = jax.pmap(lambda state, row: step(state, row[None]), **options)
+    expected = {"w": np.arange(200_000, dtype=np.float32) % 50, "n": np.arange(4, dtype=np.int32)}
     with Checkpoints(tmp_path, keep_latest=5) as checkpoints:
-        for number in range(4):
+        for number in range(3):
+            saved = expected
+            go_on.clear()
             checkpoints.save(number, state, progress={})
-            state, expected = donating(state), plain(expected)
+            for _ in range(3):
+                state, expected = donating(state, rows), {name: x * 3 + 1 for name, x in expected.items()}
+            jax.block_until_ready(state)
+            go_on.set()
+            assert bits(checkpoints.restore(saved).state) == bits(saved)
         assert bits(state) == bits(expected)
         restored = checkpoints.restore(state).state
-    assert bits(donating(restored)) == bits(expected)  # what was restored goes on as if nothing had been
+    expected = {name: x * 3 + 1 for name, x in saved.items()}
+    assert bits(donating(restored, rows)) == bits(expected)  # what was restored goes on as if nothing had been
 
 
 def mesh_of(count):

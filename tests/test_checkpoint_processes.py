@@ -1,6 +1,7 @@
 """Checkpoints that several processes write together and any number of processes and devices restores."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -29,10 +30,10 @@ first = jax.process_index() == 0
 def values(step):
     rng = np.random.default_rng(step)
     return {
-        "rows": np.float32(rng.normal(size=(16, 3))),
-        "columns": np.float32(rng.normal(size=(5, 8))),
+        "rows": np.float32(rng.normal(size=(24, 3))),
+        "columns": np.float32(rng.normal(size=(5, 24))),
         "replicated": np.float32(rng.normal(size=(7,))),
-        "bfloat16": jnp.bfloat16(rng.normal(size=(8, 2))),
+        "bfloat16": jnp.bfloat16(rng.normal(size=(24, 2))),
         "scalar": np.int32(step),
         "local": np.float32(rng.normal(size=3)),
         "empty": np.zeros((0, 8), np.float32),
@@ -101,16 +102,16 @@ with Checkpoints(sys.argv[1], manifest={"model": "a"}) as checkpoints:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("saved", "restored"), [((2, 1), (4, 1)), ((2, 2), (1, 4)), ((2, 1), (1, 1)), ((1, 2), (2, 1)), ((4, 1), (2, 4))]
-)
+@pytest.mark.parametrize(("saved", "restored"), [((2, 2), [(4, 1), (1, 2)]), ((1, 2), [(2, 1)])])
 def test_saved_and_restored_by_other_numbers_of_processes(tmp_path, saved, restored):
-    run(COMMON + SAVE, *saved, arguments=[tmp_path])
-    newest = tmp_path / "000000003"
+    run(COMMON + SAVE, *saved, arguments=[tmp_path / "saved"])
+    newest = tmp_path / "saved" / "000000003"
     assert json.loads((newest / "run.json").read_text()) == {"processes": saved[0]}
     written = sorted(path.name for path in newest.glob("process-*"))
     assert len(written) == (0 if saved[0] == 1 else 2 * saved[0])
-    run(COMMON + RESTORE, *restored, arguments=[tmp_path])
+    for index, (count, devices) in enumerate(restored):
+        shutil.copytree(tmp_path / "saved", tmp_path / str(index))
+        run(COMMON + RESTORE, count, devices, arguments=[tmp_path / str(index)])
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def test_damage_to_a_piece_is_found(alone, harm):
         rows = pieces.read_table(table)
         table.write_text(json.dumps(manifest.seal({"pieces": rows[:-1]})))
     with pytest.raises(Damage):
-        pieces.place({"rows": np.zeros(0), "whole": np.zeros(0)}, leaves, pieces.Reader(directory, leaves, 2))
+        pieces.place({"rows": np.zeros((8, 3)), "whole": np.zeros(5)}, leaves, pieces.Reader(directory, leaves, 2))
 
 
 DISAGREE = """
@@ -294,14 +295,18 @@ def test_sigkill_of_any_process_loses_no_completed_checkpoint(tmp_path):
     generator, completed = np.random.default_rng(0), 0
     for count in (2, 3, 1, 2):
         workers = start(COMMON + WORKER, count, arguments=[tmp_path])
-        for worker in workers:
-            line = worker.stdout.readline()
-            assert line == f"resumed {completed}\n", line + worker.communicate()[1]
-        assert workers[0].stdout.readline() == f"saved {completed + 1}\n"
-        time.sleep(generator.uniform(0, 0.3))
-        for worker in generator.permutation(np.array(workers, object)):
-            worker.send_signal(signal.SIGKILL)
-            time.sleep(generator.uniform(0, 0.05))
+        try:
+            for worker in workers:
+                line = worker.stdout.readline()
+                assert line == f"resumed {completed}\n", line + worker.communicate()[1][-4000:]
+            assert workers[0].stdout.readline() == f"saved {completed + 1}\n"
+            time.sleep(generator.uniform(0, 0.3))
+            for index in generator.permutation(count):
+                workers[index].send_signal(signal.SIGKILL)
+                time.sleep(generator.uniform(0, 0.05))
+        finally:
+            for worker in workers:
+                worker.kill()
         printed = [worker.communicate(timeout=60)[0] for worker in workers]
         saved = [int(line.split()[1]) for out in printed for line in out.splitlines() if line.startswith("saved")]
         newest = max([completed + 1, *saved])

@@ -97,15 +97,16 @@ class Writer:
         else:
             record["processes"] = jax.process_count()
         plans = self.agree("plan", lambda: self._plan(record, table))
-        if all(stored for _, stored in plans):
-            stored = plans[0][1]
+        name, stored = plans[0]["name"], plans[0]["stored"]
+        if record["metrics"] is None and stored:
+            record["metrics"] = stored["metrics"]
+        if all(plan["unchanged"] for plan in plans):
             amendment = {key: record[key] for key in stored}
-            if record["metrics"] is None:
-                amendment["metrics"] = stored["metrics"]
             if not manifest.same(amendment, stored):
                 self.amend(amendment)
             return
-        entry = folders.entry_of(self.directory / plans[0][0])
+        self.agree("fill", lambda: self._check_space(record["step"], arrays))
+        entry = folders.entry_of(self.directory / name)
         staged = entry.path.with_name(entry.path.name + ".saving")
         try:
             self.agree("write", lambda: self._stage(staged, record, arrays, table))
@@ -173,36 +174,37 @@ class Writer:
 
     def _saved(self, entry: Entry, metrics: dict[str, float] | None) -> None:
         self.folder.metrics[entry.path] = metrics
-        if jax.process_index() == 0:
-            self.folder.prune(entry)
+        first = jax.process_index() == 0
+        self.agree("prune", lambda: self.folder.prune(entry) if first else None)  # all see the same from here on
 
-    def _plan(self, record: dict[str, Any], table: list[dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
-        """Returns the name of the new checkpoint, and what can be amended of one that has these arrays already."""
+    def _plan(self, record: dict[str, Any], table: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the name of the new checkpoint, what is stored of its step, and whether the arrays are the same."""
         step, entries = record["step"], self.folder.entries()
         if any(entry.step > step for entry in entries):
             logger.warning("saving checkpoint %d, but restore will use the newer %d", step, entries[-1].step)
         revisions = [entry for entry in entries if entry.step == step]
         if not revisions:
-            return folders.name_of(step), None
-        last, stored = revisions[-1], None
+            return {"name": folders.name_of(step), "stored": None, "unchanged": False}
+        last, stored, unchanged = revisions[-1], None, False
         with contextlib.suppress(Damage, OSError, MemoryError, RuntimeError):
             old = folders.read_record(last, files=True)
+            stored = {key: old[key] for key in ("step", "progress", "metrics")}
             keys = "leaves", "manifest", "processes"
             unchanged = manifest.same([old.get(key) for key in keys], [record.get(key) for key in keys])
             if unchanged and "processes" in old:
                 name = pieces.files_of(jax.process_index(), jax.process_count())[1]
                 unchanged = manifest.same(pieces.read_table(last.path / name), table)
-            if unchanged:
-                stored = {key: old[key] for key in ("step", "progress", "metrics")}
-        return folders.name_of(step, last.revision + 1), stored
+        return {"name": folders.name_of(step, last.revision + 1), "stored": stored, "unchanged": unchanged}
 
-    def _stage(self, staged: Path, record: dict[str, Any], arrays: pieces.Pieces, table: list[dict[str, Any]]) -> None:
-        """Writes the arrays of this process and forgets them."""
+    def _check_space(self, step: int, arrays: pieces.Pieces) -> None:
         need = sum(array.nbytes for some in arrays.values() for _, array in some)
         free = shutil.disk_usage(self.directory).free
         if need > free:  # Orbax reports a full disk with many messages
-            reason = f"checkpoint {record['step']} needs {need} bytes; the disk has {free} left"
+            reason = f"checkpoint {step} needs {need} bytes; the disk has {free} left"
             raise OSError(errno.ENOSPC, reason, str(self.directory))
+
+    def _stage(self, staged: Path, record: dict[str, Any], arrays: pieces.Pieces, table: list[dict[str, Any]]) -> None:
+        """Writes the arrays of this process and forgets them."""
         if "processes" in record:
             staged.mkdir(exist_ok=True)
             pieces.write(staged, arrays, table, record["leaves"])
