@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future
-from multiprocessing import reduction, util
+from multiprocessing import connection, reduction, util
 from typing import Any
 
 import numpy as np
@@ -99,11 +99,12 @@ def _read_remotely(remote: tuple[Any, ...], pending: workers.Pending, start: int
     try:
         pipe.send((pending.slot, start, pending.indices[start:stop], pending.positions[start:stop]))
         error = pipe.recv()
-    except (EOFError, OSError) as lost:
-        raise RuntimeError(f"a worker process of the input pipeline must not end; got {worker.status()}") from lost
+    except (EOFError, OSError):
+        error = RuntimeError(f"a worker process of the input pipeline must not end; got {worker.status()}")
     if error is not None:
-        raise error
-    if pending.is_last():
+        # Not raised here: its traceback would keep the shared memory alive.
+        pending.fail(error)
+    elif pending.is_last():
         # Copies, because JAX may read the memory of a batch for as long as the batch is alive.
         batch = {key: view.copy() for key, view in layout.views(memory.buffer, pending.slot).items()}
         free.put(pending.slot)
@@ -238,31 +239,26 @@ def _work(
         signal.signal(number, signal.SIG_IGN)
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the training
+    tasks = workers.Tasks()
     batches = [layout.views(memory.buffer, slot) for slot in range(slots)]
-    turn = threading.BoundedSemaphore(num_threads)
-    for pipe in pipes[1:]:
-        threading.Thread(target=_answer, args=(pipe, read, layout, batches, turn), daemon=True).start()
+    for _ in range(num_threads):
+        threading.Thread(target=_answer, args=(tasks, read, layout, batches), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
-        pipes[0].recv()
+        while True:
+            for pipe in connection.wait(pipes):
+                tasks.put((pipe, *pipe.recv()))  # type: ignore[union-attr]
     os._exit(0)  # without waiting for the threads
 
 
-def _answer(
-    pipe: Any,
-    read: workers.ReadExample,
-    layout: _Layout,
-    batches: Sequence[workers.Batch],
-    turn: threading.BoundedSemaphore,
-) -> None:
-    """Reads chunks and answers each with its error or None, until the other end of the pipe is closed."""
-    with contextlib.suppress(EOFError, OSError):
+def _answer(tasks: workers.Tasks, read: workers.ReadExample, layout: _Layout, batches: Sequence[workers.Batch]) -> None:
+    """Reads chunks, in the order in which they came, and answers each with its error or None."""
+    with contextlib.suppress(OSError):
         while True:
-            slot, start, indices, positions = pipe.recv()
+            pipe, slot, start, indices, positions = tasks.get()
             error = None
             try:
-                with turn:
-                    for row, pair in enumerate(zip(indices.tolist(), positions.tolist(), strict=True), start):
-                        layout.write(read(*pair), batches[slot], row)
+                for row, pair in enumerate(zip(indices.tolist(), positions.tolist(), strict=True), start):
+                    layout.write(read(*pair), batches[slot], row)
             except BaseException as raised:
                 error = _portable(raised)
             pipe.send(error)
