@@ -157,7 +157,7 @@ class _SharedMemory:
 
     def __init__(self, nbytes: int):
         if hasattr(os, "memfd_create"):  # unlike /dev/shm, limited only by the memory of the machine
-            self._file: int | None = os.memfd_create("flaxvision")
+            self._file = os.memfd_create("flaxvision")
         else:
             with tempfile.TemporaryFile() as file:
                 self._file = os.dup(file.fileno())
@@ -166,9 +166,9 @@ class _SharedMemory:
 
     def close(self) -> None:
         """Closes the file; the memory stays. No further process can be started with it."""
-        if self._file is not None:
+        if self._file >= 0:
             os.close(self._file)
-            self._file = None
+            self._file = -1
 
     def __getstate__(self) -> tuple[Any, int]:
         return reduction.DupFd(self._file), len(self.buffer)
