@@ -273,20 +273,22 @@ def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     Returns:
         A short sentence for each setting and each class of a folder that differs; empty if nothing does.
     """
-    then, now = ({**of, **of.get("contents", {})} for of in (old, new))
-    settings = (key for key in {**then, **now} if key not in ("contents", "classes", "source"))
-    changes = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in settings if then.get(key) != now.get(key)]
+    settings = [key for key in {**old, **new} if key not in ("contents", "source")]
+    changes = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in settings if old.get(key) != new.get(key)]
     if old.get("source") == new.get("source"):
         return changes
-    before, after = then.get("classes", {}), now.get("classes", {})
-    found = []
+    then, now = (dict(fingerprint.get("contents", {})) for fingerprint in (old, new))
+    before, after = (contents.pop("classes", {}) for contents in (then, now))
+    found = [
+        f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)
+    ]
     for name in sorted({**before, **after}) if before and after else ():
-        (had, _, _), (has, _, _) = (of.get(name, "0").partition(" ") for of in (before, after))
+        (had, _, _), (has, _, _) = (classes.get(name, "0").partition(" ") for classes in (before, after))
         if had != has:
             found.append(f"class {name!r} had {had} images, has {has}")
         elif before[name] != after[name]:
             found.append(f"class {name!r} has images of other names or sizes")
-    return changes + found or ["the examples of the source differ"]
+    return changes + (found or ["the examples of the source differ"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future
-from multiprocessing import reduction, util
+from multiprocessing import connection, reduction, util
 from typing import Any
 
 import numpy as np
@@ -99,11 +99,12 @@ def _read_remotely(remote: tuple[Any, ...], pending: workers.Pending, start: int
     try:
         pipe.send((pending.slot, start, pending.indices[start:stop], pending.positions[start:stop]))
         error = pipe.recv()
-    except (EOFError, OSError) as lost:
-        raise RuntimeError(f"a worker process of the input pipeline must not end; got {worker.status()}") from lost
+    except (EOFError, OSError):
+        error = RuntimeError(f"a worker process of the input pipeline must not end; got {worker.status()}")
     if error is not None:
-        raise error
-    if pending.is_last():
+        # Not raised here: its traceback would keep the shared memory alive.
+        pending.fail(error)
+    elif pending.is_last():
         # Copies, because JAX may read the memory of a batch for as long as the batch is alive.
         batch = {key: view.copy() for key, view in layout.views(memory.buffer, pending.slot).items()}
         free.put(pending.slot)
@@ -156,7 +157,7 @@ class _SharedMemory:
 
     def __init__(self, nbytes: int):
         if hasattr(os, "memfd_create"):  # unlike /dev/shm, limited only by the memory of the machine
-            self._file: int | None = os.memfd_create("flaxvision")
+            self._file = os.memfd_create("flaxvision")
         else:
             with tempfile.TemporaryFile() as file:
                 self._file = os.dup(file.fileno())
@@ -165,9 +166,9 @@ class _SharedMemory:
 
     def close(self) -> None:
         """Closes the file; the memory stays. No further process can be started with it."""
-        if self._file is not None:
+        if self._file >= 0:
             os.close(self._file)
-            self._file = None
+            self._file = -1
 
     def __getstate__(self) -> tuple[Any, int]:
         return reduction.DupFd(self._file), len(self.buffer)
@@ -238,31 +239,26 @@ def _work(
         signal.signal(number, signal.SIG_IGN)
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the training
+    tasks = workers.Tasks()
     batches = [layout.views(memory.buffer, slot) for slot in range(slots)]
-    turn = threading.BoundedSemaphore(num_threads)
-    for pipe in pipes[1:]:
-        threading.Thread(target=_answer, args=(pipe, read, layout, batches, turn), daemon=True).start()
+    for _ in range(num_threads):
+        threading.Thread(target=_answer, args=(tasks, read, layout, batches), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
-        pipes[0].recv()
+        while True:
+            for pipe in connection.wait(pipes):
+                tasks.put((pipe, *pipe.recv()))  # type: ignore[union-attr]
     os._exit(0)  # without waiting for the threads
 
 
-def _answer(
-    pipe: Any,
-    read: workers.ReadExample,
-    layout: _Layout,
-    batches: Sequence[workers.Batch],
-    turn: threading.BoundedSemaphore,
-) -> None:
-    """Reads chunks and answers each with its error or None, until the other end of the pipe is closed."""
-    with contextlib.suppress(EOFError, OSError):
+def _answer(tasks: workers.Tasks, read: workers.ReadExample, layout: _Layout, batches: Sequence[workers.Batch]) -> None:
+    """Reads chunks, in the order in which they came, and answers each with its error or None."""
+    with contextlib.suppress(OSError):
         while True:
-            slot, start, indices, positions = pipe.recv()
+            pipe, slot, start, indices, positions = tasks.get()
             error = None
             try:
-                with turn:
-                    for row, pair in enumerate(zip(indices.tolist(), positions.tolist(), strict=True), start):
-                        layout.write(read(*pair), batches[slot], row)
+                for row, pair in enumerate(zip(indices.tolist(), positions.tolist(), strict=True), start):
+                    layout.write(read(*pair), batches[slot], row)
             except BaseException as raised:
                 error = _portable(raised)
             pipe.send(error)

@@ -13,55 +13,22 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
+from PIL import Image
 
 from flaxvision import data
 from flaxvision.data import workers
+from tests.data.examples import Numbers, crop, fail_at, hang, nap, ragged, send, with_text
 
-WORKERS = {"num_workers": 2, "num_threads": 2}
-
-
-class Numbers:
-    """A source that is read example by example: an image of the index, and what `read` does with the index before."""
-
-    name, classes, fingerprint = "numbers", ("a", "b"), "numbers"
-
-    def __init__(self, length, read=None, shape=(2, 2, 1)):
-        self.length, self.read, self.shape = length, read, shape
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index, /):
-        if self.read is not None:
-            self.read(index)
-        return {"image": np.full(self.shape, index % 256, np.uint8), "label": np.int32(index % 2)}
-
-
-def jitter(example, rng):
-    return {**example, "noise": rng.normal(size=3).astype(np.float32)}
-
-
-def nap(index, seconds=0.01):
-    time.sleep(seconds)
-
-
-def fail_at(index, wrong):
-    if index == wrong:
-        raise KeyError(f"example {index}")
-
-
-def ragged(example, rng):
-    return {**example, "image": example["image"][: 1 + example["label"]]}
-
-
-def kill(index, wrong, number):
-    if index == wrong:
-        os.kill(os.getpid(), number)
-
-
-def hang(index, wrong):
-    if index >= wrong:
-        time.sleep(1000)
+ROOT = Path(__file__).parents[2]
+# Reads one batch; the second one hangs.
+HANGING = """
+import functools, multiprocessing, os, signal
+from flaxvision import data
+from tests.data.examples import Numbers, hang
+source = Numbers(16, functools.partial(hang, wrong=8))
+iterator = iter(data.train_batches(source, 8, seed=0, shuffle=False, num_workers={workers}))
+next(iterator)
+"""
 
 
 def take(batches, count, start=0):
@@ -153,12 +120,8 @@ def test_closing_does_not_wait_for_a_read_that_hangs(monkeypatch):
 
 @pytest.mark.slow
 def test_the_program_ends_while_a_read_hangs():
-    program = (
-        "from tests.data.test_workers import *\n"
-        "iterator = data.train_batches(Numbers(8, functools.partial(hang, wrong=4)), 4, seed=0, shuffle=False)\n"
-        "next(iter(iterator)); print('read')"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    program = HANGING.format(workers=0) + "print('read')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
 
 
@@ -182,75 +145,75 @@ def test_a_bounded_map_is_in_order_and_takes_few_items_ahead():
 # Worker processes
 
 
-def test_a_program_error_is_named_before_a_process_starts():
+def test_faults_are_named_before_a_process_starts():
     with pytest.raises(ValueError, match=r"source and transform must be picklable with num_workers=2.*lambda"):
-        data.train_batches(Numbers(8), 4, seed=0, transform=lambda example, rng: example, **WORKERS).from_step(0)
+        data.train_batches(Numbers(8), 4, seed=0, transform=lambda example, rng: example, num_workers=2).from_step(0)
     with pytest.raises(ValueError, match="num_workers must be at least 0; got -1"):
         data.eval_batches(Numbers(8), 4, num_workers=-1)
     with pytest.raises(ValueError, match=r"must hold only numbers with num_workers; got 'text' of object"):
-        next(iter(data.train_batches(Numbers(8), 4, seed=0, transform=with_text, **WORKERS)))
+        data.train_batches(Numbers(8), 4, seed=0, transform=with_text, num_workers=1).from_step(0)
+    arrays = data.ArraySource(np.zeros((8, 2, 2, 1), np.uint8), np.arange(8) % 2)
+    assert next(iter(data.eval_batches(arrays, 4, num_workers=2)))["image"].shape == (4, 2, 2, 1)  # needs no process
     assert not children()
-    assert not threads()
-
-
-def with_text(example, rng):
-    return {**example, "text": np.array(["a"], object)}
 
 
 @pytest.mark.slow
-def test_worker_processes_read_the_batches_of_threads():
-    before = descriptors()
-    for batch_size, drop in ((8, True), (5, False)):
-        options = {"seed": 3, "transform": jitter, "drop_remainder": drop}
-        expected = take(data.train_batches(Numbers(37), batch_size, **options), 9, start=2)
-        found = take(data.train_batches(Numbers(37), batch_size, **options, **WORKERS), 9, start=2)
-        chex.assert_trees_all_equal(found, expected)
-        assert all(value.dtype == expected[0][key].dtype for key, value in found[0].items())
-        # The batches are the caller's own: they outlive the memory of the worker processes.
-        assert all(value.flags.owndata and value.flags.writeable for value in found[0].values())
-    chex.assert_trees_all_equal(
-        list(data.eval_batches(Numbers(21), 8, **WORKERS)), list(data.eval_batches(Numbers(21), 8))
-    )
-    arrays = data.ArraySource(np.zeros((8, 2, 2, 1), np.uint8), np.arange(8) % 2)
-    assert next(iter(data.eval_batches(arrays, 4, **WORKERS)))["image"].shape == (4, 2, 2, 1)  # needs no process
+def test_worker_processes_read_the_batches_of_threads(tmp_path):
+    for index in range(37):
+        path = tmp_path / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (40 + index, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    before = len(descriptors())
+    options = {"seed": 3, "transform": crop, "drop_remainder": False}
+    source = data.load(tmp_path, "all", as_stored=True)
+    expected = take(data.train_batches(source, 10, **options), 9, start=2)
+    found = take(data.train_batches(source, 10, **options, num_workers=2, num_threads=2), 9, start=2)
+    chex.assert_trees_all_equal(found, expected)
+    assert all(value.dtype == expected[0][key].dtype for key, value in found[0].items())
+    # The batches are the caller's own: they outlive the memory of the worker processes.
+    assert all(value.flags.owndata and value.flags.writeable for value in found[0].values())
+    evaluation = list(data.eval_batches(Numbers(21), 8, num_workers=1))
+    chex.assert_trees_all_equal(evaluation, list(data.eval_batches(Numbers(21), 8)))
     assert not children()
     assert not threads()
-    left = descriptors()
-    assert not [name for name in left if "flaxvision" in name]
-    assert len(left) <= len(before) + 2  # Python's resource tracker
+    assert not [name for name in descriptors() if "flaxvision" in name]
+    assert len(descriptors()) <= before + 2  # Python's resource tracker
 
 
 @pytest.mark.slow
 def test_errors_of_worker_processes_arrive():
-    batches = data.train_batches(Numbers(32, functools.partial(fail_at, wrong=20)), 8, seed=0, shuffle=False, **WORKERS)
+    options = {"seed": 0, "shuffle": False, "num_workers": 1}
+    batches = data.train_batches(Numbers(32, functools.partial(fail_at, wrong=20)), 8, **options)
     with pytest.raises(KeyError, match="example 20") as caught:
         take(batches, 4)
     assert "in fail_at" in caught.value.__notes__[0]
     with pytest.raises(ValueError, match=r"examples must all be .*uint8\[1, 2, 1\].*; got .*uint8\[2, 2, 1\]"):
-        take(data.train_batches(Numbers(8), 4, seed=0, shuffle=False, transform=ragged, **WORKERS), 1)
+        take(data.train_batches(Numbers(8), 4, transform=ragged, **options), 1)
     assert not children()
     assert not threads()
 
 
 @pytest.mark.slow
 def test_a_killed_worker_process_is_one_error_and_leaves_nothing():
-    dead = functools.partial(kill, wrong=20, number=signal.SIGKILL)
+    """A cluster or a terminal sends the other two signals to all processes; the one that trains decides."""
+    numbers = {3: signal.SIGTERM, 12: signal.SIGINT, 40: signal.SIGKILL}
+    source = Numbers(64, functools.partial(send, numbers=numbers))
+    iterator = data.train_batches(source, 8, seed=0, shuffle=False, num_workers=2).from_step(0)
+    assert [next(iterator)["image"][0, 0, 0, 0] for _ in range(5)] == [0, 8, 16, 24, 32]
     with pytest.raises(RuntimeError, match=r"a worker process .* must not end; got exit status -9.*memory"):
-        take(data.train_batches(Numbers(64, dead), 8, seed=0, shuffle=False, **WORKERS), 8)
+        next(iterator)
     assert not children()
     assert not threads()
-    # A cluster or a terminal sends these to all processes; the one that trains decides.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        ignored = functools.partial(kill, wrong=20, number=number)
-        assert len(take(data.train_batches(Numbers(64, ignored), 8, seed=0, shuffle=False, **WORKERS), 8)) == 8
 
 
 @pytest.mark.slow
 def test_closing_ends_worker_processes_that_hang():
-    batches = data.train_batches(Numbers(16, functools.partial(hang, wrong=8)), 8, seed=0, shuffle=False, **WORKERS)
+    source = Numbers(16, functools.partial(hang, wrong=8))
+    batches = data.train_batches(source, 8, seed=0, shuffle=False, num_workers=1)
     iterator = batches.from_step(0)
     next(iterator)
-    assert len(children()) == 2
+    assert len(children()) == 1
     start = time.monotonic()
     iterator.close()
     assert time.monotonic() - start < workers.CLOSE_SECONDS
@@ -264,36 +227,12 @@ def test_closing_ends_worker_processes_that_hang():
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_worker_processes_end_with_the_program(end):
-    program = (
-        "from tests.data.test_workers import *\n"
-        "source = Numbers(16, functools.partial(hang, wrong=8))\n"
-        "iterator = iter(data.train_batches(source, 8, seed=0, shuffle=False, **WORKERS))\n"
-        "next(iterator); print(*children(), flush=True)\n" + end
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    program = HANGING.format(workers=1) + "print(*multiprocessing.active_children(), flush=True)\n" + end
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == (-signal.SIGKILL if end else 0), done.stderr
-    pids = done.stdout.split()
-    assert len(pids) == 2
+    pid = done.stdout.partition("pid=")[2].partition(" ")[0]
+    assert int(pid)
     deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+    while Path("/proc", pid).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
-
-
-@pytest.mark.slow
-def test_a_folder_with_worker_processes(tmp_path):
-    from PIL import Image
-
-    for index in range(30):
-        path = tmp_path / "ab"[index % 2] / f"{index}.png"
-        path.parent.mkdir(exist_ok=True)
-        pixels = np.random.default_rng(index).integers(0, 256, (40 + index, 50, 3), np.uint8)
-        Image.fromarray(pixels).save(path)
-    source = data.load(tmp_path, "all", as_stored=True)
-    options = {"seed": 1, "transform": crop}
-    expected = take(data.train_batches(source, 10, **options), 6)
-    chex.assert_trees_all_equal(take(data.train_batches(source, 10, **options, **WORKERS), 6), expected)
-
-
-def crop(example, rng):
-    return {**example, "image": data.cropping.random_resized_crop(example["image"], rng, size=16)}
+    assert not Path("/proc", pid).exists()
