@@ -17,10 +17,12 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import ctypes
 import functools
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -41,6 +43,7 @@ _calls: collections.Counter[str] = collections.Counter()
 _lock = threading.Lock()
 _leaving = threading.Event()  # this process is about to exit
 _failed = threading.Event()  # this process has failed
+_handlers: list[Any] = []  # keeps the handler alive
 
 
 class ProcessError(RuntimeError):
@@ -62,7 +65,7 @@ def initialize(
     `jax.distributed` detects). Outside of a cluster it does nothing, and the run has one process.
 
     From then on the processes end together. If one of them is killed, hangs or loses the network, the others notice
-    after `heartbeat_timeout` at the latest, print a message and exit with status 1. An uncaught exception reaches the
+    within twice `heartbeat_timeout`, print a message and exit with status 1. An uncaught exception reaches the
     others within two seconds; a program that catches its errors and exits calls `fail` first.
 
     Args:
@@ -70,7 +73,7 @@ def initialize(
         num_processes: Number of processes.
         process_id: Index of this process, from 0.
         start_timeout: Seconds to wait for the other processes to start.
-        heartbeat_timeout: Seconds without a sign of life after which a process counts as dead and the others exit.
+        heartbeat_timeout: Seconds without a sign of life after which a process counts as dead.
         shutdown_timeout: Seconds that a process which has finished waits for the others. Choose more than process 0
             needs for what it does alone at the end, such as plots.
 
@@ -108,7 +111,7 @@ def initialize(
             options["coordinator_bind_address"] = coordinator
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
     try:
-        with _client_options(missed_heartbeat_callback=_lost, shutdown_timeout=max(1, round(shutdown_timeout))):
+        with _client_options(shutdown_timeout=max(1, round(shutdown_timeout))):
             jax.distributed.initialize(
                 **options,
                 initialization_timeout=max(1, round(start_timeout)),
@@ -122,6 +125,7 @@ def initialize(
     if distributed.global_state.num_processes > 1:
         atexit.register(_at_exit)  # runs before JAX's own, which waits for the other processes
         sys.excepthook = functools.partial(_excepthook, sys.excepthook)
+        _handle_abort()
         threading.Thread(target=_watch, name="flaxvision-processes", daemon=True).start()
 
 
@@ -227,17 +231,29 @@ def _client_options(**options: Any) -> Iterator[None]:
 def _watch() -> None:
     """Ends this process when another one has failed; runs in a thread of its own."""
     while not _leaving.wait(_POLL):
-        # Errors mean that nothing has failed yet, or that the coordinator is gone, which ends in `_lost`.
+        # Errors mean that nothing has failed yet, or that the coordinator is gone, and then JAX ends this process.
         with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
             message = _client().key_value_try_get(_FAILED)
             if not _failed.is_set():
                 _leave(message)
 
 
-def _lost(status: Any) -> None:
-    """Ends this process when the coordinator reports a dead process, or is dead itself; JAX calls it from a thread."""
-    if not _leaving.is_set():
-        _leave(f"another process ended, or cannot be reached: {_brief(status)}")
+def _handle_abort() -> None:
+    """Replaces the crash by which JAX ends a process whose coordinator is gone or reports a dead process.
+
+    JAX calls C's `abort` then, from a thread of its own, while the main thread may wait for ever. JAX could call a
+    Python function instead, but it cannot pass it the reason, and crashes too. Python's own signal handlers run in the
+    main thread only.
+    """
+
+    def handler(number: int) -> None:
+        _leave("another process ended, or cannot be reached; the lines above have the reason")
+
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _handlers.append(prototype(handler))
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, prototype], ctypes.c_void_p
+    libc.signal(signal.SIGABRT, _handlers[-1])
 
 
 def _leave(message: str) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from flaxvision import processes
@@ -133,15 +134,13 @@ def test_one_process_agrees_with_itself():
 
 
 def test_only_broken_communication_is_another_process(monkeypatch):
-    import jax
-
     error = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
     with pytest.raises(jax.errors.JaxRuntimeError), processes.failures():
         raise error  # there is only one process
     monkeypatch.setattr(processes.distributed.global_state, "num_processes", 2)
-    with pytest.raises(processes.ProcessError, match="another process ended, or cannot be reached: UNKNOWN: Gloo"):
-        with processes.failures():
-            raise error
+    ended = "another process ended, or cannot be reached: UNKNOWN: Gloo"
+    with pytest.raises(processes.ProcessError, match=ended), processes.failures():
+        raise error
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), processes.failures():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 

@@ -1,9 +1,7 @@
 """The same run in one process and in several: parameters, running statistics and evaluations agree."""
 
 import json
-from functools import partial
 
-import jax
 import numpy as np
 import pytest
 
