@@ -22,6 +22,8 @@ import threading
 import time
 from typing import IO
 
+_PRINTING = threading.Lock()
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Starts the processes, waits for them and returns the exit status."""
@@ -107,30 +109,29 @@ def wait(processes: list[subprocess.Popen[str]], grace: float) -> int:
     SIGKILL.
     """
     status, failed = 0, None
-    while any(process.poll() is None for process in processes):
-        codes = [process.returncode for process in processes]
+    while True:
+        codes = [process.poll() for process in processes]
         if failed is None and any(codes):
-            index, code = next((i, code) for i, code in enumerate(codes) if code)
-            status, failed = code if code > 0 else 128 - code, time.monotonic()
+            index, code = next((index, code) for index, code in enumerate(codes) if code)
             reason = f"exit status {code}" if code > 0 else signal.Signals(-code).name
             print(f"process {index} ended with {reason}", file=sys.stderr, flush=True)
-        for number, after in ((signal.SIGTERM, grace), (signal.SIGKILL, grace + 10)):
-            if failed is not None and time.monotonic() - failed > after:
-                for process in processes:
-                    if process.poll() is None:
-                        process.send_signal(number)
+            status, failed = code if code > 0 else 128 - code, time.monotonic()
+        if None not in codes:
+            return status
+        late = 0 if failed is None else time.monotonic() - failed - grace
+        if late > 0:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGKILL if late > 10 else signal.SIGTERM)
         time.sleep(0.1)
-    if failed is None:
-        codes = [process.returncode for process in processes]
-        status = next((code if code > 0 else 128 - code for code in codes if code), 0)
-    return status
 
 
 def prefix(stream: IO[str], index: int, sink: IO[str]) -> None:
     """Copies the lines of a process with its number in front."""
     for line in stream:
-        sink.write(f"[{index}] {line}")
-        sink.flush()
+        with _PRINTING:
+            sink.write(f"[{index}] {line}")
+            sink.flush()
 
 
 def free_port() -> int:

@@ -17,10 +17,12 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import ctypes
 import functools
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -46,12 +48,17 @@ TIMEOUT = 300.0  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _FAILED = "flaxvision-failed"  # key of the first failure
 _POLL = 1.0  # seconds between two looks at that key
-_COMMUNICATION = re.compile(r"gloo|nccl|connection|socket|unavailable|aborted|deadline|heartbeat", re.IGNORECASE)
+_ENDED = "another process ended, or cannot be reached"
+# JAX raises them as `JaxRuntimeError`, or as `ValueError` when a value is fetched.
+_COMMUNICATION = re.compile(
+    r"[A-Z_]+: .*(gloo|nccl|connection|socket|heartbeat|coordination)", re.IGNORECASE | re.DOTALL
+)
 
 _calls: collections.Counter[str] = collections.Counter()
 _lock = threading.Lock()
 _leaving = threading.Event()  # this process is about to exit
 _failed = threading.Event()  # this process has failed
+_handlers: list[Any] = []  # keeps the handler alive
 
 
 class ProcessError(RuntimeError):
@@ -73,7 +80,7 @@ def initialize(
     `jax.distributed` detects). Outside of a cluster it does nothing, and the run has one process.
 
     From then on the processes end together. If one of them is killed, hangs or loses the network, the others notice
-    after `heartbeat_timeout` at the latest, print a message and exit with status 1. An uncaught exception reaches the
+    within twice `heartbeat_timeout`, print a message and exit with status 1. An uncaught exception reaches the
     others within two seconds; a program that catches its errors and exits calls `fail` first.
 
     Args:
@@ -81,7 +88,7 @@ def initialize(
         num_processes: Number of processes.
         process_id: Index of this process, from 0.
         start_timeout: Seconds to wait for the other processes to start.
-        heartbeat_timeout: Seconds without a sign of life after which a process counts as dead and the others exit.
+        heartbeat_timeout: Seconds without a sign of life after which a process counts as dead.
         shutdown_timeout: Seconds that a process which has finished waits for the others. Choose more than process 0
             needs for what it does alone at the end, such as plots.
 
@@ -118,8 +125,9 @@ def initialize(
         if host in _LOOPBACK:
             options["coordinator_bind_address"] = coordinator
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the training loop
+    late = f"the processes must all start within {start_timeout:g} s"
     try:
-        with _client_options(missed_heartbeat_callback=_lost, shutdown_timeout=max(1, round(shutdown_timeout))):
+        with _exit_on_abort(late), _client_options(shutdown_timeout=max(1, round(shutdown_timeout))):
             jax.distributed.initialize(
                 **options,
                 initialization_timeout=max(1, round(start_timeout)),
@@ -129,7 +137,7 @@ def initialize(
     except jax.errors.JaxRuntimeError as error:
         _failed.set()
         atexit.register(_at_exit)
-        raise ProcessError(f"the processes must all start within {start_timeout:g} s; got {error}") from error
+        raise ProcessError(f"{late}; got {_brief(error)}") from error
     if distributed.global_state.num_processes > 1:
         atexit.register(_at_exit)  # runs before JAX's own, which waits for the other processes
         sys.excepthook = functools.partial(_excepthook, sys.excepthook)
@@ -148,23 +156,26 @@ def fail(message: str) -> None:
     if distributed.global_state.num_processes == 1 or _failed.is_set():
         return
     _failed.set()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first, or the coordinator is gone
+    try:
         _client().key_value_set(_FAILED, f"process {distributed.global_state.process_id} failed: {message}")
+    except jax.errors.JaxRuntimeError:  # another process was first, or the coordinator is gone
+        if reason := _reason():
+            _print(reason)
 
 
 @contextlib.contextmanager
 def failures() -> Iterator[None]:
-    """Turns the errors of a collective operation whose processes have ended into `ProcessError`.
+    """Turns the error of a computation that another process has left into a `ProcessError`.
 
     Raises:
-        ProcessError: A computation failed because another process ended or cannot be reached.
+        ProcessError: Another process failed, ended or cannot be reached; if it failed, the message has its reason.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if distributed.global_state.num_processes == 1 or not _COMMUNICATION.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not _is_communication(error):
             raise
-        raise ProcessError(f"another process ended, or cannot be reached: {_brief(error)}") from error
+        raise ProcessError(_reason() or f"{_ENDED}: {_brief(error)}") from error
 
 
 def gather(name: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
@@ -275,24 +286,54 @@ def _client_options(**options: Any) -> Iterator[None]:
 def _watch() -> None:
     """Ends this process when another one has failed; runs in a thread of its own."""
     while not _leaving.wait(_POLL):
-        # Errors mean that nothing has failed yet, or that the coordinator is gone, which ends in `_lost`.
-        with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
-            message = _client().key_value_try_get(_FAILED)
-            if not _failed.is_set():
-                _leave(message)
+        if (reason := _reason()) and not _failed.is_set():
+            _leave(reason)
 
 
-def _lost(status: Any) -> None:
-    """Ends this process when the coordinator reports a dead process, or is dead itself; JAX calls it from a thread."""
-    if not _leaving.is_set():
-        _leave(f"another process ended, or cannot be reached: {_brief(status)}")
+def _reason() -> str | None:
+    """Returns why a process failed, or None if none has, or if the coordinator is gone; then JAX ends this one."""
+    try:
+        return _client().key_value_try_get(_FAILED)
+    except (jax.errors.JaxRuntimeError, AttributeError):
+        return None
+
+
+def _is_communication(error: BaseException) -> bool:
+    return distributed.global_state.num_processes > 1 and bool(_COMMUNICATION.match(str(error)))
+
+
+@contextlib.contextmanager
+def _exit_on_abort(message: str) -> Iterator[None]:
+    """Replaces the crash by which JAX ends a process whose coordinator is gone or reports a dead process.
+
+    JAX calls C's `abort` then, from a thread of its own, while the main thread may wait for ever. JAX could call a
+    Python function instead, but it cannot pass it the reason, and crashes too. Python's own signal handlers run in the
+    main thread only. The handler stays after the block, with another message.
+    """
+    messages = [f"{_ENDED}; the lines above have the reason", message]
+
+    def handler(number: int) -> None:
+        _leave(messages[-1])
+
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _handlers.append(prototype(handler))
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, prototype], ctypes.c_void_p
+    libc.signal(signal.SIGABRT, _handlers[-1])
+    yield
+    messages.pop()
 
 
 def _leave(message: str) -> None:
     """Ends this process now: its main thread may wait forever for a computation."""
-    os.write(2, f"error: {message}\n".encode())
+    _print(message)
     _flush()
     os._exit(1)
+
+
+def _print(message: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {message}\n".encode())  # the main thread may hold the lock of `sys.stderr`
 
 
 def _flush() -> None:
@@ -309,7 +350,7 @@ def _flush() -> None:
 
 def _excepthook(previous: Any, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
     previous(kind, error, traceback)
-    fail(f"{kind.__name__}: {_brief(error)}")
+    fail(f"{_ENDED if _is_communication(error) else kind.__name__}: {_brief(error)}")
 
 
 def _at_exit() -> None:

@@ -15,9 +15,14 @@ import os, signal, sys, time
 arguments = sys.argv[1:]
 index = int(arguments[arguments.index("--process-id") + 1])
 what = arguments[0]
+
+def say(*words, stream=sys.stdout):
+    stream.write(" ".join(map(str, words)) + "\\n")  # one write, or lines of the processes mix
+    stream.flush()
+
 if what == "print":
-    print(index, arguments[1:], os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"].split()[-1])
-    print("problem", file=sys.stderr)
+    say(index, arguments[1:], os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"].split()[-1])
+    say("problem", stream=sys.stderr)
 elif what == "fail":
     if index == 1:
         sys.exit(7)
@@ -27,11 +32,11 @@ elif what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 elif what == "wait":
     def stop(number, frame):
-        print("stopped by", signal.Signals(number).name)
+        say("stopped by", signal.Signals(number).name)
         sys.exit(0)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    print("ready", flush=True)
+    say("ready")
     time.sleep(100)
 """
 
@@ -49,7 +54,7 @@ def launch(tmp_path):
 
     yield start
     for process in started:
-        process.kill()
+        process.terminate()
         process.communicate()
 
 

@@ -1,10 +1,13 @@
 """Processes that agree, and processes that fail: the others leave with a message, in bounded time."""
 
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from flaxvision import processes
@@ -37,7 +40,7 @@ for i in range(10**9):
 
 def wait_for_steps(process, count=10):
     for line in process.stdout:
-        if int(line) >= count:
+        if line.strip().isdigit() and int(line) >= count:  # Gloo prints lines of its own
             return
     raise AssertionError(process.stderr.read())
 
@@ -52,6 +55,7 @@ def leave(started, within):
     finally:
         for process in started:
             process.kill()
+            process.wait()
     return [process.returncode for process in started], errors
 
 
@@ -60,15 +64,15 @@ def leave(started, within):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_is_killed_or_hangs_ends_the_others(killed, how):
     started = multiprocess.start(STEPS, 3)
-    wait_for_steps(started[0])
-    victim = started.pop(killed)
-    victim.send_signal(how)
+    others = [process for index, process in enumerate(started) if index != killed]
     try:
-        # The heartbeat time-out is 20 s.
-        statuses, errors = leave(started, 45)
+        wait_for_steps(others[0])
+        started[killed].send_signal(how)
+        statuses, errors = leave(others, 60)  # the heartbeat time-out is 20 s
     finally:
-        victim.kill()
-        victim.communicate()
+        for process in started:
+            process.kill()
+            process.communicate()
     assert statuses == [1, 1], errors
     for error in errors:
         assert "another process ended, or cannot be reached" in error or "failed: " in error, error
@@ -133,17 +137,18 @@ def test_one_process_agrees_with_itself():
 
 
 def test_only_broken_communication_is_another_process(monkeypatch):
-    import jax
-
     error = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
     with pytest.raises(jax.errors.JaxRuntimeError), processes.failures():
         raise error  # there is only one process
     monkeypatch.setattr(processes.distributed.global_state, "num_processes", 2)
-    with pytest.raises(processes.ProcessError, match="another process ended, or cannot be reached: UNKNOWN: Gloo"):
-        with processes.failures():
-            raise error
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), processes.failures():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    ended = "another process ended, or cannot be reached: UNKNOWN: Gloo"
+    with pytest.raises(processes.ProcessError, match=ended), processes.failures():
+        raise error
+    with pytest.raises(processes.ProcessError, match=ended), processes.failures():
+        raise ValueError(str(error))  # from `float(array)`
+    for other in (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), ValueError("connection must be x")):
+        with pytest.raises(type(other), match=str(other)), processes.failures():
+            raise other
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,13 @@ def test_without_a_cluster_there_is_one_process(monkeypatch):
     processes.initialize()
 
 
+def is_free(port):
+    with socket.socket() as server, contextlib.suppress(OSError):
+        server.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
 SLURM = """
 import os
 processes.initialize(start_timeout=60, heartbeat_timeout=20)
@@ -175,7 +187,7 @@ print(jax.process_index(), jax.process_count(), jax.device_count())
 @pytest.mark.slow
 def test_the_environment_of_slurm():
     """JAX derives the port of the coordinator from the number of the job."""
-    port = next(port for port in iter(multiprocess.free_port, None) if port >= 61440)
+    port = next(port for port in range(61440, 65535) if is_free(port))
     started = []
     for index in range(2):
         environment = {

@@ -98,8 +98,10 @@ def place(state: Any, layout: Any, *, donate: bool = False) -> Any:
             return leaf
         local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
         if sharding.is_fully_addressable or not local:
-            # A copy that shares its memory with the array, on a device that has it already, outlives the donation.
-            return jax.device_put(leaf, sharding, donate=donate and isinstance(leaf, jax.Array))
+            placed = jax.device_put(leaf, sharding)
+            if donate and isinstance(leaf, jax.Array) and not _share_memory(leaf, sharding):
+                release(leaf)
+            return placed
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             placed = one(path, jax.random.key_data(leaf), NamedSharding(_mesh_of(sharding), P()))
             return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(leaf))
@@ -151,6 +153,12 @@ def check_same(checksums: dict[str, int]) -> None:
                 f"the state must be the same in all processes; got different values of {differ[0]} and "
                 f"{len(differ) - 1} other arrays in processes 0 and {index}: do they have the same seed and settings?"
             )
+
+
+def _share_memory(array: jax.Array, sharding: Sharding) -> bool:
+    """Returns whether a device keeps its part of an array, which is then not copied but used again."""
+    before, after = (s.devices_indices_map(array.shape) for s in (array.sharding, sharding))
+    return any(before.get(device) == index for device, index in after.items())
 
 
 def _crc(array: np.ndarray) -> int:
