@@ -49,9 +49,10 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None) -> Callable[...
     """
     mesh = make_mesh() if mesh is None else mesh
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    shards = mesh.shape[AXIS]
 
     def over_shards(*args):
-        with batch_context(shards=mesh.shape[AXIS]):
+        with batch_context(shards=shards):
             return step(*args)
 
     train = jax.jit(
