@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxvision import metrics as fm
+from flaxvision.train.objectives import explain_loss
 from flaxvision.train.state import TrainState
 from flaxvision.train.step import check_loss
 
@@ -41,7 +42,8 @@ class Window:
     def check(self, saved: int | None) -> None:
         """Raises if a loss was not finite; waits for the last step."""
         if int(self.bad) != _NEVER:
-            raise FloatingPointError(f"the loss is not finite at step {int(self.bad)}; {_last_good(saved)}")
+            cause = explain_loss(self.metrics or {})
+            raise FloatingPointError(f"the loss is not finite at step {int(self.bad)}{cause}; {_last_good(saved)}")
 
 
 class Log:

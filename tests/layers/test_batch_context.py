@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 
 from flaxvision.layers import BatchContext, BatchNorm, batch_context
 from flaxvision.layers.batch_context import current_batch
@@ -195,6 +196,23 @@ def test_local_statistics_stay_on_their_device(fields):
 
     assert collectives(NORM) == ["all-reduce"]
     assert collectives(NORM.clone(**fields)) == []
+
+
+@pytest.mark.parametrize("mode", ["sync", "ghost"])
+def test_derivatives_with_padding(mode):
+    """Both modes of differentiation, twice, against finite differences in float64."""
+    with jax.enable_x64(True):
+        norm = BatchNorm(use_running_average=False, mode=mode, ghost_size=4 if mode == "ghost" else None)
+        x, mask = jnp.asarray(X[:, :1, :, :2], jnp.float64), MASK
+
+        variables = norm.init(jax.random.key(0), x)
+
+        @jax.jit
+        def run(x):
+            with batch_context(mask=mask):
+                return norm.apply(variables, x, mutable=["batch_stats"])[0]
+
+        check_grads(run, (x,), order=2, modes=("fwd", "rev"), eps=1e-4)
 
 
 @pytest.mark.parametrize(
