@@ -253,18 +253,16 @@ def _list_images(root: Path, classes: Sequence[str]) -> tuple[list[str], np.ndar
     return paths, np.repeat(np.arange(len(classes), dtype=np.int32), counts)
 
 
-def _images_in(folder: Path, name: str) -> Iterator[str]:
-    """Yields the paths of the images below a folder, from its parent on. Asks the file system for folders only."""
-    folders = [(os.fspath(folder), name)]
+def _images_in(folder: Path, name: str) -> list[str]:
+    """Returns the paths of the images below a folder, from its parent on; asks the file system for folders only."""
+    found, folders = [], [(os.fspath(folder), name)]
     while folders:
         path, relative = folders.pop()
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append((entry.path, f"{relative}/{entry.name}"))
-                elif (
-                    os.path.splitext(entry.name)[1].lower() in SUFFIXES
-                    and not entry.name.startswith(".")
-                    and entry.is_file()
-                ):
-                    yield f"{relative}/{entry.name}"
+                name = entry.name
+                if name[name.rfind(".") :].lower() in SUFFIXES and not name.startswith(".") and entry.is_file():
+                    found.append(f"{relative}/{name}")
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append((entry.path, f"{relative}/{name}"))
+    return found

@@ -79,14 +79,17 @@ def test_a_slow_example_does_not_keep_the_threads_from_the_next_batch():
 
 
 def test_sleeping_decoders_are_kept_busy():
-    batches = data.train_batches(Numbers(64, functools.partial(nap, seconds=0.02)), 8, seed=0, num_threads=4)
+    """Four threads that read batches of five one after the other are idle for three eighths of the time."""
+    batches = data.train_batches(Numbers(64, functools.partial(nap, seconds=0.02)), 5, seed=0, num_threads=4)
+    shares = []
     with batches.from_step(0) as iterator:
         next(iterator)
-        start = time.perf_counter()
-        for _ in range(12):
-            next(iterator)
-        seconds = time.perf_counter() - start
-    assert 12 * 8 * 0.02 / 4 / seconds > 0.75  # 1 is perfect; benchmarks/input_pipeline.py measures it
+        for _ in range(3):  # the machine may be busy
+            start = time.perf_counter()
+            for _ in range(8):
+                next(iterator)
+            shares.append(8 * 5 * 0.02 / 4 / (time.perf_counter() - start))
+    assert max(shares) > 0.75  # benchmarks/input_pipeline.py measures it
 
 
 @pytest.mark.parametrize(("nbytes", "expected"), [(2**30, 5), (4 * 100, 5), (3 * 100, 4), (100, 3), (0, 3)])
