@@ -221,7 +221,7 @@ def fit(config: Config, workdir: Path, create_state, train_step, batches, evalua
     rate = fv.train.schedule(config.schedule, config.learning_rate, num_steps, warmup_steps=warmup)
     if config.early_stopping:
         stopping = fv.train.EarlyStopping(config.early_stopping)
-        options |= {"early_stopping": stopping, "best_metric": "loss", "best_mode": "min"}
+        options |= {"early_stopping": stopping, "best_metric": None}
     return fv.train.fit_in_workdir(
         workdir,
         create_state(rate),

@@ -14,6 +14,7 @@ IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+_PLACED = frozenset({"boxes", "masks", "keypoints"})  # what lies in the image
 # Published accuracies depend on the split of the digits, so it does not depend on the seed of a run.
 _DIGITS_SEED = 0
 
@@ -50,7 +51,7 @@ class ArraySource:
 
     Args:
         image: [N, H, W, C] pixels, uint8 in 0..255 or floating point.
-        label: [N] class indices.
+        label: [N] class indices, or the targets of another task, [N, ...]. Integers become int32; other types stay.
         classes: Class names. None uses "0", "1", ... up to the largest label.
         name: Name of the source.
     """
@@ -69,14 +70,14 @@ class ArraySource:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         # A copy, so that a transform that works in place does not change the source.
-        return {"image": self.image[index].copy(), "label": np.int32(self.label[index])}
+        return {"image": self.image[index].copy(), "label": _narrow(self.label[index])}
 
     def __repr__(self) -> str:
         return f"ArraySource({self.name!r}, image={self.image.dtype}{list(self.image.shape)})"
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the examples at `indices` [N] as `image` [N, H, W, C] and `label` [N] int32."""
-        return {"image": self.image[indices], "label": self.label[indices].astype(np.int32)}
+        """Returns the examples at `indices` [N] as `image` [N, H, W, C] and `label` [N, ...]."""
+        return {"image": self.image[indices], "label": _narrow(self.label[indices])}
 
     @property
     def fingerprint(self) -> str:
@@ -172,7 +173,13 @@ class Mapped:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         example = self.source[index]
-        return {**example, "image": np.asarray(self.function(example["image"]))}
+        image = np.asarray(self.function(example["image"]))
+        if np.shape(image)[:2] != np.shape(example["image"])[:2] and (placed := sorted(_PLACED & example.keys())):
+            raise ValueError(
+                f"function must keep the size {list(np.shape(example['image'])[:2])} of images with {placed[0]}, which "
+                f"it would not move; got {list(np.shape(image)[:2])} from {self._function_name!r}"
+            )
+        return {**example, "image": image}
 
     @property
     def label(self) -> np.ndarray:
@@ -206,6 +213,12 @@ class Mapped:
         # The name of a folder is no part of its content. For other sources it stays, so that old runs can be resumed.
         name = self.name if self.contents is None else self._function_name
         return hashlib.blake2b(f"{self.source.fingerprint}/{name}".encode(), digest_size=16).hexdigest()
+
+
+def _narrow(label: Any) -> Any:
+    """Casts integers, booleans included, to int32; other numbers stay."""
+    label = np.asarray(label)
+    return label.astype(np.int32)[()] if np.issubdtype(label.dtype, np.integer) or label.dtype == bool else label[()]
 
 
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:

@@ -19,6 +19,7 @@ from flaxvision.layers.convolution import (
     depthwise_conv,
     separable_conv,
 )
+from flaxvision.layers.lowering import convolutions_saveable
 from flaxvision.layers.neurons import RBF, digit_codes, heaviside, random_codes, sign
 from flaxvision.layers.normalization import BatchNorm, local_response_norm
 from flaxvision.layers.pooling import (
@@ -54,6 +55,7 @@ __all__ = [
     "conv",
     "conv_chain",
     "conv_transpose",
+    "convolutions_saveable",
     "depthwise_avg_pool",
     "depthwise_conv",
     "depthwise_max_pool",

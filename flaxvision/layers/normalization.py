@@ -51,7 +51,8 @@ class BatchNorm(nn.Module, kw_only=True):
     * `"ghost"`: those of the row's group; the groups are `ghost_size` consecutive rows each (Hoffer, Hubara and Soudry
       2017, algorithm 1, with one update of the running statistics for all groups). The result does not depend on the
       number of devices.
-    * `"frozen"`: the running statistics, which stay as they are. The scale and the bias receive no gradient.
+    * `"frozen"`: the running statistics, which stay as they are. The gradients of the scale and the bias are zero; mask
+      them in optimizers that decay them (`optax.adamw(mask=...)`).
 
     The running statistics take the mean over devices or groups of their means and of their variances, weighted by the
     number of real rows. Padded rows count in no statistics: `train_step` passes the batch's `mask` through

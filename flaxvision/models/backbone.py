@@ -36,8 +36,9 @@ class Backbone(nn.Module, kw_only=True):
             strides as published.
         batch_norm: Whose statistics BatchNorm normalizes by in training: those of the whole batch over all devices
             (`"sync"`), of the rows on the same device (`"local"`), of groups of `ghost_size` consecutive rows
-            (`"ghost"`), or the running statistics (`"frozen"`). Frozen statistics, scales and biases receive no update,
-            as in torchvision's `FrozenBatchNorm2d`. See `layers.BatchNorm`.
+            (`"ghost"`), or the running statistics (`"frozen"`). Frozen statistics stay as they are, and frozen scales
+            and biases have zero gradients, so an optimizer without weight decay on vectors, such as those of
+            `train.optimizer`, leaves them as they are too. See `layers.BatchNorm`.
         ghost_size: Number of rows in a group for `"ghost"`; it must divide the rows on each device.
         dtype: Dtype of the computation, None for that of the inputs and parameters.
         param_dtype: Dtype of the parameters.
@@ -63,6 +64,8 @@ class Backbone(nn.Module, kw_only=True):
     def __post_init__(self):
         super().__post_init__()
         name, known = type(self).__name__, self.stage_strides
+        if isinstance(self.stages, list):  # modules are hashed
+            object.__setattr__(self, "stages", tuple(self.stages))
         if self.stages is not None and (not self.stages or not set(self.stages) <= set(known)):
             raise ValueError(f"stages must be one or more of {', '.join(known)} for {name}; got {self.stages!r}")
         check_mode(self.batch_norm, self.ghost_size, "batch_norm")
@@ -213,7 +216,10 @@ class Classifier(nn.Module):
     @nn.nowrap
     def last_stage(self, features: dict[str, jax.Array]) -> jax.Array:
         """Returns the coarsest of the stages that the backbone was asked for."""
-        return features[list(self.backbone.strides)[-1]]
+        name = list(self.backbone.strides)[-1]
+        if name not in features:
+            raise ValueError(f"features must hold the last stage, {name!r}; got {', '.join(map(repr, features))}")
+        return features[name]
 
     @nn.nowrap
     def linear(self, x: jax.Array, *, train: bool, kernel_init: Initializer | None = None) -> jax.Array:

@@ -125,10 +125,11 @@ class RunSettings:
         return {"parallel": self.parallel, "shard_state": self.shard_state}
 
     def fit_options(self, title: str) -> dict[str, Any]:
-        """Returns options of `flaxvision.train.fit_in_workdir`; `title` is that of the progress bar."""
+        """Returns options of `flaxvision.train.fit_in_workdir` for a classifier; `title` is that of the progress bar."""
         names = ("keep_latest", "keep_best", "allow_changes", "time_budget", "profile_steps", "input_timeout")
         options = {name: getattr(self, name) for name in (*names, "log_every")}
-        return options | {"progress": title if self.progress else None}
+        best = {"best_metric": "accuracy", "best_mode": "max"}
+        return options | best | {"progress": title if self.progress else None}
 
 
 def eval_batch_size(wanted: int) -> int:

@@ -158,8 +158,8 @@ def fit_in_workdir(
     model: str,
     overrides: dict[str, Any],
     num_steps: int,
-    best_metric: str = "accuracy",
-    best_mode: Literal["min", "max"] = "max",
+    best_metric: str | None = None,
+    best_mode: Literal["min", "max"] = "min",
     keep_latest: int = 2,
     keep_best: int = 1,
     progress: str | None = None,
@@ -181,7 +181,8 @@ def fit_in_workdir(
         model: Name of the registered model, for the manifest of the checkpoints.
         overrides: Its fields: JSON values, or a dtype.
         num_steps: See `fit`.
-        best_metric: Metric of the evaluation by which the best checkpoint is chosen.
+        best_metric: Metric of the evaluation by which the best checkpoint is chosen. None takes metric and mode of
+            `early_stopping`, or the lowest loss.
         best_mode: Whether a larger (`"max"`) or a smaller (`"min"`) value is better.
         keep_latest: Number of newest checkpoints to keep.
         keep_best: Number of best checkpoints to keep.
@@ -202,6 +203,9 @@ def fit_in_workdir(
         FloatingPointError: See `fit`.
     """
     path = Path(path)
+    if best_metric is None:
+        stopping = options.get("early_stopping")
+        best_metric, best_mode = getattr(stopping, "metric", "loss"), getattr(stopping, "mode", "min")
     callbacks = list(callbacks)
     if profile_steps is not None:
         callbacks.append(callbacks_lib.Profiler(path / "profile", *callbacks_lib.step_range(profile_steps)))

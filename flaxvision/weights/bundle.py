@@ -126,6 +126,10 @@ def is_bundle(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+# Fields that models had once. They changed no parameters, so bundles that name them are read without them.
+_REMOVED = frozenset({"taps"})
+
+
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the card of a bundle.
 
@@ -146,6 +150,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
         overrides = {
             key: jnp.dtype(value) if "dtype" in key and value is not None else _hashable(value)
             for key, value in stored["overrides"].items()
+            if key not in _REMOVED
         }
         names = card.get("class_names")  # older bundles have none
         if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):

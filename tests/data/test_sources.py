@@ -385,3 +385,32 @@ def test_object_stores_are_refused(url):
     for option in ("data_dir", "manual_dir"):
         with pytest.raises(ValueError, match=f"{option} must be on a mounted file system"):
             data.load("mnist", "train", **{option: url})
+
+
+# targets of other tasks
+
+
+def test_targets_that_are_no_classes_keep_their_values():
+    image, targets = noise((4, 2, 2, 1)), np.array([[0.1, 1.5], [0.2, 0.5], [0.3, 2.5], [0.4, 3.5]], np.float32)
+    source = data.ArraySource(image, targets)
+    np.testing.assert_array_equal(source[1]["label"], targets[1])
+    (batch,) = data.eval_batches(source, 4)
+    np.testing.assert_array_equal(batch["label"], targets)
+    classes = data.ArraySource(image, np.array([0, 1, 2, 3], np.uint8))
+    assert classes[2]["label"].dtype == classes.gather(np.arange(2))["label"].dtype == np.int32
+
+
+def test_a_mapped_source_refuses_to_leave_boxes_behind():
+    class Boxed:
+        name, classes, fingerprint = "boxed", ("a",), "0"
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return {"image": noise((4, 6, 3)), "boxes": np.zeros((1, 4))}
+
+    darker = data.Mapped(Boxed(), lambda image: image // 2, "darker")
+    assert darker[0]["image"].shape == (4, 6, 3)
+    with pytest.raises(ValueError, match=r"images with boxes, which it would not move; got \[2, 3\] from 'halved'"):
+        data.Mapped(Boxed(), lambda image: image[::2, ::2], "halved")[0]

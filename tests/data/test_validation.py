@@ -131,7 +131,7 @@ def test_every_task_has_its_targets(task):
         ("multilabel", {"label": np.array([0, 1, 0])}, r"label must have shape \[2\]; got \[3\]"),
         ("regression", {"label": np.array([0.5, np.inf, 0])}, "label must be finite; got inf"),
         ("regression", {"label": np.array([0.5])}, r"label must have shape \[3\] as in the first example; got \[1\]"),
-        ("regression", {"label": np.array("x")}, r"label must be a number or numbers \[D\]; got <U1 of shape \[\]"),
+        ("regression", {"label": np.array("x")}, r"label must be a number or a vector \[D\]; got <U1 of shape \[\]"),
         ("segmentation", {"label": np.full((4, 6), 2)}, r"label must lie between 0 and 1 .* or be 255; got 2"),
         (
             "segmentation",

@@ -131,6 +131,17 @@ def test_a_run_keeps_what_it_is_told_to(tmp_path):
     assert {"commit", "command"} <= set(about)
 
 
+def test_early_stopping_keeps_its_own_best(tmp_path, capsys):
+    stopping = fv.train.EarlyStopping(1, metric="accuracy", mode="min")  # the first evaluation is hardly the worst
+    result = run(tmp_path, early_stopping=stopping, keep_latest=1)
+    values = {
+        r["step"]: r["accuracy"] for r in fv.train.read_records(tmp_path / "metrics.jsonl") if r["split"] != "train"
+    }
+    best = min(values, key=values.get)
+    assert int(result.state.step) == best
+    assert f"the best evaluation was at step {best}" in capsys.readouterr().out
+
+
 def test_a_profile_of_some_steps(tmp_path):
     run(tmp_path, profile_steps="3:4")
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

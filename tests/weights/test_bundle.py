@@ -178,3 +178,14 @@ def test_the_card_is_for_people(tmp_path, variables):
     card = json.loads(saved(tmp_path / "a.safetensors", variables).read_text())
     assert card["input_size"] == [4]
     assert len(card["sha256"]) == 64
+
+
+def test_a_bundle_with_a_field_that_is_gone(tmp_path, variables):
+    path = tmp_path / "old.safetensors"
+    card_path = saved(path, variables)
+    card = json.loads(card_path.read_text())
+    card["overrides"]["taps"] = ["inception4a"]
+    card_path.write_text(json.dumps(card))
+    assert "taps" not in fv.weights.read_card(path)["overrides"]
+    model, _ = fv.weights.load_model("mlp", path)
+    assert model.num_classes == 3

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flaxvision.layers.lowering import cpu
-from flaxvision.layers.lowering.primitive import LinearForm, call, transpose
+from flaxvision.layers.lowering.primitive import LinearForm, call, form_p, transpose
 from flaxvision.layers.lowering.window import Window, dilated_size, dimension_numbers_of, lax_conv
 
 Shape = tuple[int, ...]
@@ -186,6 +187,18 @@ class KernelGradient(LinearForm):
         if index == 0:
             return call(InputGradient(self.w, self.precision, x.shape), g, cotangent)
         return call(Convolution(self.w, self.precision), x, cotangent)
+
+
+def convolutions_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Policy of `jax.checkpoint` that saves the results of convolutions.
+
+    JAX's own policies, such as `dots_saveable`, know only the convolutions of lax. Combine this one with them::
+
+        policy = jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_saveable, fv.layers.convolutions_saveable
+        )
+    """
+    return primitive is form_p and isinstance(params["form"], Convolution | InputGradient | KernelGradient)
 
 
 def _convolution(x: jax.Array, kernel: jax.Array, w: Window) -> jax.Array:

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -273,7 +274,7 @@ def _depthwise_by_input(x, kernel, w: Window, _=None):
     x, taps, _ = _per_channel(x, kernel, w)
     window = kernel.shape[:-2]
     reach = [dilated_size(k, d) - 1 for k, d in zip(window, w.rhs_dilation, strict=True)]
-    canvas = 0
+    canvas: Any = 0
     for place, tap in zip(product(*map(range, window)), taps, strict=True):
         high = [t * d for t, d in zip(place, w.rhs_dilation, strict=True)]
         canvas += _pad(x * tap, [(r - h, h) for r, h in zip(reach, high, strict=True)])

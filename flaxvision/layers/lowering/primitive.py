@@ -260,7 +260,7 @@ def transpose(function: Callable[[jax.Array], jax.Array], like: Any, cotangent: 
     return jax.vjp(function, zeros)[1](cotangent)[0]
 
 
-def _linear_tangents(form: Form, primals: list[jax.Array], tangents: list[Any], moving: tuple[int, ...]) -> jax.Array:
+def _linear_tangents(form: Form, primals: list[jax.Array], tangents: list[Any], moving: tuple[int, ...]) -> Any:
     parts = [call(form, *(tangents[j] if j == i else x for j, x in enumerate(primals))) for i in moving]
     return sum(parts[1:], parts[0])
 
@@ -291,7 +291,7 @@ form_p.multiple_results = True
 
 
 @lru_cache(maxsize=4096)
-def _results(form: Form, operands: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _results(form: Form, operands: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     return _tuple(jax.eval_shape(form.plain, *operands))
 
 
