@@ -125,7 +125,7 @@ class RunSettings:
         return {"parallel": self.parallel, "shard_state": self.shard_state}
 
     def fit_options(self, title: str) -> dict[str, Any]:
-        """Returns options of `flaxvision.train.fit_in_workdir` for a classifier; `title` is that of the progress bar."""
+        """Returns options of `flaxvision.train.fit_in_workdir` for a classifier; the progress bar has the title."""
         names = ("keep_latest", "keep_best", "allow_changes", "time_budget", "profile_steps", "input_timeout")
         options = {name: getattr(self, name) for name in (*names, "log_every")}
         best = {"best_metric": "accuracy", "best_mode": "max"}

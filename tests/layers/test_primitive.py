@@ -29,6 +29,11 @@ def test_few_files_import_semi_private_modules(modules, files):
     assert sorted(importing) == files
 
 
+def test_no_hand_written_derivative_hides_one():
+    folder = Path(flaxvision.__file__).parent
+    assert not [p for p in folder.rglob("*.py") if re.search(r"custom_(vjp|jvp|gradient)", p.read_text())]
+
+
 def test_calls_of_equal_shape_are_lowered_once():
     layer = layers.Conv(4, (3, 3))
     x = jnp.ones((2, 6, 6, 4))
