@@ -5,7 +5,7 @@ record of `flaxvision.manifest` as custom metadata, and a file of checksums. Orb
 crashes on others, so the files are verified before Orbax reads them and the arrays afterwards. A run of several
 processes writes the directory together, without Orbax; see `flaxvision.checkpoint.pieces`.
 
-`save` copies the state to the host and returns. A thread writes a temporary directory, reads it back, renames it and
+`save` brings the state to the host and returns. A thread writes a temporary directory, reads it back, renames it and
 only then deletes older checkpoints, so a checkpoint is either complete or absent.
 """
 

@@ -134,7 +134,7 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         wait: bool = False,
     ) -> None:
-        """Saves a state. Returns once the state is copied to the host, so that its buffers may be donated.
+        """Saves a state. Returns once the state is on the host, so that its buffers may be donated.
 
         Nothing is written if the step is already saved with the same contents (`metrics=None` keeps its metrics).
         If the contents differ, the new ones replace the old ones once they are complete.

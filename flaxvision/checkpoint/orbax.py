@@ -23,7 +23,7 @@ from flaxvision.manifest import Leaves, brief, retried
 __all__ = ["errno_of", "read_arrays", "read_metadata", "save"]
 
 _LOCK = threading.Lock()
-_GROUP = 1 << 25  # bytes of arrays that Orbax reads at a time
+_GROUP = 1 << 24  # bytes of arrays that Orbax reads at a time
 T = TypeVar("T")
 
 

@@ -96,17 +96,17 @@ class Writer:
                 about["crc32"] = checksums.get(name, 0)
         else:
             record["processes"] = jax.process_count()
-        plans = self.agree("plan", lambda: self._plan(record, table))
-        name, stored = plans[0]["name"], plans[0]["stored"]
-        if record["metrics"] is None and stored:
-            record["metrics"] = stored["metrics"]
-        if all(plan["unchanged"] for plan in plans):
+        name, stored, unchanged = self._plan(record, table)
+        plans = self.agree("plan", lambda: (name, unchanged))
+        if record["metrics"] is None:
+            record["metrics"] = stored.get("metrics")
+        if all(unchanged for _, unchanged in plans):
             amendment = {key: record[key] for key in stored}
-            if not manifest.same(amendment, stored):
+            if not all(self.agree("compare", lambda: manifest.same(amendment, stored))):
                 self.amend(amendment)
             return
         self.agree("fill", lambda: self._check_space(record["step"], arrays))
-        entry = folders.entry_of(self.directory / name)
+        entry = folders.entry_of(self.directory / plans[0][0])
         staged = entry.path.with_name(entry.path.name + ".saving")
         try:
             self.agree("write", lambda: self._stage(staged, record, arrays, table))
@@ -177,15 +177,15 @@ class Writer:
         first = jax.process_index() == 0
         self.agree("prune", lambda: self.folder.prune(entry) if first else None)  # all see the same from here on
 
-    def _plan(self, record: dict[str, Any], table: list[dict[str, Any]]) -> dict[str, Any]:
+    def _plan(self, record: dict[str, Any], table: list[dict[str, Any]]) -> tuple[str, dict[str, Any], bool]:
         """Returns the name of the new checkpoint, what is stored of its step, and whether the arrays are the same."""
         step, entries = record["step"], self.folder.entries()
         if any(entry.step > step for entry in entries):
             logger.warning("saving checkpoint %d, but restore will use the newer %d", step, entries[-1].step)
         revisions = [entry for entry in entries if entry.step == step]
         if not revisions:
-            return {"name": folders.name_of(step), "stored": None, "unchanged": False}
-        last, stored, unchanged = revisions[-1], None, False
+            return folders.name_of(step), {}, False
+        last, stored, unchanged = revisions[-1], {}, False
         with contextlib.suppress(Damage, OSError, MemoryError, RuntimeError):
             old = folders.read_record(last, files=True)
             stored = {key: old[key] for key in ("step", "progress", "metrics")}
@@ -194,7 +194,7 @@ class Writer:
             if unchanged and "processes" in old:
                 name = pieces.files_of(jax.process_index(), jax.process_count())[1]
                 unchanged = manifest.same(pieces.read_table(last.path / name), table)
-        return {"name": folders.name_of(step, last.revision + 1), "stored": stored, "unchanged": unchanged}
+        return folders.name_of(step, last.revision + 1), stored, unchanged
 
     def _check_space(self, step: int, arrays: pieces.Pieces) -> None:
         need = sum(array.nbytes for some in arrays.values() for _, array in some)
