@@ -109,7 +109,7 @@ def test_no_device_holds_two_states():
         placed = step.place(state, donate=True)
         copied = zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
         assert all(x.is_deleted() for x, y in copied if not y.is_fully_replicated)
-        assert bytes_on(jax.devices()[0], placed) < 1.2 * share * size
+        assert bytes_on(jax.devices()[0], placed) < 1.5 * share * size  # small arrays stay whole
         like = template(placed, step.state_sharding(placed))
         values = jax.device_get(placed)
         release(placed)
@@ -125,18 +125,16 @@ def test_the_memory_of_vgg16_per_device_falls_with_the_number_of_devices():
     create = partial(create_state, model, optax.sgd(0.1, momentum=0.9), jax.random.key(0), sample, ema_decay=0.99)
     state = jax.eval_shape(create)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    found = {}
-    for count in (1, 2, 8):
-        # One row a device, so that the activations of a device do not change with the number of devices.
-        batch = {
-            "image": jax.ShapeDtypeStruct((count, 224, 224, 3), jnp.float32),
-            "label": jax.ShapeDtypeStruct((count,), jnp.int32),
-        }
-        step = jit_step(STEP, make_mesh(jax.devices()[:count]), shard_state=True)
-        found[count] = step.lower(state, batch, RNG).compile().memory_analysis()
-        print(count, found[count].argument_size_in_bytes / size, found[count].temp_size_in_bytes / size)
-    for count, memory in found.items():
-        assert memory.argument_size_in_bytes == pytest.approx(size / count, rel=0.01)
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        one = found[1].argument_size_in_bytes + found[1].temp_size_in_bytes
-        assert total < 1.3 * one / count
+    # One row a device, so that the activations of a device do not change with the number of devices.
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    whole, split = (
+        jit_step(STEP, shard_state=shard_state).lower(state, batch, RNG).compile().memory_analysis()
+        for shard_state in (False, True)
+    )
+    assert whole.argument_size_in_bytes == pytest.approx(size, rel=0.01)
+    assert split.argument_size_in_bytes == pytest.approx(size / 8, rel=0.01)
+    assert split.peak_memory_in_bytes == pytest.approx(whole.peak_memory_in_bytes / 8, rel=0.01)
+    assert split.temp_size_in_bytes < whole.temp_size_in_bytes  # gradients and collected parameters
