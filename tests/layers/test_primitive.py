@@ -146,3 +146,13 @@ def test_a_tie_gives_the_same_derivative_in_both_modes():
 
 def test_sums_of_integers():
     np.testing.assert_array_equal(channel_sum(jnp.arange(6).reshape(3, 2)), [6, 9])
+
+
+def test_a_program_does_not_remember_the_mesh_of_another_one():
+    """The same shapes under `pmap` first, and then under `jit` over a mesh."""
+    x, y = jnp.ones((8, 3, 2, 5)), jnp.ones(5)
+    jax.pmap(lambda x: channel_sum(x), "data", devices=jax.devices()[:1])(x[None])
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(x, jax.sharding.NamedSharding(mesh, PartitionSpec("data")))
+    y = jax.device_put(y, jax.sharding.NamedSharding(mesh, PartitionSpec()))
+    np.testing.assert_array_equal(jax.jit(lambda x, y: channel_sum(x) + y)(x, y), np.full(5, 49))

@@ -292,7 +292,8 @@ form_p.multiple_results = True
 
 @lru_cache(maxsize=4096)
 def _results(form: Form, operands: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    return _tuple(jax.eval_shape(form.plain, *operands))
+    # Without the mesh of the program that is traced first: the result is remembered for all.
+    return tuple(map(_struct, _tuple(jax.eval_shape(form.plain, *operands))))
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:
