@@ -203,6 +203,9 @@ def fit_in_workdir(
         FloatingPointError: See `fit`.
     """
     path = Path(path)
+    fingerprints = processes.gather("training data", data.fingerprint)
+    if any(fingerprint != fingerprints[0] for fingerprint in fingerprints):
+        raise ValueError("data must be the same in all processes; got training data of different fingerprints")
     if best_metric is None:
         stopping = options.get("early_stopping")
         best_metric, best_mode = getattr(stopping, "metric", "loss"), getattr(stopping, "mode", "min")
