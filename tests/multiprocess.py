@@ -42,6 +42,7 @@ def start(
                     **os.environ,
                     "PYTHONPATH": str(ROOT),
                     "JAX_PLATFORMS": "cpu",
+                    "TF_CPP_MIN_LOG_LEVEL": "3",  # some processors log a long line for each program from the cache
                     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                     **(environment or {}),
                 },

@@ -273,5 +273,5 @@ def test_objective_without_a_decoder():
         np.testing.assert_allclose(sums["margin"].compute(), loss, rtol=1e-6)
     with pytest.raises(ValueError, match="must not be negative; got -1"):
         fv.train.capsule(reconstruction_weight=-1)
-    with pytest.raises(ValueError, match=r"label must have shape \[N\] or the shape of the outputs"):
+    with pytest.raises(ValueError, match=r"label must be integers \[N\] or targets \(4, 3\)"):
         objective(model.apply, variables["params"], {}, batch | {"label": jnp.ones((4, 2))}, None, False)
