@@ -50,19 +50,6 @@ def state_sharding(state: Any, mesh: Mesh, *, small: int = SMALL) -> Any:
     return jax.tree.map(layout, state)
 
 
-def template(state: Any, layout: Any) -> Any:
-    """Returns the shapes, dtypes and shardings of a state, which is what restoring a checkpoint needs of it.
-
-    Args:
-        state: A state.
-        layout: A tree of shardings, such as the result of `step.state_sharding(state)`.
-
-    Returns:
-        The state with a `jax.ShapeDtypeStruct` in place of each array.
-    """
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, layout)
-
-
 def release(state: Any) -> None:
     """Frees the memory of a state at once, although there are still references to it.
 
