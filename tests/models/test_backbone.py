@@ -221,7 +221,8 @@ def test_dilated_stages_contain_the_strided_ones(name):
         chex.assert_trees_all_equal(shapes_of(dense, size), shapes)
         for stage, stride in strided.strides.items():
             step = stride // dense.strides[stage]
-            rounding = 1e-5 * np.abs(expected[stage]).max()  # elements near 0 are differences of larger numbers
+            # Elements near 0 are differences of larger numbers; in float64 the largest error is 3e-14 (Xception).
+            rounding = max(1e-5, 2e-6 * np.abs(expected[stage]).max())
             np.testing.assert_allclose(result[stage][:, ::step, ::step], expected[stage], rtol=1e-4, atol=rounding)
     assert results[0][stage].shape[1] > 4 * (expected[stage].shape[1] - 1)
 
