@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.conftest import CACHE
@@ -56,16 +57,15 @@ def start(
 
 def finish(started: list[subprocess.Popen], timeout: float = 240) -> list[str]:
     """Waits for the processes, checks that all of them succeeded, and returns what each one printed."""
-    outputs = []
     try:
-        for process in started:
-            out, error = process.communicate(timeout=timeout)
-            assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{error[-4000:]}"
-            outputs.append(out)
+        with ThreadPoolExecutor(len(started)) as pool:  # a process whose pipe is full would hold up the others
+            outputs = list(pool.map(lambda process: process.communicate(timeout=timeout), started))
     finally:
         for process in started:
             process.kill()
-    return outputs
+    for process, (out, error) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{error[-4000:]}"
+    return [out for out, _ in outputs]
 
 
 def run(program: str, count: int, devices: int = 1, *, timeout: float = 240, **options) -> list[str]:

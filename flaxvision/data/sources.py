@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxvision.data import arrays, cifar
+from flaxvision.data import cifar, readers
 from flaxvision.data.arrays import ArraySource, Mapped, Source
 from flaxvision.data.decode import adapt_image, check_channels, check_image_size
 
@@ -100,8 +100,8 @@ def load(
         patterns = PatternSource(split) if as_stored else PatternSource(split, image_size or 64).in_memory()
         return _adapted(patterns, None, channels)
     if kind == "digits":
-        return _adapted(arrays.load_digits(split), image_size, channels)
-    read = {"npz": arrays.load_npz, "idx": arrays.load_idx, "cifar10": cifar.load_cifar10}[kind]
+        return _adapted(readers.load_digits(split), image_size, channels)
+    read = {"npz": readers.load_npz, "idx": readers.load_idx, "cifar10": cifar.load_cifar10}[kind]
     return _adapted(read(path, split), image_size, channels)
 
 
@@ -125,7 +125,7 @@ def _kind_of(name: str | os.PathLike[str], data_dir: str | os.PathLike[str] | No
         raise ValueError(f"name must be an existing file or folder; got {text!r}")
     if not path.is_dir():
         raise ValueError(f"name must be a folder or an .npz file; got the file {text!r}")
-    if arrays.has_idx_files(path):
+    if readers.has_idx_files(path):
         return "idx"
     return "cifar10" if cifar.find_cifar10(path) else "folder"
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from flaxvision.data.arrays import IDX_FILES, ArraySource, Source, read_idx
+from flaxvision.data.arrays import ArraySource, Source
 from flaxvision.data.decode import check_channels, check_image_size, decode_image
+from flaxvision.data.readers import IDX_FILES, read_idx
 
 # Splits up to this decoded size are kept in memory.
 _MEMORY_BYTES = 512 * 2**20

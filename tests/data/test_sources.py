@@ -13,8 +13,8 @@ from PIL import Image
 
 from flaxvision import data
 from flaxvision.data import cifar, sources
-from flaxvision.data.arrays import read_idx
 from flaxvision.data.decode import adapt_image, decode_image
+from flaxvision.data.readers import read_idx
 
 
 def noise(shape, seed=0):

@@ -81,7 +81,9 @@ def test_sigterm_on_one_process_stops_all_and_others_go_on(tmp_path):
     assert records_of(tmp_path / "stopped") == records_of(tmp_path / "whole")
     assert [r["step"] for r in records_of(tmp_path / "whole")] == [3, 4, 4, 6, 8, 8, 9, 12, 12]
 
-    run(tmp_path / "fewer", 2, stop_at=5, devices=2)
-    alone, _ = run(tmp_path / "fewer", 1, devices=1)
+    for count, stop_at in ((2, 2), (4, 8)):
+        part, _ = run(tmp_path / "changing", count, stop_at, devices=1)
+        assert stop_at <= part["step"] < 12
+    alone, _ = run(tmp_path / "changing", 1)
     np.testing.assert_allclose(alone["sums"], whole["sums"], rtol=1e-5)
     assert alone["metrics"] == pytest.approx(whole["metrics"], rel=1e-5)
