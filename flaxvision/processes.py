@@ -350,7 +350,12 @@ def _flush() -> None:
 
 def _excepthook(previous: Any, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
     previous(kind, error, traceback)
-    fail(f"{_ENDED if _is_communication(error) else kind.__name__}: {_brief(error)}")
+    if _is_communication(error):  # the traceback does not say that another process is the cause
+        message = _reason() or f"{_ENDED}: {_brief(error)}"
+        _print(message)
+    else:
+        message = f"{kind.__name__}: {_brief(error)}"
+    fail(message)
 
 
 def _at_exit() -> None:

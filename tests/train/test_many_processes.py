@@ -87,18 +87,10 @@ with open(f"{sys.argv[1]}/{jax.process_index()}.json", "w") as file:
 """
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    cache = {}
-
-    def of(count, devices):
-        if (count, devices) not in cache:
-            path = tmp_path_factory.mktemp("results")  # a pipe is too small
-            multiprocess.run(PROGRAM + WRITE, count, devices, arguments=[path], timeout=900)
-            cache[count, devices] = [json.loads((path / f"{index}.json").read_text()) for index in range(count)]
-        return cache[count, devices]
-
-    return of
+def results(path, count, devices):
+    path.mkdir()
+    multiprocess.run(PROGRAM + WRITE, count, devices, arguments=[path], timeout=900)  # a pipe is too small
+    return [json.loads((path / f"{index}.json").read_text()) for index in range(count)]
 
 
 def check(got, want, tolerance=1e-5):
@@ -113,18 +105,17 @@ def check(got, want, tolerance=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1), (4, 2)])
-def test_several_processes_give_the_results_of_one(results, count, devices):
-    (one,) = results(1, 4)
-    (eight,) = results(1, 8)
-    for got in results(count, devices):
+def test_several_processes_give_the_results_of_one(tmp_path):
+    ((one,), (eight,)) = (results(tmp_path / f"1x{devices}", 1, devices) for devices in (4, 8))
+    for count, devices in ((2, 2), (4, 1), (4, 2)):
         same_devices = one if count * devices == 4 else eight
-        for name in ("jit", "sharded"):
-            check(got[name], one["jit"])
-        # Under pmap, dropout and augmentation draw by device; without them it agrees with jit.
-        check(got["pmap"], same_devices["pmap"])
-        check(got["plain pmap"], one["plain jit"])
-        check(got["plain jit"], one["plain jit"])
+        for got in results(tmp_path / f"{count}x{devices}", count, devices):
+            for name in ("jit", "sharded"):
+                check(got[name], one["jit"])
+            # Under pmap, dropout and augmentation draw by device; without them it agrees with jit.
+            check(got["pmap"], same_devices["pmap"])
+            check(got["plain pmap"], one["plain jit"])
+            check(got["plain jit"], one["plain jit"])
     assert one["jit"]["losses"] != one["plain jit"]["losses"]
 
 
