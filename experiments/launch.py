@@ -2,11 +2,12 @@
 
     python experiments/launch.py --num-processes 4 --devices 2 experiments/mnist.py --epochs 5
 
-The processes find each other over the loopback address. On a CPU each gets `--devices` virtual devices; with
-`--platform gpu` process i gets the GPUs from i * devices on. Process 0 prints as usual; the lines of the others begin
-with their number. SIGTERM and SIGINT are passed on to all processes. When a process fails, the others leave by
-themselves, and those that do not are ended after `--grace` seconds. The exit status is that of the first process that
-failed. experiments/processes.md describes clusters.
+The processes connect over the loopback address. On CPU, each process gets `--devices` virtual devices. With `--platform
+gpu`, process i gets GPUs `i * devices` to `(i + 1) * devices - 1`. Process 0 prints as usual. Lines from the other
+processes are prefixed with their index, such as [1]. SIGTERM and SIGINT are forwarded to all processes.
+
+When a process fails, the others exit by themselves. Any process that is still running after `--grace` seconds is
+terminated. The exit status is that of the first process that failed. experiments/processes.md describes clusters.
 """
 
 from __future__ import annotations
@@ -62,11 +63,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-processes", type=int, required=True, help="number of processes")
     parser.add_argument("--devices", type=int, default=1, help="devices of each process (default 1)")
-    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu", help="kind of the devices (default cpu)")
-    parser.add_argument("--port", type=int, default=0, help="port of the coordinator (default: a free one)")
-    parser.add_argument(
-        "--grace", type=float, default=90.0, help="seconds that the others have to leave after a failure (default 90)"
-    )
+    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu", help="type of the devices (default cpu)")
+    parser.add_argument("--port", type=int, default=0, help="port of the coordinator (default: any free port)")
+    grace = "seconds from a failure until the remaining processes are terminated (default 90)"
+    parser.add_argument("--grace", type=float, default=90.0, help=grace)
     parser.add_argument("program", help="the experiment")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(arguments)
@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def start(options: argparse.Namespace, address: str, index: int) -> subprocess.Popen[str]:
-    """Starts one process. Process 0 keeps the terminal, for its progress bar."""
+    """Starts one process. Process 0 writes to the terminal directly, so that its progress bar works."""
     environment = dict(os.environ)
     if options.platform == "cpu":
         flags = environment.get("XLA_FLAGS", "")
@@ -103,10 +103,10 @@ def start(options: argparse.Namespace, address: str, index: int) -> subprocess.P
 
 
 def wait(processes: list[subprocess.Popen[str]], grace: float) -> int:
-    """Waits for all processes and returns the first failing exit status, or 0.
+    """Waits for all processes. Returns the exit status of the first process that failed, or 0.
 
-    After a failure it waits `grace` seconds for the others, then ends them with SIGTERM, and 10 seconds later with
-    SIGKILL.
+    The status of a process that was killed by a signal is 128 plus the number of the signal. `grace` seconds after a
+    failure, the remaining processes get SIGTERM. 10 seconds later they get SIGKILL.
     """
     status, failed = 0, None
     while True:
@@ -127,7 +127,7 @@ def wait(processes: list[subprocess.Popen[str]], grace: float) -> int:
 
 
 def prefix(stream: IO[str], index: int, sink: IO[str]) -> None:
-    """Copies the lines of a process with its number in front."""
+    """Copies the output of a process line by line, prefixed with the index of the process."""
     for line in stream:
         with _PRINTING:
             sink.write(f"[{index}] {line}")
@@ -135,7 +135,7 @@ def prefix(stream: IO[str], index: int, sink: IO[str]) -> None:
 
 
 def free_port() -> int:
-    """Returns a port of the loopback address that nobody uses."""
+    """Returns an unused port of the loopback address."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

@@ -1,15 +1,15 @@
-"""Runs of several processes: how they start, and how they agree on small values.
+"""Several processes in one run: starting them, and exchanging small values between them.
 
-JAX runs one program in several processes, one for each host or for each accelerator, and joins their devices. The
-functions here are for what the processes must decide together on the host, such as the step to restore or the step to
-stop at. They use the key-value store of JAX's coordinator and no device, so they work beside a computation and from any
-thread, and every wait has a time limit. With one process they return at once.
+JAX runs the same program in several processes, one per host or one per accelerator. The functions here exchange values
+on the host, such as the step to restore or the step to stop at. They use the key-value store of JAX's coordinator and
+no device. They can therefore be called from any thread and while a computation runs. Every wait has a time limit.
 
-All processes must make the same calls with the same names in the same order.
+All processes must call `gather`, `broadcast` and `barrier` with the same names in the same order. With one process,
+these three return at once. `post` and `read` require several processes.
 
-A run of several processes ends as a whole. When a process fails, is killed or stops answering, the others cannot
-finish the computation that they share with it. They print which one it was and exit with status 1, even from a
-collective operation that would never return: see `initialize` and `fail`.
+A run of several processes fails as a whole. When a process fails, is killed or hangs, the others cannot finish their
+common computation. They print the reason and exit with status 1, even if they wait in a collective operation: see
+`initialize` and `fail`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _handlers: list[Any] = []  # keeps the handler alive
 
 
 class ProcessError(RuntimeError):
-    """Another process did not answer in time, or failed."""
+    """Another process failed or did not answer in time."""
 
 
 def initialize(
@@ -74,28 +74,28 @@ def initialize(
     heartbeat_timeout: float = 60.0,
     shutdown_timeout: float = TIMEOUT,
 ) -> None:
-    """Joins the processes of a run. Call it before anything else uses JAX.
+    """Connects the processes of a run. Call it before anything else uses JAX.
 
-    Without arguments it reads the environment of the cluster (SLURM, Open MPI, Cloud TPU, GKE and whatever else
-    `jax.distributed` detects). Outside of a cluster it does nothing, and the run has one process.
+    Without arguments, it uses the cluster that `jax.distributed` detects, such as SLURM, Open MPI, Cloud TPU or GKE.
+    Outside of a cluster it does nothing, and the run has one process.
 
-    From then on the processes end together. If one of them is killed, hangs or loses the network, the others notice
-    within twice `heartbeat_timeout`, print a message and exit with status 1. An uncaught exception reaches the
-    others within two seconds; a program that catches its errors and exits calls `fail` first.
+    After this call, a failure of one process ends all of them. If a process is killed, hangs or loses the network, the
+    others print a message and exit with status 1 within twice `heartbeat_timeout`. After an uncaught exception they
+    exit within two seconds. A program that catches its exceptions and exits must call `fail` first.
 
     Args:
         coordinator: Address `host:port` of process 0, which runs the coordinator.
         num_processes: Number of processes.
         process_id: Index of this process, from 0.
         start_timeout: Seconds to wait for the other processes to start.
-        heartbeat_timeout: Seconds without a sign of life after which a process counts as dead.
-        shutdown_timeout: Seconds that a process which has finished waits for the others. Choose more than process 0
-            needs for what it does alone at the end, such as plots.
+        heartbeat_timeout: Seconds without a heartbeat after which a process counts as dead.
+        shutdown_timeout: Seconds that a finished process waits for the others. It must be longer than the work that
+            process 0 does alone at the end, such as plots.
 
     Raises:
-        ValueError: Only some of the three values are given, or a value is out of range.
-        ProcessError: The processes did not find each other in time.
-        RuntimeError: JAX was used before.
+        ValueError: Only some of `coordinator`, `num_processes` and `process_id` are given, or a value is out of range.
+        ProcessError: The processes did not connect in time.
+        RuntimeError: JAX has already been used.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -145,13 +145,13 @@ def initialize(
 
 
 def fail(message: str) -> None:
-    """Tells the other processes that this one has failed, so that they exit too instead of waiting for it.
+    """Tells the other processes that this one has failed, so that they exit instead of waiting for it.
 
-    This process goes on, and exits with status 1 when the interpreter ends, without waiting for the others. With one
-    process the function does nothing. An uncaught exception calls it.
+    This process continues. When its interpreter ends, it exits with status 1 without waiting for the others. With one
+    process the function does nothing. An uncaught exception calls it automatically.
 
     Args:
-        message: What failed, for the last line that the other processes print.
+        message: The reason. The other processes print it as their last line.
     """
     if distributed.global_state.num_processes == 1 or _failed.is_set():
         return
@@ -165,10 +165,10 @@ def fail(message: str) -> None:
 
 @contextlib.contextmanager
 def failures() -> Iterator[None]:
-    """Turns the error of a computation that another process has left into a `ProcessError`.
+    """Converts communication errors of JAX into `ProcessError`. Other errors are raised unchanged.
 
     Raises:
-        ProcessError: Another process failed, ended or cannot be reached; if it failed, the message has its reason.
+        ProcessError: Another process failed, ended or cannot be reached. If it failed, the message is its reason.
     """
     try:
         yield
@@ -198,7 +198,7 @@ def gather(name: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
 
 
 def broadcast(name: str, value: Any, timeout: float = TIMEOUT) -> Any:
-    """Returns the value of process 0 in all processes; the values of the others are ignored.
+    """Returns the value of process 0. The values of the other processes are ignored.
 
     Args:
         name: Name of this exchange, the same in all processes.
@@ -217,14 +217,14 @@ def broadcast(name: str, value: Any, timeout: float = TIMEOUT) -> Any:
 
 
 def barrier(name: str, timeout: float = TIMEOUT) -> None:
-    """Waits until all processes have called it.
+    """Waits until all processes have reached this barrier.
 
     Args:
         name: Name of the barrier, the same in all processes.
         timeout: Seconds to wait for the other processes.
 
     Raises:
-        ProcessError: A process did not call it in time.
+        ProcessError: A process did not reach it in time.
     """
     if jax.process_count() == 1:
         return
@@ -235,7 +235,9 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
 
 
 def post(key: str, value: Any) -> None:
-    """Stores a value for `read`. Unlike `gather`, any process may post, at any time, and the last value counts.
+    """Stores a value for `read`. Any process may call it at any time. A later value replaces an earlier one.
+
+    It requires several processes.
 
     Args:
         key: Name of the value.
@@ -247,18 +249,18 @@ def post(key: str, value: Any) -> None:
     try:
         _client().key_value_set(key, json.dumps(value), allow_overwrite=True)
     except jax.errors.JaxRuntimeError as error:
-        raise ProcessError(f"the coordinator cannot be reached: {error}") from error
+        raise ProcessError(f"the coordinator must be reachable to store {key!r}; got {error}") from error
 
 
 def read(key: str, timeout: float) -> Any:
-    """Waits for a value that some process posts.
+    """Waits for a value that any process stores with `post`. It requires several processes.
 
     Args:
         key: Name of the value.
         timeout: Seconds to wait.
 
     Returns:
-        The value, or None if nobody posted it in time.
+        The value, or None if no process stored one in time.
 
     Raises:
         ProcessError: The coordinator cannot be reached.
@@ -268,7 +270,7 @@ def read(key: str, timeout: float) -> Any:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" in str(error):
             return None
-        raise ProcessError(f"the coordinator cannot be reached: {error}") from error
+        raise ProcessError(f"the coordinator must be reachable to read {key!r}; got {error}") from error
 
 
 @contextlib.contextmanager
@@ -291,7 +293,7 @@ def _watch() -> None:
 
 
 def _reason() -> str | None:
-    """Returns why a process failed, or None if none has, or if the coordinator is gone; then JAX ends this one."""
+    """Returns why a process failed; None if none has, or if the coordinator is gone (then JAX ends this process)."""
     try:
         return _client().key_value_try_get(_FAILED)
     except (jax.errors.JaxRuntimeError, AttributeError):
@@ -304,13 +306,13 @@ def _is_communication(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _exit_on_abort(message: str) -> Iterator[None]:
-    """Replaces the crash by which JAX ends a process whose coordinator is gone or reports a dead process.
+    """Turns JAX's crash into a message and exit status 1, when the coordinator is gone or reports a dead process.
 
-    JAX calls C's `abort` then, from a thread of its own, while the main thread may wait for ever. JAX could call a
-    Python function instead, but it cannot pass it the reason, and crashes too. Python's own signal handlers run in the
-    main thread only. The handler stays after the block, with another message.
+    JAX calls C's `abort` in a thread of its own, while the main thread may wait forever. JAX's callback for this case
+    crashes too, because it cannot pass the reason to Python. Python's signal handlers run only in the main thread, so
+    the handler is installed with ctypes. It stays after the block, with another message.
     """
-    messages = [f"{_ENDED}; the lines above have the reason", message]
+    messages = [f"{_ENDED}; see the messages above for the reason", message]
 
     def handler(number: int) -> None:
         _leave(messages[-1])

@@ -1,12 +1,12 @@
 """Checkpoints that survive kills, full disks, power cuts and bit rot.
 
-A checkpoint is an Orbax directory `<step>` with every array of a state under its path (`params/conv1/kernel`), the
-record of `flaxvision.manifest` as custom metadata, and a file of checksums. Orbax loads some flipped bits silently and
-crashes on others, so the files are verified before Orbax reads them and the arrays afterwards. A run of several
-processes writes the directory together, without Orbax; see `flaxvision.checkpoint.pieces`.
+A checkpoint of one process is an Orbax directory named after its step. It stores every array of a state under its path
+(`params/conv1/kernel`), the record of `flaxvision.manifest` as custom metadata, and a file of checksums. Orbax loads
+some corrupt files silently and crashes on others. The files are therefore verified before Orbax reads them, and the
+arrays afterwards. Several processes write a checkpoint together, without Orbax; see `flaxvision.checkpoint.pieces`.
 
-`save` brings the state to the host and returns. A thread writes a temporary directory, reads it back, renames it and
-only then deletes older checkpoints, so a checkpoint is either complete or absent.
+`save` copies the state to the host and returns. A thread writes a temporary directory, reads it back and renames it, so
+a checkpoint is either complete or absent. Only then are older checkpoints deleted.
 """
 
 from flaxvision.checkpoint.checkpoints import Checkpoints, DamagedCheckpointError, Restored

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: save, restore and choose."""
+"""Saves, restores and ranks the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -50,30 +50,30 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run in one directory: the latest ones and the best ones by a metric.
+    """The checkpoints of one run in one directory. It keeps the latest ones and the best ones by a metric.
 
-    Use it as a context manager or call `close`; otherwise an error of the last save is only logged when Python exits.
-    On Python 3.12 and later, `save` outside a `with` block waits, because an exiting interpreter cannot finish it. Only
-    one run at a time may write to a directory. Any number may read.
+    Use it as a context manager or call `close`. Otherwise, an error of the last save is only logged when Python exits.
+    On Python 3.12 and later, `save` and `amend` outside a `with` block wait until the files are written, because an
+    exiting interpreter cannot finish them. Only one run at a time may write to a directory. Any number may read.
 
-    All processes of a run write a checkpoint together: all of them call the same methods in the same order, and the
-    directory is on storage that they share. A checkpoint is restored on any number of processes and devices.
+    All processes of a run write a checkpoint together. They must call the same methods in the same order, and the
+    directory must be on storage that they share. A checkpoint can be restored on any number of processes and devices.
 
-    Only wrong content is damage. A damaged checkpoint is never deleted: the next `prepare` or save renames it to
-    `<step>.damaged`. If a file cannot be read, for example because network storage is away, reading is tried again a
-    few times before the error is raised.
+    A checkpoint counts as damaged only if its content is wrong. A damaged checkpoint is never deleted. The next
+    `prepare` or save renames it to `<name>.damaged`. If a file cannot be read, for example because network storage is
+    unavailable, reading is retried a few times before the error is raised.
 
     Args:
         directory: The directory of the checkpoints, local or mounted. `prepare` and the first save create it.
         manifest: JSON values by name that identify the run (model, overrides, config, data fingerprint). `restore`
             compares each of them with the value in the checkpoint. Differences in `versions` are only logged.
-        run: JSON values by name about the run (commit, flags, devices), written as `run.json` into each checkpoint.
-            Nothing reads them.
-        allow: Keys of `manifest` that may differ from a checkpoint. `restore` logs the differences.
+        run: JSON values by name that describe the run (commit, flags, devices). They are written to `run.json` in each
+            checkpoint, for information only.
+        allow: Keys of `manifest` that may differ from those of the checkpoint. `restore` logs the differences.
         keep_latest: Number of newest checkpoints to keep, at least 1.
         best_metric: The key of `metrics` that ranks checkpoints, or None to keep no best checkpoints.
-        best_mode: "max" if a larger metric is better, "min" if a smaller one is. On a tie the earlier one wins.
-        keep_best: Number of best checkpoints to keep, at least 0. They may be among the latest.
+        best_mode: "max" if a larger metric is better, "min" if a smaller one is. In a tie, the earlier checkpoint wins.
+        keep_best: Number of best checkpoints to keep, at least 0. They may overlap with the latest ones.
         timeout: Seconds to wait for the other processes when saving or restoring.
 
     Raises:
@@ -114,9 +114,9 @@ class Checkpoints:
         self._entered = False
 
     def prepare(self) -> None:
-        """Creates the directory, deletes the remains of killed saves and checks that files can be written.
+        """Creates the directory, deletes incomplete saves and checks that files can be written.
 
-        `save` does this too. Call it to fail before the training instead of at the first checkpoint.
+        `save` does this too. Call `prepare` to detect errors before training instead of at the first checkpoint.
 
         Raises:
             OSError: The directory cannot be created or written, or the previous save failed.
@@ -134,17 +134,18 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         wait: bool = False,
     ) -> None:
-        """Saves a state. Returns once the state is on the host, so that its buffers may be donated.
+        """Saves a state. Waits for the previous save, copies the state to the host and returns.
 
-        Nothing is written if the step is already saved with the same contents (`metrics=None` keeps its metrics).
-        If the contents differ, the new ones replace the old ones once they are complete.
+        The buffers of the state may then be donated. If the step is already saved with the same contents, nothing is
+        written. If the contents differ, the new checkpoint replaces the old one once it is complete. `metrics=None`
+        keeps the stored metrics of the step.
 
         Args:
             step: The step, at least 0.
             state: A tree of JAX arrays, PRNG keys and NumPy arrays of any shape and dtype.
             progress: JSON values by name for the caller's own use. Floats are restored exactly.
-            metrics: Numbers by name, among them `best_metric`. NaN is never the best.
-            wait: Whether to wait until the checkpoint is on the disk.
+            metrics: Numbers by name, including `best_metric`. A checkpoint whose metric is NaN is never the best.
+            wait: Whether to wait until the checkpoint is on disk.
 
         Raises:
             OSError: The previous save, or with `wait` this one, could not be written. No older checkpoint was deleted.
@@ -160,18 +161,21 @@ class Checkpoints:
         self._submit(self._writer.save, record | {"leaves": leaves}, arrays, wait=wait)
 
     def amend(self, step: int, *, progress: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
-        """Replaces progress and metrics of a saved step, for example after its evaluation. Does not wait.
+        """Replaces the progress and metrics of a saved step, for example after its evaluation.
 
-        The arrays are not written again. The metrics count when the best checkpoints are chosen. A kill leaves the old
-        values or the new ones.
+        The arrays are not written again. The best checkpoints are chosen by the new metrics. If the process is killed,
+        either the old or the new values remain. In a `with` block `amend` does not wait, and the next call raises its
+        error.
 
         Args:
-            step: A step that was saved. Its save may still be under way.
+            step: A step that was saved. Its save may still be in progress.
             progress: See `save`.
             metrics: See `save`.
 
         Raises:
+            OSError: The file cannot be written.
             TypeError: JSON cannot represent `progress`.
+            ValueError: The step is not saved.
         """
         record = manifest_lib.record_of(int(step), progress, metrics, self.manifest)
         self._submit(self._writer.amend, {key: record[key] for key in ("step", "progress", "metrics")})
@@ -179,15 +183,15 @@ class Checkpoints:
     def restore(self, template: Any) -> Restored | None:
         """Restores the newest undamaged checkpoint.
 
-        The host holds a few arrays at a time, and the devices only the new state.
+        The host holds only a few arrays at a time, and the devices hold no second copy of the state.
 
         Args:
             template: A state, or the result of `jax.eval_shape`, with the expected tree structure, shapes and dtypes.
                 Each array gets the sharding of its leaf. If the leaf is uncommitted or has no sharding, the array is
-                uncommitted on the default device. If the leaf is a NumPy array, so is the result.
+                uncommitted on the default device. If the leaf is a NumPy array, the result is one too.
 
         Returns:
-            The contents of the checkpoint, or None if there is no checkpoint. All processes get the same step.
+            The contents of the checkpoint, or None if there is none. All processes restore the same step.
 
         Raises:
             DamagedCheckpointError: All checkpoints are damaged.
@@ -200,12 +204,12 @@ class Checkpoints:
         return self._restore(lambda: self._folder.entries()[::-1], template)
 
     def restore_best(self, template: Any) -> Restored | None:
-        """Like `restore`, but for the best checkpoint by the metric. Returns None if none has the metric."""
+        """Like `restore`, but for the best undamaged checkpoint. Returns None if no checkpoint has the metric."""
         self.wait()
         return self._restore(self._folder.ranked, template)
 
     def steps(self) -> tuple[int, ...]:
-        """Returns the steps with a checkpoint that is not known to be damaged, in ascending order."""
+        """Returns the saved steps in ascending order, without those known to be damaged. Waits for pending saves."""
         for future in tuple(self._pending):
             future.exception()  # waits; `wait` raises the error
         return tuple(self._folder.newest())
@@ -221,17 +225,17 @@ class Checkpoints:
         return next((entry.step for entry in self._folder.ranked()), None) if self.steps() else None
 
     def check(self) -> None:
-        """Raises the error of a save that has failed already, once. Never waits."""
+        """Raises the error of a save that has already failed. Each error is raised once. Never waits."""
         while self._pending and self._pending[0].done():
             self._settle()
 
     def wait(self) -> None:
-        """Waits until the last save is on the disk. Raises the error of a failed save once."""
+        """Waits until all saves are on disk. Raises the error of a failed save once."""
         while self._pending:
             self._settle()
 
     def close(self) -> None:
-        """Waits for the last save, ends the writing thread and raises the error of the save, if any."""
+        """Waits for pending saves and ends the writing thread. Raises the error of a failed save."""
         try:
             self.wait()
         finally:
@@ -300,7 +304,7 @@ class Checkpoints:
         if versions:
             logger.warning("checkpoint %d was saved with %s", entry.step, versions)
         if allowed:
-            message = "checkpoint %d was saved with %s; a run that goes on from it differs from one without the change"
+            message = "checkpoint %d was saved with %s; a run that resumes from it differs from an uninterrupted one"
             logger.warning(message, entry.step, allowed)
         leaves = record["leaves"]
         if faults := manifest_lib.misfits(leaves, template):

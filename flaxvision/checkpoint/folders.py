@@ -1,4 +1,4 @@
-"""The directories of checkpoints: their names and records, the remains of killed saves, and damaged ones."""
+"""Directories of checkpoints: names, records, incomplete saves and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Entry(NamedTuple):
-    """A complete checkpoint; sorts from old to new."""
+    """A complete checkpoint. Entries sort from old to new."""
 
     step: int
     revision: int
@@ -36,14 +36,14 @@ class Entry(NamedTuple):
 
 
 def local(path: str | os.PathLike[str], name: str) -> Path:
-    """Returns a path of the file system.
+    """Converts a path of the file system to a `Path`.
 
     Args:
         path: The path.
         name: Name of the argument in the error message.
 
     Raises:
-        ValueError: It is a URL such as `gs://bucket/run`.
+        ValueError: `path` is a URL such as `gs://bucket/run`.
     """
     if _URL.match(os.fspath(path)):
         raise ValueError(f"{name} must be a local or mounted path, because object stores cannot rename; got {path}")
@@ -56,14 +56,14 @@ def name_of(step: int, revision: int = 0) -> str:
 
 
 def entry_of(path: Path) -> Entry:
-    """Returns the entry of a directory with such a name."""
+    """Returns the entry of a directory whose name `name_of` returned."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return Entry(int(match[1]), int(match[2] or 0), path)
 
 
 def appears(path: Path, patience: float = 5.0) -> bool:
-    """Returns whether a file that another process created is visible, after a while at the latest."""
+    """Waits up to `patience` seconds for a file of another process. Returns whether it is visible."""
     end = time.monotonic() + patience
     while not path.exists():
         if time.monotonic() > end:
@@ -77,7 +77,7 @@ def read_record(entry: Entry, files: bool = False) -> dict[str, Any]:
 
     Args:
         entry: The checkpoint.
-        files: Whether to verify the other files too, which reads all of them.
+        files: Whether to read and verify the other files too.
 
     Raises:
         Damage: The content is wrong.
@@ -98,13 +98,13 @@ def read_record(entry: Entry, files: bool = False) -> dict[str, Any]:
 
 
 class Folder:
-    """A directory of checkpoints, and what this process knows of them.
+    """A directory of checkpoints. It caches their metrics and which of them are damaged.
 
     Args:
         directory: The directory.
         keep_latest: Number of newest checkpoints to keep.
         best_metric: Name of the metric that ranks checkpoints, or None.
-        best_mode: Whether a larger (`"max"`) or a smaller (`"min"`) value is better.
+        best_mode: `"max"` if a larger value is better, `"min"` if a smaller one is.
         keep_best: Number of best checkpoints to keep.
     """
 
@@ -124,15 +124,15 @@ class Folder:
         self.metrics: dict[Path, dict[str, float] | None] = {}  # of the checkpoints that were read or written
 
     def entries(self) -> list[Entry]:
-        """Returns the complete checkpoints from old to new, damaged ones included."""
+        """Returns the complete checkpoints from old to new, including damaged ones."""
         return sorted(entry_of(self.directory / name) for name in self._names() if _NAME.fullmatch(name))
 
     def newest(self) -> dict[int, Entry]:
-        """Returns the latest revision of every step that is not known to be damaged, in ascending order."""
+        """Returns for each step, in ascending order, its latest revision that is not known to be damaged."""
         return {entry.step: entry for entry in self.entries() if entry.path not in self.damaged}
 
     def ranked(self) -> list[Entry]:
-        """Returns the checkpoints with the metric, best first.
+        """Returns the checkpoints that have the metric, best first.
 
         Raises:
             OSError: A record cannot be read.
@@ -151,18 +151,18 @@ class Folder:
         return [entry for _, entry in sorted(ranked)]
 
     def report(self, entry: Entry, damage: str) -> None:
-        """Logs that a checkpoint is damaged, and remembers it."""
+        """Logs that a checkpoint is damaged and adds it to the damaged ones."""
         if entry.path.exists():  # the run that writes here has not deleted it
             logger.warning("checkpoint %d is damaged (%s): %s", entry.step, damage, entry.path)
             self.damaged.add(entry.path)
 
     def all_damaged(self) -> list[str]:
-        """Returns the names of the checkpoints that are damaged, renamed or not."""
+        """Returns the names of all damaged checkpoints, including renamed ones."""
         renamed = [name for name in self._names() if _DAMAGED.fullmatch(name)]
         return sorted(renamed + [path.name for path in self.damaged if path.exists()])
 
     def open(self) -> None:
-        """Creates the directory, deletes the remains of killed saves and renames damaged checkpoints.
+        """Creates the directory, deletes incomplete saves and renames damaged checkpoints.
 
         Raises:
             OSError: The directory cannot be created or written.
@@ -181,7 +181,7 @@ class Folder:
             raise OSError(error.errno, reason, str(self.directory)) from error
 
     def prune(self, saved: Entry) -> None:
-        """Deletes the checkpoints that are not to be kept. Keeps all if one cannot be read."""
+        """Deletes old checkpoints, except those to be kept. Deletes none if one cannot be read."""
         try:
             best = self.ranked()[: self.keep_best]
         except (OSError, MemoryError, RuntimeError) as error:

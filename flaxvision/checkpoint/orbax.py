@@ -1,4 +1,4 @@
-"""Checkpoints of one process: the arrays and the record in an Orbax directory. The only module that imports Orbax."""
+"""Checkpoints of one process, stored with Orbax. No other module imports Orbax."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         Damage: A file is missing or changed.
         OSError: A file cannot be read.
-        RuntimeError: The files are sound, but Orbax cannot read them.
+        RuntimeError: The files are intact, but Orbax cannot read them.
     """
     return dict(_read(path, lambda ocp: ocp.checkpointables_metadata(path).custom_metadata))
 
 
 def read_arrays(path: Path, leaves: Leaves, names: Sequence[str]) -> Iterator[pieces.Part]:
-    """Yields the arrays with these names, which Orbax reads in groups of a bounded size.
+    """Yields the arrays with these names. Orbax reads them in groups of about 16 MiB, to bound the memory.
 
     Raises:
-        Damage: An array is not what its record says. Also see `read_metadata`.
+        Damage: An array does not match its record. See also `read_metadata`.
     """
     group, size = [], 0
     for name in names:
@@ -68,7 +68,7 @@ def _read_group(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: Path, read: Callable[[Any], T]) -> T:
-    """Reads with Orbax. Tells errors of the system from wrong content."""
+    """Reads with Orbax. Distinguishes errors of the system from wrong content."""
     try:
         with _orbax() as ocp:
             return read(ocp)
@@ -83,14 +83,14 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
 
 
 def errno_of(error: BaseException) -> int | None:
-    """Returns the number of an error of the system, also if TensorStore reports it."""
+    """Returns the errno of a system error, also of one that TensorStore reports; None for other errors."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return int(code[1]) if code else getattr(error, "errno", None)
 
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[Any]:
-    """Yields Orbax v1 under a lock, since it confuses concurrent saves, with the options that keep memory low."""
+    """Yields Orbax v1, configured to use little memory, under a lock because concurrent saves interfere."""
     from orbax.checkpoint import v1
 
     def foreign(record: logging.LogRecord) -> bool:

@@ -1,16 +1,17 @@
-"""The arrays of a checkpoint on their way from the devices to files and back.
+"""Moves the arrays of a checkpoint between devices and files.
 
-Every process writes its own part of a state. An array that all processes hold is written by process 0 as one piece. An
-array that is sharded over processes is written in pieces, each by the process that holds it, so no process ever holds
-the whole array.
+A *piece* is an array or a part of one. Every process writes its own pieces. An array that all processes hold is one
+piece, which process 0 writes. If an array is sharded over processes, each process writes the pieces that it holds, so
+no process ever holds the whole array.
 
-With one process, `flaxvision.checkpoint` stores the arrays with Orbax. With several it does not: saving with Orbax runs
-a collective operation on the devices, which cannot happen beside the training. Each process writes two files instead:
+With one process, `flaxvision.checkpoint` stores the arrays with Orbax. With several processes it cannot, because Orbax
+runs a collective operation on the devices while it saves. This would interfere with training. Instead, each process
+writes two files:
 
 * `process-1-of-4.pieces`: the bytes of its pieces, one after the other.
 * `process-1-of-4.json`: a sealed table with leaf, index, offset and CRC-32 of every piece.
 
-The files are read by any number of processes. Each reads only the pieces that its devices need.
+Any number of processes can read the files. Each process reads only the pieces that its devices need.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ Part = Callable[[tuple[slice, ...] | EllipsisType], np.ndarray]  # of one array,
 
 
 def to_host(state: Any) -> tuple[Pieces, Leaves]:
-    """Brings the pieces of a state that this process writes to the host. Empty arrays have none.
+    """Copies the pieces that this process writes to the host. Empty arrays have no pieces.
 
-    The pieces stay as they are, whatever becomes of the state.
+    Donating or freeing the state does not change the pieces.
 
     Args:
         state: A tree of arrays.
 
     Returns:
-        The pieces by path, and the leaves of the record, without checksums.
+        The pieces by path, and the leaves of the record without checksums.
 
     Raises:
         TypeError: A leaf is not an array.
@@ -109,16 +110,16 @@ def table_of(pieces: Pieces) -> list[dict[str, Any]]:
 
 
 def files_of(process: int, count: int) -> tuple[str, str]:
-    """Returns the names of the pieces and of the table of a process."""
+    """Returns the names of the two files of a process: pieces and table."""
     return f"process-{process}-of-{count}.pieces", f"process-{process}-of-{count}.json"
 
 
 def write(directory: Path, pieces: Pieces, table: list[dict[str, Any]], leaves: Leaves) -> None:
-    """Writes the pieces of this process to the disk, forgets the arrays and verifies what was written.
+    """Writes the pieces of this process to disk, empties `pieces` to free the memory, and verifies the files.
 
     Raises:
         OSError: A file cannot be written.
-        Damage: The file holds something else than was written.
+        Damage: The content of a file differs from what was written.
     """
     names = files_of(jax.process_index(), jax.process_count())
     with (directory / names[0]).open("wb") as file:
@@ -141,10 +142,10 @@ class Reader:
     Args:
         directory: The directory of the checkpoint.
         leaves: The leaves of its record.
-        processes: The number of processes that wrote it.
+        processes: Number of processes that wrote the checkpoint.
 
     Raises:
-        Damage: A table is missing or wrong, or the pieces do not make up the leaves.
+        Damage: A table is missing or wrong, or pieces are missing.
     """
 
     def __init__(self, directory: Path, leaves: Leaves, processes: int):
@@ -160,7 +161,7 @@ class Reader:
                 raise Damage(f"pieces of {name} are missing")
 
     def __call__(self, names: Sequence[str]) -> Iterator[Part]:
-        """Returns the arrays with these names, each as a function of the index."""
+        """Returns an iterator over the arrays with these names, each as a function that reads the part at an index."""
         return iter([lambda index, name=name: self._part(name, index) for name in names])
 
     def _part(self, name: str, index: tuple[slice, ...] | EllipsisType) -> np.ndarray:
@@ -213,10 +214,10 @@ def _read(path: Path, row: dict[str, Any], about: dict[str, Any]) -> np.ndarray:
 
 
 def verified(name: str, array: Any, about: dict[str, Any]) -> np.ndarray:
-    """Returns an array that was read.
+    """Checks an array that was read and returns it.
 
     Raises:
-        Damage: It is missing or differs from its record.
+        Damage: The array is missing or does not match its record.
     """
     dtype = np.dtype(jax.numpy.dtype(about["dtype"]))
     if not isinstance(array, np.ndarray):
@@ -229,17 +230,17 @@ def verified(name: str, array: Any, about: dict[str, Any]) -> np.ndarray:
 
 
 def place(template: Any, leaves: Leaves, read: Callable[[Sequence[str]], Iterator[Part]]) -> Any:
-    """Returns arrays in the tree structure of a template, with the shardings of its leaves.
+    """Reads arrays into the tree structure of a template, with the shardings of its leaves.
 
-    Each array is on its devices before the next one is read, so the host holds no second state.
+    Each array is copied to its devices before the next one is read, so the host never holds the whole state.
 
     Args:
         template: A tree of arrays or of `jax.ShapeDtypeStruct`.
         leaves: The leaves of the record.
-        read: Gives the arrays with these names, in their order.
+        read: Function that returns the arrays with the given names, in order.
 
     Raises:
-        Damage: An array is not what the record says.
+        Damage: An array does not match the record.
         ValueError: JAX would convert an array to another dtype.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(template)
@@ -272,5 +273,5 @@ def _placed(name: str, leaf: Any, about: dict[str, Any], part: Part | None) -> A
         key = jax.random.wrap_key_data(placed, impl=about["impl"])
         return key if sharding is None or everywhere else jax.device_put(key, sharding)
     if placed.dtype != leaf.dtype:
-        raise ValueError(f"{name} is {leaf.dtype}, but JAX converts it to {placed.dtype}; set jax_enable_x64")
+        raise ValueError(f"{name} must stay {leaf.dtype}, which needs jax_enable_x64; got {placed.dtype}")
     return jax.block_until_ready(placed)

@@ -1,7 +1,7 @@
-"""Writes checkpoints and keeps their directory in order; the methods of `Writer` run on one thread.
+"""Writes checkpoints and deletes old ones. The methods of `Writer` run in a single thread.
 
-With several processes, each has a writer, and all writers do the same in the same order. They agree after every stage,
-so an error in one process is an error in all, and process 0 alone renames and deletes.
+With several processes, each has a writer. All writers run the same stages in the same order and exchange their results
+after each stage, so an error in one process is raised in all. Only process 0 renames and deletes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Writer:
     """Writes the checkpoints of a run.
 
     Args:
-        folder: Their directory.
+        folder: The directory of the checkpoints.
         run: JSON values for the `run.json` of each checkpoint.
         timeout: Seconds to wait for other processes.
     """
@@ -48,8 +48,8 @@ class Writer:
         """Makes the directory ready for a save.
 
         Raises:
-            OSError: It cannot be created or written.
-            ValueError: The processes do not share it.
+            OSError: The directory cannot be created or written.
+            ValueError: The processes do not share the directory.
         """
         first = jax.process_index() == 0
         self.agree("prepare", self.folder.open if first else lambda: None)
@@ -70,11 +70,11 @@ class Writer:
             )
 
     def save(self, record: dict[str, Any], arrays: pieces.Pieces) -> None:
-        """Writes and verifies a checkpoint, and deletes older ones that are not to be kept.
+        """Writes and verifies a checkpoint, then deletes old ones.
 
         Args:
-            record: The record, with leaves that have no checksums yet.
-            arrays: The arrays that this process writes. They are removed once they are written.
+            record: The record. Its leaves have no checksums yet.
+            arrays: The arrays that this process writes. The dict is emptied to free the memory.
 
         Raises:
             OSError: A file cannot be written. No older checkpoint was deleted.
@@ -124,10 +124,10 @@ class Writer:
         self._saved(entry, record["metrics"])
 
     def amend(self, amendment: dict[str, Any]) -> None:
-        """Writes the amendment of a checkpoint, and deletes others that are not to be kept.
+        """Writes the amendment of a checkpoint, then deletes old checkpoints.
 
         Args:
-            amendment: `step`, `progress` and `metrics`. It is ignored if the step could not be saved.
+            amendment: `step`, `progress` and `metrics`. It is ignored if saving the step has failed.
 
         Raises:
             OSError: The file cannot be written.
@@ -149,15 +149,15 @@ class Writer:
         self._saved(folders.entry_of(self.directory / name), amendment["metrics"])
 
     def agree(self, what: str, act: Callable[[], T]) -> list[T]:
-        """Returns the JSON values of `act` in all processes. An error in one process is an error in all.
+        """Calls `act` in every process and returns all results. An error in one process is raised in all.
 
         Args:
-            what: What `act` does to the directory, for the error message.
-            act: What this process does.
+            what: A verb for what `act` does to the directory, for the error message.
+            act: Function of this process that returns a JSON value.
 
         Raises:
-            Exception: The error of `act`.
-            ProcessError: `act` failed in another process, or did not end in time.
+            Exception: `act` failed in this process.
+            ProcessError: `act` failed in another process or did not finish in time.
         """
         failure = None
         try:
@@ -178,7 +178,7 @@ class Writer:
         self.agree("prune", lambda: self.folder.prune(entry) if first else None)  # all see the same from here on
 
     def _plan(self, record: dict[str, Any], table: list[dict[str, Any]]) -> tuple[str, dict[str, Any], bool]:
-        """Returns the name of the new checkpoint, what is stored of its step, and whether the arrays are the same."""
+        """Returns the name of the new checkpoint, the stored values of its step, and whether the arrays are equal."""
         step, entries = record["step"], self.folder.entries()
         if any(entry.step > step for entry in entries):
             logger.warning("saving checkpoint %d, but restore will use the newer %d", step, entries[-1].step)
@@ -204,7 +204,7 @@ class Writer:
             raise OSError(errno.ENOSPC, reason, str(self.directory))
 
     def _stage(self, staged: Path, record: dict[str, Any], arrays: pieces.Pieces, table: list[dict[str, Any]]) -> None:
-        """Writes the arrays of this process and forgets them."""
+        """Writes the arrays of this process and frees them."""
         if "processes" in record:
             staged.mkdir(exist_ok=True)
             pieces.write(staged, arrays, table, record["leaves"])
@@ -214,7 +214,7 @@ class Writer:
             orbax.save(staged, whole, manifest.seal(record))
 
     def _complete(self, staged: Path, record: dict[str, Any], entry: Entry) -> None:
-        """Adds the other files, reads back what is not verified yet, and renames the directory."""
+        """Writes the other files, verifies what is not verified yet, and renames the directory."""
         leaves = record["leaves"]
         if "processes" in record:
             manifest.write_record(staged, record)

@@ -1,4 +1,4 @@
-"""Worker processes that read the examples of several batches at once; see `flaxvision.data.workers`."""
+"""Reads several batches at once in worker processes; see `flaxvision.data.workers`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _ALIGNMENT = 64  # of arrays in shared memory, in bytes
 class ProcessWorkers:
     """Reads batches in worker processes.
 
-    The first example is also read in this process: all others must have its keys, shapes and dtypes. The worker
-    processes ignore SIGINT and SIGTERM, which a terminal or a cluster sends to all processes of a run. They end when
-    this process closes a pipe or dies. The shared memory has no name, so that nothing is left of it.
+    This process also reads the first example. All other examples must have its keys, shapes and dtypes. The worker
+    processes ignore SIGINT and SIGTERM, because a terminal or a cluster sends these signals to all processes of a run.
+    They exit when this process closes their pipes or dies. The shared memory is anonymous, so none is left behind.
 
     Args:
         read: As in `ThreadWorkers`; must be picklable.
-        first: Index and position of the first example.
+        first: Index and position of the example that gives the keys, shapes and dtypes.
         rows: Rows per batch.
         num_workers: Number of processes.
-        num_threads: Number of threads in each of them.
+        num_threads: Number of threads per process.
 
     Raises:
-        ValueError: `read` cannot be pickled, or the platform is Windows.
+        ValueError: `read` cannot be pickled, an example holds Python objects, or the platform is Windows.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ProcessWorkers:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             self._stop()
             raise ValueError(
-                f"source and transform must be picklable with num_workers={num_workers}: a function must be one of a "
-                f"module, not a lambda or a nested one; got {error}"
+                f"source and transform must be picklable with num_workers={num_workers}: define functions at the top "
+                f"level of a module, not as a lambda or inside another function; got {error}"
             ) from error
         finally:
             memory.close()
@@ -78,19 +78,19 @@ class ProcessWorkers:
             thread.start()
 
     def submit(self, indices: np.ndarray, positions: np.ndarray) -> Future[workers.Batch]:
-        """Starts to read a batch of the examples at `indices` [N] for the `positions` [N] of the run."""
+        """Starts to read the batch of the examples at `indices` [N], for the `positions` [N] in the run."""
         chunks = -(-len(indices) // self._chunk)
         pending = workers.Pending(indices, positions, chunks, self._free.get_nowait())
         return workers.submit(self._tasks, pending, self._chunk)
 
     def close(self) -> None:
-        """Ends the processes; what they are reading is lost."""
+        """Ends the processes. Batches that are being read are lost."""
         self._stop()
         workers.join(self._threads)
 
 
 def chunks_ahead(num_workers: int, num_threads: int) -> int:
-    """Returns how many chunks the processes have at once: two for each thread, so that none waits for a message."""
+    """Returns the number of chunks that the processes hold: two per thread, so that none waits for a message."""
     return 2 * num_workers * num_threads
 
 
@@ -141,7 +141,7 @@ class _Worker:
         with self._lock:
             self._process.join(workers.CLOSE_SECONDS)
             code = self._process.exitcode
-        return f"exit status {code}" + (", which may mean that memory ran out" if code == -signal.SIGKILL else "")
+        return f"exit status {code}" + (", possibly because memory ran out" if code == -signal.SIGKILL else "")
 
     def end(self) -> None:
         """Ends the process within a few seconds."""
@@ -201,7 +201,7 @@ class _Layout:
         for key, value in example.items():
             value = np.asarray(value)
             if value.dtype.hasobject:
-                raise ValueError(f"an example must hold only numbers with num_workers; got {key!r} of {value.dtype}")
+                raise ValueError(f"an example must not hold objects with num_workers; got {key!r} of {value.dtype}")
             fields.append((key, value.shape, value.dtype, offset))
             row_nbytes += value.nbytes
             offset += -(-rows * value.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -221,7 +221,7 @@ class _Layout:
         if sorted(expected) != sorted((key, value.shape, value.dtype) for key, value in found.items()):
             received = {key: f"{value.dtype}{list(value.shape)}" for key, value in found.items()}
             wanted = {key: f"{dtype}{list(shape)}" for key, shape, dtype in expected}
-            raise ValueError(f"examples must all be {wanted} with num_workers; got {received}")
+            raise ValueError(f"with num_workers, all examples must be {wanted}; got {received}")
         for key, value in found.items():
             batch[key][row] = value
 

@@ -1,9 +1,8 @@
-"""Threads and worker processes that read the examples of several batches at once.
+"""Reads several batches at once in threads or worker processes.
 
-A batch is split into chunks of rows. All chunks of all batches that are being read wait in one queue, so that no thread
-is idle while another one finishes a batch. `ThreadWorkers` reads the chunks in threads of this process. In
-`ProcessWorkers` each of these threads hands its chunks to a thread of a worker process, which writes the rows into
-memory that both processes share.
+A batch is split into chunks of rows. The chunks of all pending batches share one queue, so no thread is idle while
+another one finishes a batch. `ThreadWorkers` reads the chunks in threads of this process. In `ProcessWorkers`, each
+thread passes its chunks to a worker process, which writes the rows to shared memory.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _AHEAD, _AHEAD_BYTES = 3, 2**30  # batches that are read before they are needed
 
 
 class Pending:
-    """A batch of which some chunks are not read yet."""
+    """A batch that is being read."""
 
     def __init__(self, indices: np.ndarray, positions: np.ndarray, chunks: int, slot: int = 0):
         self.indices, self.positions, self.slot = indices, positions, slot
@@ -40,13 +39,13 @@ class Pending:
         self._left, self._lock = chunks, threading.Lock()
 
     def is_last(self) -> bool:
-        """Counts one chunk as read; returns whether it was the last one."""
+        """Counts one chunk as read. Returns whether it was the last chunk."""
         with self._lock:
             self._left -= 1
             return not self._left
 
     def fail(self, error: BaseException) -> None:
-        """Gives up the batch because of an error."""
+        """Sets the error as the result of the batch. Later errors are ignored."""
         with self._lock:  # only the first error counts
             if not self.result.done():
                 self.result.set_exception(error)
@@ -55,7 +54,7 @@ class Pending:
 class ThreadWorkers:
     """Reads batches in threads of this process.
 
-    The threads are daemons, so that a read that hangs keeps neither `close` nor the end of the program waiting.
+    The threads are daemons, so a read that hangs blocks neither `close` nor the exit of the program.
 
     Args:
         read: `read(index, position) -> example`, called from all threads. If `whole` is True,
@@ -73,24 +72,24 @@ class ThreadWorkers:
             thread.start()
 
     def submit(self, indices: np.ndarray, positions: np.ndarray) -> Future[Batch]:
-        """Starts to read a batch of the examples at `indices` [N] for the `positions` [N] of the run."""
+        """Starts to read the batch of the examples at `indices` [N], for the `positions` [N] in the run."""
         size = len(indices) if self._whole else 1
         return submit(self._tasks, Pending(indices, positions, len(indices) // size), size)
 
     def close(self) -> None:
-        """Ends the threads. Waits for the examples that they are reading, but only for a few seconds."""
+        """Ends the threads. Waits a few seconds for the examples that are being read."""
         self._stop()
         join(self._threads)
 
 
 def batches_ahead(chunks: int, rows: int, nbytes: int | None) -> int:
-    """Returns how many batches to read at once.
+    """Returns the number of batches to read at once.
 
-    At least two, because threads that have no rows left of one batch go on with the next one; more if the threads need
-    them, and so that a short delay of the threads does not stop the training.
+    It is at least two, so that threads without rows left in one batch continue with the next one. It is larger if the
+    workers can read more rows at once, and to hide short delays from training. About 1 GiB is the limit.
 
     Args:
-        chunks: Number of chunks that can be read at once.
+        chunks: Number of chunks that the workers read at once.
         rows: Rows per batch.
         nbytes: Size of a batch; None if it is not known yet.
     """
@@ -100,7 +99,7 @@ def batches_ahead(chunks: int, rows: int, nbytes: int | None) -> int:
 
 
 def bounded_map(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Maps items in threads and yields the results in order, with few items in memory at a time."""
+    """Maps items in threads and yields the results in order. Only a few items are in memory at a time."""
     count = default_threads()
     with ThreadPoolExecutor(count, thread_name_prefix="flaxvision-map") as pool:
         ahead: deque[Future[Any]] = deque()
@@ -116,7 +115,7 @@ def bounded_map(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterato
 
 
 def default_threads() -> int:
-    """Returns one thread per processor, at most 16."""
+    """Returns the number of processors, at most 16."""
     return min(os.cpu_count() or 1, 16)
 
 
@@ -126,13 +125,13 @@ def stack(examples: Sequence[Example]) -> Batch:
 
 
 def make_thread(number: int, tasks: Tasks, read_chunk: Callable[..., None], argument: Any) -> threading.Thread:
-    """Returns a thread that calls `read_chunk(argument, pending, start, stop)` for chunks until the queue has None."""
+    """Returns a thread that calls `read_chunk(argument, pending, start, stop)` for each chunk, until it gets None."""
     arguments = (tasks, read_chunk, argument)
     return threading.Thread(target=_serve, args=arguments, name=f"flaxvision-decode-{number}", daemon=True)
 
 
 def submit(tasks: Tasks, pending: Pending, size: int) -> Future[Batch]:
-    """Puts the chunks of a batch, of `size` rows each, in the queue; returns the batch to come."""
+    """Puts the chunks of a batch, of `size` rows each, in the queue. Returns the future of the batch."""
     count = len(pending.indices)
     for start in range(0, count, size):
         tasks.put((pending, start, min(start + size, count)))
@@ -161,7 +160,7 @@ def _read_rows(read: ReadExample, pending: Pending, start: int, stop: int) -> No
 
 
 def stop_threads(tasks: Tasks, count: int) -> None:
-    """Drops the chunks that no thread reads yet; each thread ends after the chunk that it reads."""
+    """Cancels the chunks in the queue. Each thread ends after its current chunk."""
     with contextlib.suppress(queue.Empty):
         while True:
             if (task := tasks.get_nowait()) is not None:
@@ -171,7 +170,7 @@ def stop_threads(tasks: Tasks, count: int) -> None:
 
 
 def join(threads: Iterable[threading.Thread]) -> None:
-    """Waits for threads, but only for a few seconds."""
+    """Waits a few seconds for threads to end."""
     deadline = time.monotonic() + CLOSE_SECONDS
     for thread in threads:
         if thread.ident is not None and thread is not threading.current_thread():

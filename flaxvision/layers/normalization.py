@@ -18,15 +18,15 @@ MODES = ("sync", "local", "ghost", "frozen")
 
 
 def check_mode(mode: str, ghost_size: int | None, argument: str = "mode") -> None:
-    """Checks the choice of BatchNorm's statistics.
+    """Checks the arguments that select the statistics of BatchNorm.
 
     Args:
         mode: See `BatchNorm`.
         ghost_size: See `BatchNorm`.
-        argument: The caller's name of `mode`.
+        argument: Name of `mode` in error messages.
 
     Raises:
-        ValueError: `mode` is unknown, or `ghost_size` is not given for "ghost" alone.
+        ValueError: `mode` is unknown, `ghost_size` is missing or below 1 for "ghost", or given for another mode.
     """
     if mode not in MODES:
         raise ValueError(f"{argument} must be one of {', '.join(MODES)}; got {mode!r}")
@@ -37,33 +37,35 @@ def check_mode(mode: str, ghost_size: int | None, argument: str = "mode") -> Non
 
 
 class BatchNorm(nn.Module, kw_only=True):
-    """`flax.linen.BatchNorm` over the last axis, with faster sums on a CPU.
+    """Batch normalization over the last axis, like `flax.linen.BatchNorm`, with faster sums on CPU.
 
-    Ioffe and Szegedy 2015, algorithm 1. The variables are those of Linen, and so are the results up to the order of the
-    sums. Statistics are computed in float32 or wider. The variance is biased, `E[x^2] - E[x]^2`, also in the running
+    Ioffe and Szegedy 2015, algorithm 1. The variables are the same as in Linen, and the results agree up to the order
+    of sums. Statistics are computed in float32 or wider. The variance is biased, `E[x^2] - E[x]^2`, also in the running
     statistics. Parameters: `scale [C]` and `bias [C]`. In `batch_stats`: `mean [C]` and `var [C]`.
 
-    `mode` states whose statistics normalize a row in training. It means the same under `jit` and `pmap`, on one device
-    and on many:
+    `mode` selects the statistics that normalize a row in training. It means the same under `jit` and `pmap`, on one
+    device and on many:
 
-    * `"sync"`: those of the whole batch, over all devices.
-    * `"local"`: those of the rows on the same device. The result depends on the number of devices.
-    * `"ghost"`: those of the row's group; the groups are `ghost_size` consecutive rows each (Hoffer, Hubara and Soudry
-      2017, algorithm 1, with one update of the running statistics for all groups). The result does not depend on the
-      number of devices.
-    * `"frozen"`: the running statistics, which stay as they are. The gradients of the scale and the bias are zero; mask
-      them in optimizers that decay them (`optax.adamw(mask=...)`).
+    * `"sync"`: the statistics of the whole batch, over all devices.
+    * `"local"`: the statistics of the rows on the same device. The result depends on the number of devices.
+    * `"ghost"`: the statistics of the group of the row. A group is `ghost_size` consecutive rows. The result does not
+      depend on the number of devices. See Hoffer, Hubara and Soudry 2017, algorithm 1; here, the running statistics are
+      updated once for all groups.
+    * `"frozen"`: the running statistics, which do not change. The gradients of scale and bias are zero. Weight decay
+      would still change them, so mask it (`optax.adamw(mask=...)`).
 
-    The running statistics take the mean over devices or groups of their means and of their variances, weighted by the
-    number of real rows. Padded rows count in no statistics: `train_step` passes the batch's `mask` through
-    `batch_context`. A group without a real row normalizes by mean 0 and variance 0, and a batch without one leaves the
-    running statistics as they are. When gradients are accumulated, each part of a batch is a batch of its own.
+    With `"local"` and `"ghost"`, the running mean and variance are updated with the averages of the means and variances
+    of the devices or groups, weighted by the number of real rows. Padded rows are ignored: `train_step` passes the
+    `mask` of the batch through `batch_context`. A group without real rows is normalized with mean 0 and variance 0. A
+    batch without real rows does not change the running statistics. With gradient accumulation, each part of a batch has
+    its own statistics.
 
     Fields are keyword-only. Linen's fields `axis`, `axis_index_groups`, `use_fast_variance` and
-    `force_float32_reductions` and its argument `mask` do not exist here.
+    `force_float32_reductions` and its argument `mask` are not supported.
 
     Attributes:
-        use_running_average: Normalize by the running statistics and do not update them. Given here or in the call.
+        use_running_average: Whether to normalize by the running statistics without updating them. Pass it here or in
+            the call.
         momentum: Decay of the running statistics; 0.9 is torch's 0.1.
         epsilon: Value added to the variance.
         dtype: Dtype of the result; None promotes the input and the parameters.
@@ -72,14 +74,15 @@ class BatchNorm(nn.Module, kw_only=True):
         use_scale: Whether to learn a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        axis_name: Name of the mapped axis over which the batch is split; None for that of `batch_context`, which
-            `train_step` enters.
-        mode: Whose statistics normalize a row in training.
-        ghost_size: Number of rows in a group for "ghost"; it must divide the rows on each device.
+        axis_name: Name of the mapped axis over which the batch is split. None uses the axis of `batch_context`, which
+            `train_step` sets.
+        mode: Statistics that normalize a row in training.
+        ghost_size: Number of rows per group for "ghost". It must divide the number of rows on each device.
 
     Raises:
-        ValueError: The mode is unknown or does not go with `ghost_size`. In training: the rows of a device are not a
-            multiple of `ghost_size`, or the input has other rows than the batch's mask.
+        ValueError: The mode is unknown or inconsistent with `ghost_size`. In training: the number of rows is not a
+            multiple of the number of devices, `ghost_size` does not divide the rows on each device, or the number of
+            rows differs from that of the mask of the batch.
     """
 
     use_running_average: bool | None = None
@@ -121,8 +124,8 @@ class BatchNorm(nn.Module, kw_only=True):
         mask = batch.mask
         if mask is not None and mask.shape != x.shape[:1]:
             raise ValueError(
-                f"x must have the {mask.shape[0]} rows of the batch's mask (batch_context(mask=...) sets another one); "
-                f"got {x.shape}"
+                f"x must have the {mask.shape[0]} rows of the batch's mask (see batch_context for layers with other "
+                f"rows); got {x.shape}"
             )
         if self.mode == "sync":
             mean, var, count = _statistics(x, mask, axis_name)
@@ -220,7 +223,7 @@ def _over_groups(
 def local_response_norm(
     x: jax.Array, *, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
 ) -> jax.Array:
-    """Divides each activation by a power of the energy of the neighbouring channels.
+    """Local response normalization: divides each activation by a power of the energy of its neighbouring channels.
 
     `y_i = x_i / (k + alpha * sum_j x_j^2) ** beta`, where the sum is over the channels
     `i - size // 2 <= j <= i + (size - 1) // 2`, as in Krizhevsky, Sutskever and Hinton 2012, section 3.3. The defaults

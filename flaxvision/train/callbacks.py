@@ -1,14 +1,14 @@
-"""Callbacks of the loop: objects that are told what happens.
+"""Callbacks of the training loop.
 
-A callback has any of these methods; `fit` calls those that it has:
+A callback is an object with any of these methods:
 
-* `on_start(step, state)`: once, with the step and the state at which the run starts or resumes.
-* `on_step(step, state, metrics)`: after each step, with the accumulators of that step.
-* `on_evaluation(step, state, values)`: after each evaluation, with its values.
-* `close()`: at the end of the run, also after an error.
+* `on_start(step, state)`: called once, with the step and the state at which the run starts or resumes.
+* `on_step(step, state, metrics)`: called after each step, with the metric accumulators of that step.
+* `on_evaluation(step, state, values)`: called after each evaluation, with its values.
+* `close()`: called at the end of the run, also after an error.
 
-The loop fetches nothing for them: states and metrics are on the devices, and may not be computed yet. The next step
-donates the state, so copy what must outlive the call.
+States and metrics are on the devices and may not be computed yet. The next step donates the state, so copy the
+arrays that you need after the call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def caller(callbacks: Sequence[Any]) -> Callable[..., None]:
 
 
 def step_range(text: str) -> tuple[int, int]:
-    """Reads a range of steps such as `"10:20"`, both ends included.
+    """Parses a range of steps such as `"10:20"`, including both ends.
 
     Args:
         text: The range.
@@ -43,7 +43,7 @@ def step_range(text: str) -> tuple[int, int]:
         The first and the last step.
 
     Raises:
-        ValueError: It is not a range of steps from 1.
+        ValueError: `text` is not such a range, or its first step is below 1.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text)
     first, last = (int(match[1]), int(match[2])) if match else (0, 0)
@@ -55,16 +55,16 @@ def step_range(text: str) -> tuple[int, int]:
 class Profiler:
     """Records a trace of some steps with `jax.profiler`, for TensorBoard or Perfetto.
 
-    The steps run as always, but the loop waits for the step before the first and for the last one, so that the trace
-    holds just these steps. If the run resumes between the two, the trace starts there.
+    So that the trace contains only these steps, the loop waits for the device before the first and after the last one.
+    If the run resumes within the range, the trace starts there.
 
     Args:
-        directory: Where the trace is written.
-        first: First step of the trace, from 1.
+        directory: Directory of the trace.
+        first: First step of the trace, at least 1.
         last: Last step of the trace.
 
     Raises:
-        ValueError: The range is empty.
+        ValueError: `first` is below 1 or above `last`.
     """
 
     def __init__(self, directory: str | os.PathLike[str], first: int, last: int):

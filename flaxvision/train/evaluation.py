@@ -1,4 +1,4 @@
-"""Evaluating a state on a whole data set."""
+"""Evaluation of a state on a whole data set."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from flaxvision.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of a run, a callable `state -> values` for `fit`.
+    """A callable `state -> values` that evaluates a state for `fit`.
 
     Attributes:
         eval_step: A compiled eval step.
-        batches: The batches of one pass, such as `flaxvision.data.eval_batches`. Every evaluation iterates over them
-            anew.
+        batches: The batches of one pass, such as `flaxvision.data.eval_batches`. Each evaluation iterates over them
+            from the start.
         input_timeout: Seconds to wait for a batch; None waits forever.
 
     Raises:
-        ValueError: `batches` can be iterated only once, as a generator.
+        ValueError: `batches` can be iterated only once, like a generator.
     """
 
     eval_step: Callable[..., dict[str, fm.Accumulator]]
@@ -39,7 +39,7 @@ class Evaluation:
     def __post_init__(self):
         if isinstance(self.batches, Iterator):
             raise ValueError(
-                "batches must be an object that every evaluation can iterate over, such as a list or those of "
+                "batches must be an object that every evaluation can iterate over, such as a list or the result of "
                 f"flaxvision.data.eval_batches; got {type(self.batches).__name__}, which ends after one pass"
             )
 
@@ -50,13 +50,14 @@ class Evaluation:
     def check(self, state: TrainState) -> None:
         """Checks that the batches fit the devices and the model, without running anything.
 
-        It uses what the batches offer: their `batch_size`, and for the shapes the first example of their `source`.
+        It uses the `batch_size` of `batches` and the first example of their `source`. Without these it checks nothing.
 
         Args:
             state: A state of the run.
 
         Raises:
-            ValueError: The devices do not divide the batch size, or the eval step cannot take the shapes.
+            ValueError: The batch size is not a multiple of the number of devices, or the eval step cannot be compiled
+                for the shapes.
         """
         size = getattr(self.batches, "batch_size", None)
         check_batch_size("the batch size of the evaluation", size, self.eval_step)
@@ -86,12 +87,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluates a state on a whole data set.
 
-    Within `fit` it looks at requests to stop before every batch; see `flaxvision.train.stopping`.
+    During `fit`, a request to stop ends the evaluation before the next batch; see `flaxvision.train.stopping`.
 
     Args:
         state: The state.
         eval_step: A compiled eval step.
-        batches: Batches. Rows with mask 0 are padding and do not count, so every example counts once.
+        batches: The batches. Rows with mask 0 are padding and do not count.
         input_timeout: Seconds to wait for a batch; None waits forever.
 
     Returns:
@@ -99,7 +100,8 @@ def evaluate(
 
     Raises:
         ValueError: There are no batches.
-        InputTimeoutError: `batches` gave none in time.
+        InputTimeoutError: `batches` did not give a batch in time.
+        Interrupted: The current run of `fit` was asked to stop.
     """
     total = None
     pending: deque[dict[str, fm.Accumulator]] = deque()
@@ -120,15 +122,15 @@ def evaluate(
 
 
 def check_batch_size(name: str, size: int | None, step: Callable[..., Any]) -> None:
-    """Checks that the devices of a compiled step divide a batch size.
+    """Checks that a batch size is a multiple of the number of devices of a compiled step.
 
     Args:
-        name: What the size is, for the error.
-        size: Rows of a batch, over all processes; None if unknown.
-        step: The compiled step; without a `batch_sharding` nothing is checked.
+        name: Name of the batch size in the error message.
+        size: Number of rows of the global batch; None if unknown.
+        step: The compiled step. If it has no `batch_sharding`, nothing is checked.
 
     Raises:
-        ValueError: They do not.
+        ValueError: The batch size is not a multiple of the number of devices.
     """
     sharding = getattr(step, "batch_sharding", None)
     if size is None or sharding is None:

@@ -1,4 +1,4 @@
-"""Reading batches with a time limit, on a thread of its own."""
+"""Reads batches in a separate thread, with a time limit."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _hung: list[threading.Thread] = []
 
 
 class InputTimeoutError(RuntimeError):
-    """The data gave no batch in time."""
+    """The data did not give a batch within the time limit."""
 
 
 def hung() -> bool:
-    """Returns whether a thread still waits for data that never came.
+    """Returns whether a `Reader` was closed while its iterator was hanging, and its thread still runs.
 
-    Such a thread cannot be ended, and it can keep the interpreter from exiting.
+    Such a thread cannot be stopped. It can prevent the interpreter from exiting.
     """
     return any(thread.is_alive() for thread in _hung)
 
 
 class Reader(Iterator[Any]):
-    """Reads an iterator on a thread, so that the caller can give up waiting.
+    """Reads an iterator in a thread, so that the caller can stop waiting.
 
-    It reads no batch before it is asked for it. Errors of the iterator are raised to the caller.
+    It reads a batch only when the caller asks for one. Errors of the iterator are raised in the caller.
 
     Args:
         batches: The iterator.
         timeout: Seconds to wait for a batch; None waits forever.
-        due: Returns why the run must stop now, or None.
+        due: Function that returns the reason why the run must stop now, or None.
     """
 
     def __init__(self, batches: Iterator[Any], timeout: float | None, due: Callable[[], str | None] = lambda: None):
@@ -55,7 +55,7 @@ class Reader(Iterator[Any]):
         """Returns the next batch.
 
         Raises:
-            InputTimeoutError: There was none in time.
+            InputTimeoutError: There was no batch within the time limit.
             Interrupted: The run must stop.
         """
         if self._thread.ident is None:
@@ -82,13 +82,13 @@ class Reader(Iterator[Any]):
         return batch
 
     def close(self) -> None:
-        """Ends the thread, and closes the iterator if it has a method `close`. Leaves both alone if they hang."""
+        """Ends the thread and closes the iterator, if it has a method `close`. If the thread hangs, logs a warning."""
         self._asked.put(False)
         if self._thread.ident is not None:
             self._thread.join(0 if self._late else _GRACE)
             if self._thread.is_alive():
                 _hung.append(self._thread)
-                logger.warning("the input pipeline hangs and cannot be closed")
+                logger.warning("the input pipeline hangs; it is not closed")
                 return
         close = getattr(self._batches, "close", None)
         if close is not None:

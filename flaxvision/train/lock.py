@@ -1,7 +1,7 @@
-"""The lock of a work directory: one run at a time.
+"""A lock that allows one run at a time in a work directory.
 
-The lock belongs to a process and ends with it, however it ends, so none has to be removed by hand. The file says who
-holds it.
+The operating system releases the lock when the process ends, even after a crash, so stale locks do not occur. The lock
+file names the process that holds the lock.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _held: dict[Path, int] = {}  # the open file of each lock
 
 
 class WorkdirInUseError(RuntimeError):
-    """Another run uses the work directory; the message names it."""
+    """Another run uses the work directory. The message names its process, host and command."""
 
 
 def acquire(directory: Path) -> None:
-    """Locks a work directory for this process, until `release` or the end of the process.
+    """Locks a work directory until `release` or the end of this process.
 
-    Does nothing if this process holds the lock already. If the file system has no locks, it only logs that.
+    It does nothing if this process already holds the lock. If the file system has no locks, it logs a warning.
 
     Args:
         directory: The directory, which must exist.
@@ -58,7 +58,7 @@ def acquire(directory: Path) -> None:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-            logger.warning("the file system of %s has no locks; only one run may use it", directory)
+            logger.warning("the file system of %s has no locks; only one run may use the directory", directory)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         text = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv, "time": now}
         os.truncate(descriptor, 0)
@@ -70,7 +70,7 @@ def acquire(directory: Path) -> None:
 
 
 def release(directory: str | os.PathLike[str]) -> None:
-    """Gives a lock back before the process ends; without a lock it does nothing.
+    """Releases a lock before the process ends. It does nothing if this process does not hold the lock.
 
     Args:
         directory: The work directory.
@@ -85,5 +85,5 @@ def _holder(path: Path) -> str:
         text: dict[str, Any] = json.loads(path.read_text())
         command = " ".join(text["command"])
         return f"process {text['pid']} on {text['host']} since {text['time']} ({command})"
-    except (OSError, ValueError, KeyError, TypeError):  # it is just writing the file
+    except (OSError, ValueError, KeyError, TypeError):  # the holder is writing the file at this moment
         return "another process"

@@ -1,4 +1,4 @@
-"""What the loop watches: the metrics since the last record, and whether everything is finite."""
+"""Training records, and checks that metrics and state are finite."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Window:
         return self.stored or fm.to_json(self.metrics)
 
     def check(self, saved: int | None) -> None:
-        """Raises if a loss was not finite; waits for the last step."""
+        """Raises `FloatingPointError` if a loss was not finite. Waits for the last step."""
         if int(self.bad) != _NEVER:
             cause = explain_loss(self.metrics or {})
             raise FloatingPointError(f"the loss is not finite at step {int(self.bad)}{cause}; {_last_good(saved)}")
@@ -49,11 +49,10 @@ class Window:
 class Log:
     """Writes training records without making the loop wait for the device.
 
-    The loop would stand still at every record if it fetched the values at once, and the device would run out of work.
-    So a thread fetches them, and the loop writes the record once they are available, at the latest before the next
-    record, an evaluation, a checkpoint or the end. The records and their order are those of a loop that waits, and a
-    checkpoint never precedes its records. The thread also notes when the device was done, so `images_per_second`
-    stays exact.
+    If the loop fetched the values itself, it would wait at every record and the device would become idle. Instead, a
+    thread fetches them. The loop writes a record once its values are available, and at the latest before the next
+    record, an evaluation, a checkpoint or the end. The order of the records does not change, and the records up to a
+    checkpoint are written before it. The thread also notes when the device finished, so `images_per_second` is exact.
     """
 
     def __init__(self, write: Callable[[dict[str, Any]], None], thread: ThreadPoolExecutor):
@@ -62,15 +61,15 @@ class Log:
         self._pending: tuple[int, Window, Future[Any]] | None = None
 
     def begin(self, step: int, window: Window, learning_rate: Any) -> None:
-        """Starts to fetch the values of a window. The learning rate is fetched too: it is computed on the device."""
+        """Starts to fetch the values of a window and the learning rate, which is computed on the device."""
         self._pending = step, window, self.thread.submit(_fetch, window, learning_rate)
 
     def settle(self, saved: int | None, wait: bool = True) -> None:
-        """Writes the open record, if there is one. Waits for its values, or returns if they are not there yet."""
+        """Writes the pending record, if any. Without `wait`, returns if its values are not available yet."""
         if self._pending is None or not (wait or self._pending[2].done()):
             return
         step, window, future = self._pending
-        metrics, learning_rate, now = future.result()  # an interrupt here leaves the record open for `close`
+        metrics, learning_rate, now = future.result()  # an interrupt here leaves the record pending for `close`
         self._pending = None
         window.check(saved)
         record = {"step": step, "split": "train", **fm.compute(metrics)}
@@ -81,7 +80,7 @@ class Log:
         self.write(record)
 
     def close(self, error: BaseException | None, saved: int | None) -> None:
-        """Writes the pending record of a run that ends with an error. If that fails, it adds a note to the error."""
+        """Writes the pending record at the end of a run. A failure after an `error` becomes a note of that error."""
         try:
             self.settle(saved)
         except BaseException as failure:
@@ -92,9 +91,9 @@ class Log:
 
 
 def check_metrics(metrics: dict[str, fm.Accumulator], shapes: dict[str, Any] | None) -> dict[str, Any]:
-    """Checks that the metrics of a step have the shapes of the first step, also after they are merged.
+    """Checks that the metrics of a step have the same names and shapes as at the first step, also when merged.
 
-    Otherwise merging would compile at every step, and a checkpoint could not be resumed.
+    Otherwise, merging would be compiled again at every step, and a run could not be resumed from a checkpoint.
 
     Args:
         metrics: The metrics of a step.
@@ -104,7 +103,7 @@ def check_metrics(metrics: dict[str, fm.Accumulator], shapes: dict[str, Any] | N
         The shapes.
 
     Raises:
-        ValueError: The shapes differ, or there is no loss.
+        ValueError: The names or shapes differ, or the metrics include no loss.
     """
 
     def shapes_of(metrics: Any) -> dict[str, Any]:
@@ -121,7 +120,7 @@ def check_metrics(metrics: dict[str, fm.Accumulator], shapes: dict[str, Any] | N
 
 
 def check_state(state: TrainState, step: int, saved: int | None) -> None:
-    """Checks that a state is finite before it is saved; waits for the state.
+    """Checks that a state is finite before it is saved. Waits for the state.
 
     Args:
         state: The state.
@@ -129,7 +128,7 @@ def check_state(state: TrainState, step: int, saved: int | None) -> None:
         saved: Step of the last checkpoint, for the error.
 
     Raises:
-        FloatingPointError: A part of the state is not finite; the message names the part.
+        FloatingPointError: A part of the state is not finite. The message names the part.
     """
     finite = jax.device_get(_finite(state))
     for part, ok in finite.items():

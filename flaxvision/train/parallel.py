@@ -1,4 +1,4 @@
-"""Compiling a step for several devices, and moving batches to them ahead of the step."""
+"""Compiles steps for several devices, and copies batches to the devices ahead of time."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a one-dimensional mesh with the axis `"data"`.
 
     Args:
-        devices: The devices; None for all. With several processes they include those of the other processes.
+        devices: The devices; None for all devices of all processes.
 
     Returns:
-        The mesh. Its axis has the type Auto, because Linen's Dropout fails under Explicit axes. The devices of a
-        process are neighbours, so the rows of a global batch have the same order for any number of processes.
+        The mesh. The type of its axis is Auto, because Linen's Dropout fails under Explicit axes. The devices of a
+        process are adjacent, so the row order of a global batch does not depend on the number of processes.
 
     Raises:
         ValueError: The processes have different numbers of devices.
@@ -43,21 +43,24 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     counts = collections.Counter(device.process_index for device in devices)
     if len(counts) != jax.process_count() or len(set(counts.values())) != 1:
-        raise ValueError(f"all processes must have the same number of devices; got {dict(counts)}, by process")
+        raise ValueError(f"all processes must have the same number of devices; got {dict(counts)} by process")
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 class CompiledStep:
     """A step for several devices, compiled by `jit_step` or `pmap_step`.
 
-    A call with a key is a train step and donates the state. A batch is that of this process: the rows of one process
-    follow those of the process before it, and all processes call the step equally often. A state may come from
-    anywhere (`create_state`, a checkpoint, a step with another layout): it is moved to the devices where needed, and
-    with several processes it is then checked to be the same in all of them.
+    A call with a key is a train step and donates the state.
+
+    With several processes, each process passes its own rows. The global batch is their concatenation in the order of
+    the process indices. All processes must call the step the same number of times.
+
+    The state may come from `create_state`, a checkpoint or a step with another layout. It is moved to the devices if
+    necessary. With several processes, moving also checks that all of them have the same state.
 
     Attributes:
-        mesh: The devices.
-        batch_sharding: The sharding of the batches, for `prefetch`.
+        mesh: The mesh of devices.
+        batch_sharding: The sharding of the batches, to be passed to `prefetch`.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class CompiledStep:
         """Runs the step: `(state, batch, rng) -> (state, metrics)`, or `(state, batch) -> metrics`.
 
         Raises:
-            ValueError: The devices do not divide the batch, or the processes start from different states.
+            ValueError: The batch size is not a multiple of the number of devices, or the processes have different
+                states.
         """
         check_divides(batch, self.batch_sharding)
         state = self.place(state, donate=bool(rng))
@@ -87,11 +91,13 @@ class CompiledStep:
         return self._run(state, batch, *rng)
 
     def place(self, state: Any, *, donate: bool = False) -> Any:
-        """Moves a state to where the step wants it. A call does this too; do it once to evaluate a new state often.
+        """Moves a state to the devices with the layout of the step.
+
+        A call of the step does this too. To evaluate a state several times, place it once first.
 
         Args:
-            state: A state. One that is there already is returned as it is.
-            donate: Whether to free the arrays that are copied, each after its copy.
+            state: A state. It is returned unchanged if it already has the layout.
+            donate: Whether to free each array after it is copied.
 
         Raises:
             ValueError: The processes have different states.
@@ -105,11 +111,11 @@ class CompiledStep:
         return place(state, jax.tree.unflatten(structure, layout), donate=donate)
 
     def state_sharding(self, state: Any) -> Any:
-        """Returns where the step wants the arrays of a state: a tree of shardings."""
+        """Returns the layout of a state in this step, as a tree of shardings."""
         return self._layout(state)
 
     def lower(self, state: Any, batch: dict[str, Any], *rng: Any, **options: Any) -> jax.stages.Lowered:
-        """Lowers the step without running it, for arrays or for `jax.ShapeDtypeStruct`."""
+        """Lowers the step without running it. The arguments are arrays or `jax.ShapeDtypeStruct`."""
         return self._lower(state, batch, *rng, **options)
 
     def _global_rng(self, rng: jax.Array) -> jax.Array:
@@ -119,25 +125,24 @@ class CompiledStep:
 
 
 def jit_step(step: Callable[..., Any], mesh: Mesh | None = None, *, shard_state: bool = False) -> CompiledStep:
-    """Compiles a step with a global view: the batch is sharded over the mesh, everything else is replicated.
+    """Compiles a step with `jax.jit`. The batch is sharded over the mesh, and everything else is replicated.
 
-    `layers.BatchNorm` knows from its mode whose statistics to use and from this function how many devices there are;
-    Linen's is synchronized by construction. The `axis_name` of the model stays None. Except for `local` statistics, the
-    results do not depend on the number of devices or processes, up to the order of sums.
+    The step sees the global batch, so leave the `axis_name` of the model None. `layers.BatchNorm` computes the
+    statistics of its mode. Linen's BatchNorm is always synchronized. Except for mode `"local"`, results do not depend
+    on the number of devices or processes, up to the order of sums.
 
-    Two options of a train step move whole batches between devices. Mixup and CutMix combine rows of the global batch,
-    so each device receives the images of all. `accumulate` needs parts that the devices divide
-    (`batch size / accumulate` is a multiple of the number of devices); otherwise each device receives the whole batch,
-    and a warning is logged.
+    Two options of a train step can send the whole batch to every device. Mixup and CutMix always do, because they
+    combine rows of the global batch. `accumulate` does if `batch size / accumulate` is not a multiple of the number of
+    devices. In this case a warning is logged.
 
     Args:
-        step: `train_step`, `eval_step` or any `(state, batch[, rng])`, with its options bound by `partial`. A call with
-            a key is a train step: it donates the state, so use the state that it returns.
+        step: `train_step`, `eval_step` or any function `(state, batch[, rng])`, with its options bound by `partial`. A
+            call with a key is a train step. It donates the state, so use the returned state.
         mesh: The mesh; None for `make_mesh()`.
-        shard_state: Whether to keep only a part of each large array of the state on each device (parameters, optimizer
-            state, moving average; see `state_sharding`). The results are the same. A device then holds about
-            `1 / devices` of the state, and collects the parameters of a layer when it is computed. A train step must
-            return the state and the metrics.
+        shard_state: Whether to shard the large arrays of the state (parameters, optimizer state, moving average) over
+            the devices; see `state_sharding`. Each device then holds about `1 / devices` of the state, and gathers the
+            parameters of a layer when it computes the layer. The results are the same. A train step must return the
+            state and the metrics.
 
     Returns:
         The compiled step.
@@ -173,20 +178,19 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None, *, shard_state:
 
 
 def pmap_step(step: Callable[..., Any], devices: Sequence[Any] | None = None) -> CompiledStep:
-    """Compiles a step with a per-device view, over the mapped axis `"data"`.
+    """Compiles a step with `jax.pmap`. The step sees the rows of one device, and the mapped axis is `"data"`.
 
-    Gradients and metrics are merged over the devices of all processes. The modes of `layers.BatchNorm` mean the same as
-    under `jit_step`, and the model needs no `axis_name`. Linen's BatchNorm without one normalizes by the rows of each
-    device, and the mean of the devices' running statistics is kept. Dropout and augmentation draw different numbers on
-    each device, so their results depend on the number of devices, but not on how many processes share them.
+    Gradients and metrics are reduced over the devices of all processes. The modes of `layers.BatchNorm` mean the same
+    as under `jit_step`, and the model needs no `axis_name`. Linen's BatchNorm without an `axis_name` normalizes by the
+    rows of each device, and the running statistics are averaged over devices. Each device draws its own numbers for
+    dropout and augmentation. Results therefore depend on the number of devices, but not on the number of processes.
 
     Args:
-        step: `train_step` or `eval_step` with its options bound; it is called with `axis_name="data"`.
-        devices: The devices; None for all, those of other processes included.
+        step: `train_step` or `eval_step` with its options bound by `partial`. It is called with `axis_name="data"`.
+        devices: The devices; None for all devices of all processes.
 
     Returns:
-        The compiled step. It takes the same global batch and the same state without a device axis as that of
-        `jit_step`, so a state passes freely between the two.
+        The compiled step. Batches and states have no device axis, as for `jit_step`, so the two can share a state.
     """
     mesh = make_mesh(devices)
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
@@ -236,12 +240,12 @@ def compile_steps(
         The train step and the eval step.
 
     Raises:
-        ValueError: `parallel` is neither of the two, or `"pmap"` with `shard_state`.
+        ValueError: `parallel` is neither `"jit"` nor `"pmap"`, or it is `"pmap"` and `shard_state` is True.
     """
     if parallel not in ("jit", "pmap"):
         raise ValueError(f"parallel must be 'jit' or 'pmap'; got {parallel!r}")
     if shard_state and parallel == "pmap":
-        raise ValueError("shard_state must be False for parallel='pmap', which keeps a state on each device; got True")
+        raise ValueError("shard_state must be False for parallel='pmap', which replicates the state; got True")
     mesh = make_mesh() if mesh is None else mesh
     compile_step = (
         partial(jit_step, mesh=mesh, shard_state=shard_state)
@@ -259,13 +263,13 @@ def prefetch(
 ) -> Iterator[dict[str, jax.Array]]:
     """Copies batches to the devices ahead of the step that uses them.
 
-    While a step runs, the next `size` batches are on the devices or on their way. The copies are asynchronous. An error
-    in `batches` is raised when its batch is due, after the batches before it.
+    The copies are asynchronous: while a step runs, the next `size` batches are already on the devices or being copied.
+    If `batches` raises an error, the batches before the error are yielded first.
 
     Args:
-        batches: Batches of host arrays. Do not write to an array after yielding it: it may not have been copied yet.
-        sharding: Where the batches go, such as the `batch_sharding` of a compiled step. None leaves them where they
-            are and only reads ahead.
+        batches: Batches of host arrays. Do not write to an array after yielding it, since it may not be copied yet.
+        sharding: The sharding of the batches, such as the `batch_sharding` of a compiled step. None only reads ahead,
+            without copying.
         size: Number of batches ahead of the step, at least 1.
 
     Yields:
@@ -295,11 +299,11 @@ def prefetch(
 
 
 def check_divides(batch: dict[str, Any], sharding: NamedSharding) -> None:
-    """Checks that the rows of a batch can be divided evenly among the devices of this process.
+    """Checks that the number of rows of a batch is a multiple of the number of devices of this process.
 
     Args:
-        batch: A batch of this process, or a global one that is already on the devices.
-        sharding: The sharding that the batch is to have.
+        batch: The batch of this process, or a global batch that is already on the devices.
+        sharding: The intended sharding of the batch.
 
     Raises:
         ValueError: The number of rows is not a multiple of the number of devices, or differs between the arrays.
@@ -354,8 +358,8 @@ def _warn_of_gather(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         rows = len(next(iter(jax.tree.leaves(batch))))
         if rows % accumulate == 0 and rows // accumulate % mesh.size:
             logger.warning(
-                "accumulate=%d makes parts of %d rows, which %d devices do not divide: each device receives the whole "
-                "batch; use a batch size that is a multiple of %d",
+                "accumulate=%d makes parts of %d rows, which is not a multiple of %d devices: each device receives the "
+                "whole batch; use a batch size that is a multiple of %d",
                 *(accumulate, rows // accumulate, mesh.size, accumulate * mesh.size),
             )
         return step(state, batch, *rng)

@@ -1,4 +1,4 @@
-"""What makes a run repeat its results bit for bit on an accelerator."""
+"""Bit-identical results on accelerators."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ FLAGS = ("--xla_gpu_deterministic_ops=true",)
 
 
 def deterministic() -> None:
-    """Makes XLA choose deterministic operations only. Call it before anything else uses JAX.
+    """Makes XLA use only deterministic operations. Call it before anything else uses JAX.
 
-    On a CPU and a TPU, the same program gives the same bits without it. On a GPU, XLA otherwise times several
-    algorithms and takes the fastest, and some of them add numbers in an order that changes from run to run. The flag
-    turns off both; training becomes slower, and an operation without a deterministic implementation raises an error
-    when it is compiled. The bits also depend on the kind of device, on the number of devices and processes, and on the
-    versions.
+    It is only needed on GPUs. CPUs and TPUs give bit-identical results without it. By default, XLA for GPUs times
+    several algorithms and uses the fastest one. Some of these algorithms add numbers in an order that varies from run
+    to run. The flag disables both. Training becomes slower, and compiling an operation without a deterministic
+    implementation raises an error. Results still depend on the type of the device, on the number of devices and
+    processes, and on the versions.
 
-    It sets `XLA_FLAGS` in the environment, so processes that this one starts inherit it. Calling it twice is harmless.
+    It sets `XLA_FLAGS` in the environment, which child processes inherit. Calling it twice has no further effect.
 
     Raises:
-        RuntimeError: JAX has already started a backend, which has read its flags.
+        RuntimeError: JAX has already initialized a backend, which has read its flags.
     """
     flags = os.environ.get("XLA_FLAGS", "").split()
     missing = [flag for flag in FLAGS if flag not in flags]

@@ -1,4 +1,4 @@
-"""The settings of how a run is carried out, which all experiments share."""
+"""The settings that the training experiments share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flaxvision.train.reproducibility import deterministic
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """How a run is carried out: where, on which devices and processes, and what is kept of it.
+    """Settings of a run that do not depend on the model: directories, devices, processes, logging and checkpoints.
 
-    An experiment subclasses it with what is trained. The text below a field is the help text of its flag. `FREE` names
-    the fields that may change when a run is resumed; see `flaxvision.train.open_workdir`.
+    An experiment subclasses it and adds its own settings. The text below a field is the help text of its flag. `FREE`
+    contains the fields that may change when a run is resumed; see `flaxvision.train.open_workdir`.
     """
 
     FREE: ClassVar[tuple[str, ...]] = (
@@ -29,24 +29,24 @@ class RunSettings:
     )
 
     workdir: str | None = None
-    """Work directory of the run; a run in the same directory is resumed. Default: a folder in runs/."""
+    """Work directory of the run. A run that is already there is resumed. Default: a directory in runs/."""
     data_dir: str | None = None
-    """TFDS directory with prepared data sets. Default: that of TFDS."""
+    """Directory of prepared TFDS data sets. Default: that of TFDS."""
     manual_dir: str | None = None
     """Directory with the original files of a data set."""
     seed: int = 0
-    """Seed of the parameters, of the order of the data and of everything else."""
+    """Seed of the parameters, the data order and all other randomness."""
     bfloat16: bool = False
-    """Compute in bfloat16, with float32 parameters; for GPUs and TPUs."""
+    """Compute in bfloat16 with float32 parameters. Only useful on GPUs and TPUs."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """How the steps are compiled for several devices."""
+    """JAX transformation that compiles the steps for several devices."""
     shard_state: bool = False
-    """Keep only a part of each large array of the state on each device; the results are the same."""
+    """Shard the large arrays of the state over the devices, to save memory. The results are the same."""
     batch_norm: Literal["sync", "local", "ghost", "frozen"] = "sync"
-    """Statistics of BatchNorm in training: of the whole batch, of the rows on each device, of groups of --ghost-size
-    rows, or the running statistics."""
+    """Statistics of BatchNorm in training. sync: of the whole batch; local: of the rows on each device; ghost: of
+    groups of --ghost-size rows; frozen: the running statistics."""
     ghost_size: int | None = None
-    """Rows in a group for --batch-norm ghost."""
+    """Rows per group for --batch-norm ghost."""
     eval_every: float = 1.0
     """Epochs between evaluations."""
     log_every: int = 100
@@ -56,18 +56,18 @@ class RunSettings:
     keep_best: int = 1
     """Number of best checkpoints to keep."""
     allow_changes: bool = False
-    """Continue a run although its training data have changed. From there on the results are no longer those of a run
-    without interruption."""
+    """Resume a run although its training data have changed. Its results then differ from those of an uninterrupted
+    run."""
     time_budget: float | None = None
-    """Seconds after which the run stops and saves. Default: no limit."""
+    """Seconds after which the run saves and stops. Default: no limit."""
     profile_steps: str | None = None
-    """Steps to trace with the profiler, such as 10:20. Default: none."""
+    """First and last step to profile, such as 10:20. Default: none."""
     input_timeout: float = input_lib.TIMEOUT
-    """Seconds to wait for a batch before the run ends with an error."""
+    """Seconds to wait for a batch before the run fails."""
     deterministic: bool = False
-    """Use only operations that give the same bits in every run, on GPUs."""
+    """Use only deterministic operations on GPUs, so that results are bit-identical in every run. Slower."""
     coordinator: str | None = None
-    """Address HOST:PORT of process 0, for several processes outside of a cluster; see experiments/processes.md."""
+    """Address HOST:PORT of process 0, for several processes without a cluster; see experiments/processes.md."""
     num_processes: int | None = None
     """Number of processes, with --coordinator."""
     process_id: int | None = None
@@ -75,18 +75,19 @@ class RunSettings:
     start_timeout: float = processes.TIMEOUT
     """Seconds to wait for the other processes to start."""
     heartbeat_timeout: float = 60.0
-    """Seconds without a sign of life after which a process counts as dead and the others exit."""
+    """Seconds without a heartbeat after which a process counts as dead and the others exit."""
     shutdown_timeout: float = processes.TIMEOUT
-    """Seconds to wait for the other processes at the end."""
+    """Seconds that a finished process waits for the others."""
     progress: bool = True
     """Show the progress bar."""
 
     def start(self) -> None:
-        """Sets the flags of XLA and joins the processes. Call it before anything else uses JAX.
+        """Sets the XLA flags and connects the processes. Call it before anything else uses JAX.
 
         Raises:
             ValueError: See `flaxvision.train.initialize`.
-            RuntimeError: JAX was used before.
+            ProcessError: See `flaxvision.train.initialize`.
+            RuntimeError: JAX has already been used.
         """
         if self.deterministic:
             deterministic()
@@ -100,14 +101,14 @@ class RunSettings:
         )
 
     def model_overrides(self, fields: Collection[str], num_classes: int) -> dict[str, Any]:
-        """Returns the fields of a model that the settings determine.
+        """Returns the model overrides that the settings determine.
 
         Args:
             fields: Names of the fields that the model has, such as `flaxvision.model_fields(model)`.
             num_classes: Number of classes.
 
         Raises:
-            ValueError: The model has no BatchNorm, and `batch_norm` or `ghost_size` is not the default.
+            ValueError: `batch_norm` or `ghost_size` is set, but the model has no such field.
         """
         overrides: dict[str, Any] = {"num_classes": num_classes, "dtype": jnp.bfloat16 if self.bfloat16 else None}
         for field, default in (("batch_norm", "sync"), ("ghost_size", None)):
@@ -121,11 +122,11 @@ class RunSettings:
 
     @property
     def step_options(self) -> dict[str, Any]:
-        """The options of `flaxvision.train.compile_steps`."""
+        """Options for `flaxvision.train.compile_steps`."""
         return {"parallel": self.parallel, "shard_state": self.shard_state}
 
     def fit_options(self, title: str) -> dict[str, Any]:
-        """Returns options of `flaxvision.train.fit_in_workdir` for a classifier; the progress bar has the title."""
+        """Returns options for `fit_in_workdir` that suit a classifier. `title` is the title of the progress bar."""
         names = ("keep_latest", "keep_best", "allow_changes", "time_budget", "profile_steps", "input_timeout")
         options = {name: getattr(self, name) for name in (*names, "log_every")}
         best = {"best_metric": "accuracy", "best_mode": "max"}
@@ -135,6 +136,6 @@ class RunSettings:
 def eval_batch_size(wanted: int) -> int:
     """Returns the smallest multiple of the number of devices that is at least `wanted`.
 
-    The results of an evaluation do not depend on its batch size, because padded rows do not count.
+    The batch size does not change the results of an evaluation, because padded rows do not count.
     """
     return -(-wanted // jax.device_count()) * jax.device_count()

@@ -1,7 +1,7 @@
-"""Where a state lives: a copy on every device, or its large arrays in parts over the devices (ZeRO stage 3, FSDP).
+"""The layout of a state: replicated, or with its large arrays sharded over the devices (ZeRO stage 3, FSDP).
 
-A part of an array is a slice of its largest dimension that the devices divide. The rule looks at shapes only, so a
-parameter, its moments in the optimizer and its moving average have the same layout, whatever the optimizer.
+A sharded array is split along its largest dimension that is a multiple of the number of devices. The rule depends only
+on shapes, so a parameter, its optimizer moments and its moving average have the same layout.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def state_sharding(state: Any, mesh: Mesh, *, small: int = SMALL) -> Any:
 
     Args:
         state: A state, or the result of `jax.eval_shape`.
-        mesh: A mesh of one dimension.
-        small: Arrays with fewer elements are replicated: splitting them costs more time than it saves memory.
+        mesh: A one-dimensional mesh.
+        small: Arrays with fewer elements are replicated, because sharding them saves little memory and costs time.
 
     Returns:
-        A tree of `NamedSharding` with the structure of the state. An array without a dimension that the number of
-        devices divides is replicated.
+        A tree of `NamedSharding` with the structure of the state. An array is replicated if none of its dimensions is a
+        multiple of the number of devices.
     """
     (axis,) = mesh.axis_names
     count = mesh.size
@@ -51,10 +51,10 @@ def state_sharding(state: Any, mesh: Mesh, *, small: int = SMALL) -> Any:
 
 
 def release(state: Any) -> None:
-    """Frees the memory of a state at once, although there are still references to it.
+    """Frees the memory of a state at once, even if there are still references to it.
 
     Args:
-        state: A state that nobody uses any more.
+        state: A state that is no longer used.
     """
     for leaf in jax.tree.leaves(state):
         if isinstance(leaf, jax.Array) and not leaf.is_deleted():
@@ -64,16 +64,16 @@ def release(state: Any) -> None:
 def place(state: Any, layout: Any, *, donate: bool = False) -> Any:
     """Moves a state to its devices, array by array.
 
-    With several processes, the arrays of one process become arrays of all of them. They must be the same everywhere,
-    or each process would train another model without noticing; their checksums are compared.
+    With several processes, arrays that belong to one process become global arrays. All processes must have the same
+    values. This is checked by comparing checksums, because otherwise each process would train another model.
 
     Args:
         state: A tree of arrays.
         layout: A tree of shardings with the same structure.
-        donate: Whether to free each array once it is copied, so that no device holds the state twice.
+        donate: Whether to free each array after it is copied, so that no device holds two states.
 
     Returns:
-        The state with the layout. Arrays that have it already are not copied.
+        The state with the new layout. Arrays that already have it are not copied.
 
     Raises:
         ValueError: The processes have different states.
@@ -106,13 +106,13 @@ def place(state: Any, layout: Any, *, donate: bool = False) -> Any:
 
 
 def collect(tree: Any) -> Any:
-    """Copies arrays to the host, wherever their parts are. With several processes, all of them must call it.
+    """Copies arrays to the host, including those sharded over several processes. All processes must call it.
 
     Args:
         tree: A tree of arrays, such as the variables of a trained state.
 
     Returns:
-        The tree with NumPy arrays, the same in all processes.
+        The tree with NumPy arrays. They are the same in all processes.
     """
 
     def one(leaf: Any) -> np.ndarray:
@@ -127,10 +127,10 @@ def check_same(checksums: dict[str, int]) -> None:
     """Checks that all processes have the same values.
 
     Args:
-        checksums: A number for each value, by its name.
+        checksums: The checksum of each value by name.
 
     Raises:
-        ValueError: The numbers differ between the processes; the message names the first value.
+        ValueError: The checksums differ between processes. The message names the first value that differs.
     """
     found = processes.gather("state", checksums)
     for index, other in enumerate(found):
@@ -138,7 +138,7 @@ def check_same(checksums: dict[str, int]) -> None:
         if differ:
             raise ValueError(
                 f"the state must be the same in all processes; got different values of {differ[0]} and "
-                f"{len(differ) - 1} other arrays in processes 0 and {index}: do they have the same seed and settings?"
+                f"{len(differ) - 1} other arrays in processes 0 and {index}: use the same seed and settings in both"
             )
 
 

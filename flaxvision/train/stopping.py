@@ -1,9 +1,8 @@
-"""When a run stops before its last step: early stopping, signals and a time budget.
+"""Stopping a run before its last step: early stopping, signals and a time budget.
 
-A run counts its *units of work*: train steps and batches of evaluations. A request to stop is honoured between two
-units, so a long evaluation does not delay it. With several processes a request to any of them stops all of them before
-the same unit. That takes one thread in each process, which waits for a key in the store of JAX's coordinator; a unit of
-work itself costs a lock.
+A *unit of work* is a train step or a batch of an evaluation. A run stops between two units, so a long evaluation does
+not delay it. With several processes, a request to any of them stops all of them before the same unit. For this, one
+thread in each process waits for a key in the store of JAX's coordinator. The overhead for each unit is one lock.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ _terminated = False  # SIGTERM arrived; it outlives the run
 
 
 def requested() -> str | None:
-    """Returns `"SIGTERM"` if that signal has stopped a run of this process and `clear` was not called since."""
+    """Returns `"SIGTERM"` if this signal has stopped a run of this process since the last `clear`, or None."""
     return "SIGTERM" if _terminated else None
 
 
 def clear() -> None:
-    """Forgets a SIGTERM, so that `fit` trains again.
+    """Clears an earlier SIGTERM, so that `fit` trains again.
 
-    SIGTERM asks the process to end, and not only the run in progress. So every `fit` that follows returns at once,
-    unless the program decides otherwise and calls this function. SIGINT ends one run only.
+    SIGTERM asks the whole process to end, not only the current run. Every later `fit` therefore returns at once, until
+    this function is called. SIGINT stops only the current run.
     """
     global _terminated
     _terminated = False
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, so there is no next unit of work.
+    """The run was asked to stop before the next unit of work.
 
     Attributes:
         reason: Name of a signal, or `"time_budget"`.
@@ -57,7 +56,7 @@ class Interrupted(Exception):
 
 
 def claim() -> None:
-    """Counts one unit of work of the run in progress, if this thread has one.
+    """Counts one unit of work of the current run of this thread. It does nothing if there is no run.
 
     Raises:
         Interrupted: The run was asked to stop.
@@ -67,15 +66,15 @@ def claim() -> None:
 
 
 def current() -> Stop | None:
-    """Returns the `Stop` of the run that is in progress in this thread, or None."""
+    """Returns the `Stop` of the current run of this thread, or None."""
     return getattr(_current, "stop", None)
 
 
 class Stop:
-    """Listens to requests to stop while a run is in progress; use it as a context manager.
+    """Context manager that receives requests to stop during a run.
 
-    In the main thread it handles SIGTERM and SIGINT, and gives them back to the handlers before it at the end. A second
-    SIGINT raises `KeyboardInterrupt` at once.
+    In the main thread, it handles SIGTERM and SIGINT and restores the previous handlers at the end. A second SIGINT
+    raises `KeyboardInterrupt` at once.
 
     Args:
         time_budget: Seconds from now after which the run stops; None for no limit.
@@ -89,18 +88,18 @@ class Stop:
         self._agreement = _Agreement(self._asked) if jax.process_count() > 1 else None
 
     def claim(self) -> None:
-        """Counts one unit of work; call it before the work.
+        """Counts one unit of work. Call it before each unit.
 
         Raises:
-            Interrupted: The run must stop here. All processes get this error before the same unit.
-            ProcessError: The processes did not agree in time.
+            Interrupted: The run must stop here. All processes raise it before the same unit.
+            ProcessError: Another process failed or did not answer in time.
         """
         reason = self._agreement.claim() if self._agreement else self._asked()
         if reason is not None:
             raise Interrupted(reason)
 
     def due(self) -> str | None:
-        """Returns why the run must stop before the next unit of work, or None. Waits for nothing."""
+        """Returns the reason why the run must stop before the next unit of work, or None. It does not wait."""
         return self._agreement.due() if self._agreement else self._asked()
 
     def _asked(self) -> str | None:
@@ -138,12 +137,12 @@ class Stop:
 
 
 class _Agreement:
-    """How the processes of a run agree on the unit of work before which all of them stop.
+    """Lets the processes of a run agree on the unit of work before which all of them stop.
 
     The first process that is asked to stop posts a request, which wakes a thread in every process. The threads exchange
-    the numbers of units that their loops have claimed so far, and the loops stop at the largest one. From its answer to
-    the decision a loop claims nothing. The threads, and not the loops, answer, because a loop may wait for a device
-    that waits for another process. A process that has done all its work answers so, and then the others finish too.
+    the numbers of units that their loops have claimed. All loops stop after the largest number. Between answer and
+    decision, a loop claims no unit. The threads answer instead of the loops, because a loop may wait for a device that
+    waits for another process. If a process has already finished its work, its answer says so and the others finish too.
     """
 
     def __init__(self, asked: Callable[[], str | None]):
@@ -225,18 +224,18 @@ class _Agreement:
 class EarlyStopping:
     """Stops a run when a metric has not improved for several evaluations.
 
-    Any object with the methods `update`, `to_json` and `from_json` and the property `stop` can take its place in `fit`.
+    `fit` accepts any object with the methods `update`, `to_json` and `from_json` and the property `stop`.
 
     Attributes:
         patience: Number of evaluations without improvement after which the run stops.
-        metric: Name of the metric in the record of the evaluation.
-        mode: `"max"` or `"min"`: whether a larger or a smaller value is better.
-        min_delta: Smallest change that counts as an improvement.
+        metric: Name of the metric in the values of the evaluation.
+        mode: `"max"` if a larger value is better, `"min"` if a smaller one is.
+        min_delta: A value must be better than the best one by more than this to count as an improvement.
         best: Best value so far.
         waited: Number of evaluations since the best value.
 
     Raises:
-        ValueError: `mode` is neither of the two, or `patience` is below 1.
+        ValueError: `mode` is neither `"max"` nor `"min"`, or `patience` is below 1.
     """
 
     patience: int
@@ -253,13 +252,13 @@ class EarlyStopping:
             raise ValueError(f"patience must be at least 1; got {self.patience}")
 
     def update(self, metrics: dict[str, float]) -> None:
-        """Takes one evaluation into account.
+        """Updates the best value with the values of one evaluation.
 
         Args:
             metrics: The values of the evaluation.
 
         Raises:
-            ValueError: `metric` is not among them.
+            ValueError: `metrics` has no value for `metric`.
         """
         if self.metric not in metrics:
             near = difflib.get_close_matches(self.metric, metrics, n=3, cutoff=0.4) or list(metrics)
@@ -279,13 +278,13 @@ class EarlyStopping:
         return self.waited >= self.patience
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what the object remembers of the run, as JSON values for a checkpoint."""
+        """Returns `best` and `waited` as JSON values for a checkpoint."""
         return {"best": self.best, "waited": self.waited}
 
     def from_json(self, stored: Mapping[str, Any]) -> EarlyStopping:
-        """Returns a new object with the settings of this one and the memory that `to_json` returned.
+        """Returns a copy of this object with stored values of `best` and `waited`.
 
         Args:
-            stored: The JSON values.
+            stored: The result of `to_json`.
         """
         return dataclasses.replace(self, best=stored["best"], waited=stored["waited"])

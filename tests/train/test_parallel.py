@@ -94,8 +94,8 @@ def test_parts_that_the_devices_do_not_divide_are_gathered_and_said(accumulate, 
     gathered = [int(rows) for rows in re.findall(r"f32\[(\d+),[\d,]*6,6,2\]\S* all-gather", text)]
     assert bool(gathered) == said
     message = (
-        "accumulate=4 makes parts of 4 rows, which 8 devices do not divide: each device receives the whole batch; "
-        "use a batch size that is a multiple of 32"
+        "accumulate=4 makes parts of 4 rows, which is not a multiple of 8 devices: each device receives the whole "
+        "batch; use a batch size that is a multiple of 32"
     )
     assert caplog.messages == ([message] if said else [])
 
