@@ -15,7 +15,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -245,7 +245,11 @@ def _differences(stored: Any, given: Any, name: str) -> Iterator[tuple[str, Any,
 
 
 def check_manifest(
-    stored: dict[str, Any], given: dict[str, Any], named: str, allow: Collection[str] = ()
+    stored: dict[str, Any],
+    given: dict[str, Any],
+    named: str,
+    allow: Collection[str] = (),
+    describe: Mapping[str, Callable[[Any, Any], Sequence[str]]] | None = None,
 ) -> tuple[str, str]:
     """Compares the given keys of a manifest with the stored ones.
 
@@ -254,6 +258,7 @@ def check_manifest(
         given: The manifest of this run.
         named: Name of the checkpoint in error messages.
         allow: Keys that may differ.
+        describe: Functions by key that say how the stored and the given value differ; without one the values are named.
 
     Returns:
         The differences in `versions`, of packages that both have, and the differences in the keys of `allow`.
@@ -263,7 +268,15 @@ def check_manifest(
     """
     versions, allowed = [], []
     for key, value in given.items():
-        for name, old, new in _differences(stored.get(key), value, key):
+        differences = list(_differences(stored.get(key), value, key))
+        say = (describe or {}).get(key)
+        said = say(stored[key], value) if say and differences and stored.get(key) else ()
+        if said and key not in allow:
+            raise ValueError(f"{key} must be as in {named}, which belongs to another run; {'; '.join(said)}")
+        if said:
+            allowed += said
+            continue
+        for name, old, new in differences:
             if key in allow:
                 allowed.append(f"{name} {old!r} (now {new!r})")
             elif key != "versions":

@@ -198,6 +198,23 @@ def test_verifying_covers_both_parts(tmp_path, folder, tiny, part):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_continues_from_a_mended_folder_elsewhere(tmp_path, folder, tiny, monkeypatch, caplog):
+    def fail(state):
+        raise RuntimeError("the first evaluation fails")  # after the checkpoint
+
+    config = config_of(tmp_path, "demo", folder)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the first evaluation fails"):
+        patch.setattr(imagenet, "evaluation", lambda *args: fail)
+        imagenet.main(config)
+    moved = Path(folder).rename(tmp_path / "elsewhere")
+    (moved / "train" / "dark" / "3.jpg").write_bytes(b"no picture")
+    config = dataclasses.replace(config, dataset=str(moved), skip_broken=True)
+    with pytest.raises(ValueError, match=r"data must be as in checkpoint 3 .*; length was 48, is 47; class 'dark'"):
+        imagenet.main(config)
+    assert imagenet.main(dataclasses.replace(config, allow_changes=True)) == 0
+    assert "class 'dark' had 24 images, has 23; a run that resumes from it differs" in caplog.text
+
+
 def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny, capsys):
     model = fv.create_model("tiny")
     rng = np.random.default_rng(2)

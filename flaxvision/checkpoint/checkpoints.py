@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
@@ -70,6 +70,8 @@ class Checkpoints:
         run: JSON values by name that describe the run (commit, flags, devices). They are written to `run.json` in each
             checkpoint, for information only.
         allow: Keys of `manifest` that may differ from those of the checkpoint. `restore` logs the differences.
+        describe: Functions `(stored, given) -> differences` by key of `manifest`, for messages about values that
+            differ. Without one, a message names both values.
         keep_latest: Number of newest checkpoints to keep, at least 1.
         best_metric: The key of `metrics` that ranks checkpoints, or None to keep no best checkpoints.
         best_mode: "max" if a larger metric is better, "min" if a smaller one is. In a tie, the earlier checkpoint wins.
@@ -89,6 +91,7 @@ class Checkpoints:
         manifest: Mapping[str, Any] | None = None,
         run: Mapping[str, Any] | None = None,
         allow: Collection[str] = (),
+        describe: Mapping[str, Callable[[Any, Any], Sequence[str]]] | None = None,
         keep_latest: int = 2,
         best_metric: str | None = "accuracy",
         best_mode: Literal["max", "min"] = "max",
@@ -104,7 +107,7 @@ class Checkpoints:
         if self.directory.exists() and not self.directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "directory must not be a file", str(directory))
         self.manifest = manifest_lib.json_value(dict(manifest or {}), "manifest")
-        self.allow = frozenset(allow)
+        self.allow, self._describe = frozenset(allow), dict(describe or {})
         self._folder = folders.Folder(
             self.directory, keep_latest=keep_latest, best_metric=best_metric, best_mode=best_mode, keep_best=keep_best
         )
@@ -300,7 +303,8 @@ class Checkpoints:
     def _load(self, entry: Entry, template: Any) -> Restored:
         record = folders.read_record(entry, files=True)
         named = f"checkpoint {entry.step} ({entry.path})"
-        versions, allowed = manifest_lib.check_manifest(record["manifest"], self.manifest, named, self.allow)
+        stored = record["manifest"]
+        versions, allowed = manifest_lib.check_manifest(stored, self.manifest, named, self.allow, self._describe)
         if versions:
             logger.warning("checkpoint %d was saved with %s", entry.step, versions)
         if allowed:

@@ -141,7 +141,9 @@ class Subset:
 
     @cached_property
     def _digest(self) -> str:
-        digest = hashlib.blake2b(f"{self.source.fingerprint}/{self.name}/".encode(), digest_size=16)
+        # As for `Mapped`: the name of a folder is no part of its content.
+        name = self.name if self.contents is None else ""
+        digest = hashlib.blake2b(f"{self.source.fingerprint}/{name}/".encode(), digest_size=16)
         digest.update(self.indices.astype("<i8").tobytes())
         return digest.hexdigest()
 

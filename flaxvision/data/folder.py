@@ -73,7 +73,8 @@ class FolderSource:
     def fingerprint(self) -> str:
         """Hexadecimal digest of the decoding options and of the relative path, size and label of every file.
 
-        It depends neither on the name of the folder nor on where the folder is. Reading it needs the size of each file.
+        It depends neither on the name of the folder nor on where the folder is. Files are not opened: a file whose
+        content changes but not its size, such as a repaired one, keeps its part of the fingerprint.
         """
         return self._identity[0]
 

@@ -170,6 +170,10 @@ class TrainBatches:
             indices[here] = self._permutation(int(epoch))[within[here]]
         return indices
 
+    def changes_since(self, fingerprint: Mapping[str, Any]) -> list[str]:
+        """Says how these batches differ from those of another fingerprint; see `describe_changes`."""
+        return describe_changes(fingerprint, self.fingerprint)
+
 
 class EvalBatches:
     """The batches of one pass over a source, created by `eval_batches`. Each iteration is a new pass.

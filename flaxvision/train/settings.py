@@ -24,6 +24,7 @@ class RunSettings:
 
     FREE: ClassVar[tuple[str, ...]] = (
         *("workdir", "data_dir", "manual_dir", "progress", "log_every", "input_timeout", "time_budget"),
+        *("dataset", "skip_broken"),  # the fingerprint in the checkpoints compares the examples themselves
         *("profile_steps", "keep_latest", "keep_best", "allow_changes", "deterministic", "shard_state"),
         *("coordinator", "num_processes", "process_id", "start_timeout", "heartbeat_timeout", "shutdown_timeout"),
     )

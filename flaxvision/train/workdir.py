@@ -229,6 +229,7 @@ def fit_in_workdir(
         manifest=manifest,
         run=run_info(data.fingerprint),
         allow=("data",) if allow_changes else (),
+        describe={"data": lambda stored, _: data.changes_since(stored)} if hasattr(data, "changes_since") else None,
         keep_latest=keep_latest,
         keep_best=keep_best,
         best_metric=best_metric,
@@ -247,6 +248,7 @@ def fit_in_workdir(
         )
         finished = result.stopped in (None, "early_stopping")
         if finished and options.get("early_stopping"):
+            checkpoints.allow = checkpoints.allow | {"data"}  # the best one may be older than an allowed change
             restored = checkpoints.restore_best(result.state)
             if restored is not None:
                 result = dataclasses.replace(result, state=restored.state)

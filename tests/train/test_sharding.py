@@ -102,7 +102,7 @@ def test_initialization_in_parts():
 
 
 def test_no_device_holds_two_states():
-    """Neither a new state nor a restored one, although the caller still has a reference to the first one."""
+    """Although the caller still has a reference to the first one."""
     for shard_state, share in ((False, 1), (True, 1 / 8)):
         step, state = jit_step(STEP, shard_state=shard_state), state_of()
         size = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -135,5 +135,8 @@ def test_the_memory_of_vgg16_per_device_falls_with_the_number_of_devices():
     )
     assert whole.argument_size_in_bytes == pytest.approx(size, rel=0.01)
     assert split.argument_size_in_bytes == pytest.approx(size / 8, rel=0.01)
-    assert split.peak_memory_in_bytes == pytest.approx(whole.peak_memory_in_bytes / 8, rel=0.01)
-    assert split.temp_size_in_bytes < whole.temp_size_in_bytes  # gradients and collected parameters
+    # With gradients, activations and parameters that are collected for their layer; on a CPU, `peak_memory_in_bytes`
+    # counts the arguments only. What does not fall are the activations, and the gradients until they are summed.
+    peak = [m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+            for m in (whole, split)]  # fmt: skip
+    assert peak[1] < peak[0] / 2

@@ -157,7 +157,16 @@ def test_changed_data_continue_only_if_allowed(tmp_path, caplog):
         run(tmp_path, changed)
     result = run(tmp_path, changed, allow_changes=True)
     assert int(result.state.step) == 8
-    assert "length" in caplog.text
+    assert "checkpoint 4 was saved with length was 50, is 40; the examples of the source differ" in caplog.text
+
+
+def test_the_best_checkpoint_may_be_older_than_a_change_of_the_data(tmp_path):
+    never = fv.train.EarlyStopping(100, metric="loss", mode="max")  # the first checkpoints are the best ones
+    with pytest.raises(KilledError):
+        run(tmp_path, step=killed_in_step(5), early_stopping=never)
+    changed = fv.data.train_batches(fv.data.subset(SOURCE, np.arange(40), "part"), 16, seed=5)
+    run(tmp_path, changed, allow_changes=True, num_steps=6, early_stopping=never)
+    assert int(run(tmp_path, changed, early_stopping=never).state.step) == 2
 
 
 def test_the_end_is_reported(tmp_path, capsys):
