@@ -74,7 +74,8 @@ class Checkpoints:
         best_metric: The key of `metrics` that ranks checkpoints, or None to keep no best checkpoints.
         best_mode: "max" if a larger metric is better, "min" if a smaller one is. In a tie, the earlier checkpoint wins.
         keep_best: Number of best checkpoints to keep, at least 0. They may overlap with the latest ones.
-        timeout: Seconds to wait for the other processes when saving or restoring.
+        timeout: Seconds to wait for the other processes when saving or restoring; None for the `stall_timeout` of
+            `flaxvision.train.initialize`.
 
     Raises:
         NotADirectoryError: `directory` is a file.
@@ -93,7 +94,7 @@ class Checkpoints:
         best_metric: str | None = "accuracy",
         best_mode: Literal["max", "min"] = "max",
         keep_best: int = 1,
-        timeout: float = 1200.0,
+        timeout: float | None = None,
     ):
         for name, count, least in (("keep_latest", keep_latest, 1), ("keep_best", keep_best, 0)):
             if count < least:
@@ -249,6 +250,7 @@ class Checkpoints:
         self.close()
 
     def _submit(self, write: Callable[..., None], *args: Any, wait: bool = False) -> None:
+        self._writer.enroll()
         self._pending.append(self._thread.submit(write, *args))
         _UNSEEN.add(self._pending[-1])
         if wait or not (self._entered or _AT_EXIT):

@@ -72,6 +72,16 @@ def another_process(folder):
         process.communicate()
 
 
+def test_a_system_without_locks(tmp_path, monkeypatch, caplog):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(os, "pwrite")
+    lock.acquire(tmp_path)
+    assert "this system has no file locks; only one run may use" in caplog.text
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    lock.release(tmp_path)
+
+
 def test_a_second_run_is_refused_by_a_lock_that_names_the_first(tmp_path):
     with another_process(tmp_path) as process:
         with pytest.raises(fv.train.WorkdirInUseError) as raised:
