@@ -18,7 +18,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
 from flaxvision import processes
 if {count} > 1:
-    processes.initialize({coordinator!r}, {count}, {index}, start_timeout=120, heartbeat_timeout=20, stall_timeout={stall})
+    timeouts = dict(start_timeout=120, heartbeat_timeout=20, stall_timeout={stall})
+    processes.initialize({coordinator!r}, {count}, {index}, **timeouts)
 """
 
 
@@ -35,7 +36,9 @@ def start(
     coordinator = f"127.0.0.1:{free_port()}"
     started = []
     for index in range(count):
-        prelude = PRELUDE.format(cache=str(CACHE), coordinator=coordinator, count=count, index=index, stall=stall_timeout)
+        prelude = PRELUDE.format(
+            cache=str(CACHE), coordinator=coordinator, count=count, index=index, stall=stall_timeout
+        )
         started.append(
             subprocess.Popen(
                 [sys.executable, "-c", prelude + program, *map(str, arguments)],

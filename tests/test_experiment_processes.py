@@ -27,9 +27,7 @@ def experiment(*flags, launcher=(), devices=1):
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    ended = subprocess.run(
-        command, cwd=multiprocess.ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    ended = subprocess.run(command, cwd=multiprocess.ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return ended.stdout
 
@@ -43,7 +41,7 @@ def test_two_processes_write_the_records_of_one(tmp_path):
     for got, want in zip(two, one, strict=True):
         values = {name for name in want if name not in ("split", "step", "images_per_second")}
         assert {name: got[name] for name in values} == pytest.approx({name: want[name] for name in values}, rel=1e-5)
-    accuracy = r"test accuracy \d+\.\d\d% .*on 359 images".replace("% ", "%, ")
+    accuracy = r"test accuracy \d+\.\d\d%, .*on 359 images"
     assert re.findall(accuracy, both) == re.findall(accuracy, alone) != []
     assert (tmp_path / "two" / "curves.png").exists()
     assert sorted(path.name for path in (tmp_path / "two" / "profile").iterdir()) == ["process0", "process1"]

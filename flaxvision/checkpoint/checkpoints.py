@@ -56,8 +56,9 @@ class Checkpoints:
     On Python 3.12 and later, `save` and `amend` outside a `with` block wait until the files are written, because an
     exiting interpreter cannot finish them. Only one run at a time may write to a directory. Any number may read.
 
-    All processes of a run write a checkpoint together. They must call the same methods in the same order, and the
-    directory must be on storage that they share. A checkpoint can be restored on any number of processes and devices.
+    All processes of a run write a checkpoint together. They must call the same methods in the same order. If
+    they use several directories of the same name, they must begin to use them in the same order. The directory must be
+    on storage that they share. A checkpoint can be restored on any number of processes and devices.
 
     A checkpoint counts as damaged only if its content is wrong. A damaged checkpoint is never deleted. The next
     `prepare` or save renames it to `<name>.damaged`. If a file cannot be read, for example because network storage is
