@@ -3,8 +3,9 @@
     python experiments/launch.py --num-processes 4 --devices 2 experiments/mnist.py --epochs 5
 
 The processes connect over the loopback address. On CPU, each process gets `--devices` virtual devices. With `--platform
-gpu`, process i gets GPUs `i * devices` to `(i + 1) * devices - 1`. Process 0 prints as usual. Lines from the other
-processes are prefixed with their index, such as [1]. SIGTERM and SIGINT are forwarded to all processes.
+gpu`, process i gets GPUs `i * devices` to `(i + 1) * devices - 1`, of those in CUDA_VISIBLE_DEVICES if it is set.
+Process 0 prints as usual. Lines from the other processes are prefixed with their index, such as [1]. SIGTERM and SIGINT
+are forwarded to all processes.
 
 When a process fails, the others exit by themselves. Any process that is still running after `--grace` seconds is
 terminated. The exit status is that of the first process that failed. experiments/processes.md describes clusters.
@@ -73,7 +74,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("num_processes", "devices"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}")
+    need, visible = options.num_processes * options.devices, visible_gpus()
+    if options.platform == "gpu" and visible is not None and len(visible) < need:
+        parser.error(f"CUDA_VISIBLE_DEVICES must have {need} GPUs, --devices for each process; got {visible}")
     return options
+
+
+def visible_gpus() -> list[str] | None:
+    """Returns the GPUs that this program may use, such as those of an allocation; None if it may use all."""
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if inherited is None else [name.strip() for name in inherited.split(",") if name.strip()]
 
 
 def start(options: argparse.Namespace, address: str, index: int) -> subprocess.Popen[str]:
@@ -84,8 +94,9 @@ def start(options: argparse.Namespace, address: str, index: int) -> subprocess.P
         environment["JAX_PLATFORMS"] = "cpu"
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}".strip()
     else:
-        first = index * options.devices
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(options.devices))
+        numbers = range(index * options.devices, (index + 1) * options.devices)
+        visible = visible_gpus()
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) if visible is None else visible[i] for i in numbers)
     command = [
         *(sys.executable, options.program, *options.arguments),
         *("--coordinator", address, "--num-processes", str(options.num_processes), "--process-id", str(index)),

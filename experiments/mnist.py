@@ -236,9 +236,11 @@ def fit(config: Config, workdir: Path, create_state, train_step, batches, evalua
 
 
 def range_test(create_state, train_step, batches, rng, workdir: Path) -> int:
-    """Runs the learning-rate range test and draws it."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Runs the learning-rate range test and draws it. With several processes, process 0 does."""
     found = fv.train.learning_rate_range(create_state, train_step, batches.from_step(0), rng)
+    if jax.process_index() != 0:
+        return 0
+    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "lr_range.png"
     fv.plot.lr_range(found.rates, found.losses, found.suggestion, path=path, diverged=found.turned)
     if not found.diverged:

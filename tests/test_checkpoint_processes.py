@@ -320,3 +320,30 @@ restored = Checkpoints(sys.argv[1]).restore(template())
 assert restored.step == int(sys.argv[2])
 check(restored.state, restored.step)
 """
+
+
+TWO_RUNS = """
+def slow(checkpoints):
+    real = checkpoints._writer._check_space
+    def check_space(*args):
+        time.sleep(1)
+        return real(*args)
+    checkpoints._writer._check_space = check_space
+
+runs = [Checkpoints(pathlib.Path(sys.argv[1]) / name / "checkpoints", timeout=60) for name in "ab"]
+with runs[0], runs[1]:
+    slow(runs[jax.process_index()])  # each process is late with another run
+    for step in (1, 2):
+        for number, each in enumerate(runs):
+            each.save(10 * step + number, state_of(10 * step + number), progress={})
+for number, each in enumerate(runs):
+    restored = each.restore(template())
+    check(restored.state, 20 + number)
+    print(restored.step, each.steps(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_runs_in_directories_of_the_same_name_do_not_mix(tmp_path):
+    for out in run(COMMON + TWO_RUNS, 2, arguments=[tmp_path]):
+        assert out.splitlines()[-2:] == ["20 (10, 20)", "21 (11, 21)"]

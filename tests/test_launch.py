@@ -23,6 +23,8 @@ def say(*words, stream=sys.stdout):
 if what == "print":
     say(index, arguments[1:], os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"].split()[-1])
     say("problem", stream=sys.stderr)
+elif what == "gpus":
+    say(os.environ["CUDA_VISIBLE_DEVICES"])
 elif what == "fail":
     if index == 1:
         sys.exit(7)
@@ -96,6 +98,19 @@ def test_signals_reach_all(launch, number):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert out.count(f"stopped by {signal.Signals(number).name}") == 3
+
+
+@pytest.mark.parametrize(("inherited", "got"), [
+    (None, ["0,1", "2,3", "4,5"]),
+    ("4,5, 6,GPU-7,0,1", ["0,1", "4,5", "6,GPU-7"]),
+    ("4,5", "CUDA_VISIBLE_DEVICES must have 6 GPUs, --devices for each process; got ['4', '5']"),
+])  # fmt: skip
+def test_gpus_are_those_of_the_allocation(launch, monkeypatch, inherited, got):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if inherited is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    out, error = launch("gpus", options=("--platform", "gpu", "--devices", "2")).communicate(timeout=60)
+    assert got in error if isinstance(got, str) else sorted(line.split()[-1] for line in out.splitlines()) == got
 
 
 def test_arguments_are_checked():

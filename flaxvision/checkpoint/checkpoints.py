@@ -56,8 +56,9 @@ class Checkpoints:
     On Python 3.12 and later, `save` and `amend` outside a `with` block wait until the files are written, because an
     exiting interpreter cannot finish them. Only one run at a time may write to a directory. Any number may read.
 
-    All processes of a run write a checkpoint together. They must call the same methods in the same order, and the
-    directory must be on storage that they share. A checkpoint can be restored on any number of processes and devices.
+    All processes of a run write a checkpoint together. They must call the same methods in the same order. If
+    they use several directories of the same name, they must begin to use them in the same order. The directory must be
+    on storage that they share. A checkpoint can be restored on any number of processes and devices.
 
     A checkpoint counts as damaged only if its content is wrong. A damaged checkpoint is never deleted. The next
     `prepare` or save renames it to `<name>.damaged`. If a file cannot be read, for example because network storage is
@@ -76,7 +77,8 @@ class Checkpoints:
         best_metric: The key of `metrics` that ranks checkpoints, or None to keep no best checkpoints.
         best_mode: "max" if a larger metric is better, "min" if a smaller one is. In a tie, the earlier checkpoint wins.
         keep_best: Number of best checkpoints to keep, at least 0. They may overlap with the latest ones.
-        timeout: Seconds to wait for the other processes when saving or restoring.
+        timeout: Seconds to wait for the other processes when saving or restoring; None for the `stall_timeout` of
+            `flaxvision.train.initialize`.
 
     Raises:
         NotADirectoryError: `directory` is a file.
@@ -96,7 +98,7 @@ class Checkpoints:
         best_metric: str | None = "accuracy",
         best_mode: Literal["max", "min"] = "max",
         keep_best: int = 1,
-        timeout: float = 1200.0,
+        timeout: float | None = None,
     ):
         for name, count, least in (("keep_latest", keep_latest, 1), ("keep_best", keep_best, 0)):
             if count < least:
@@ -252,6 +254,7 @@ class Checkpoints:
         self.close()
 
     def _submit(self, write: Callable[..., None], *args: Any, wait: bool = False) -> None:
+        self._writer.enroll()
         self._pending.append(self._thread.submit(write, *args))
         _UNSEEN.add(self._pending[-1])
         if wait or not (self._entered or _AT_EXIT):

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_writers: collections.Counter[str] = collections.Counter()
+_lock = threading.Lock()
+
 
 class Writer:
     """Writes the checkpoints of a run.
@@ -37,12 +41,23 @@ class Writer:
     Args:
         folder: The directory of the checkpoints.
         run: JSON values for the `run.json` of each checkpoint.
-        timeout: Seconds to wait for other processes.
+        timeout: Seconds to wait for other processes; None for `processes.stall_timeout()`.
     """
 
-    def __init__(self, folder: folders.Folder, run: dict[str, Any], timeout: float):
+    def __init__(self, folder: folders.Folder, run: dict[str, Any], timeout: float | None):
         self.folder, self.directory, self.run, self.timeout = folder, folder.directory, run, timeout
         self._failed: set[int] = set()
+        self._name: str | None = None
+
+    def enroll(self) -> None:
+        """Gives the writer the name of its exchanges. Called by the thread that uses the checkpoints.
+
+        Directories of the same name differ by the order of their first use. The path may differ between processes.
+        """
+        if self._name is None:
+            with _lock:
+                _writers[self.directory.name] += 1
+                self._name = f"checkpoints/{self.directory.name}-{_writers[self.directory.name]}"
 
     def prepare(self) -> None:
         """Makes the directory ready for a save.
@@ -159,12 +174,13 @@ class Writer:
             Exception: `act` failed in this process.
             ProcessError: `act` failed in another process or did not finish in time.
         """
+        self.enroll()
         failure = None
         try:
             outcome = {"value": act()}
         except Exception as error:
             failure, outcome = error, {"error": brief(error)}
-        outcomes = processes.gather(f"checkpoints/{self.directory.name}/{what}", outcome, self.timeout)
+        outcomes = processes.gather(f"{self._name}/{what}", outcome, self.timeout)
         if failure is not None:
             raise failure
         for index, other in enumerate(outcomes):

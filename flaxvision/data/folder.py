@@ -1,6 +1,7 @@
 """Folders of class folders as sources."""
 
 import hashlib
+import math
 import os
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxvision import processes
 from flaxvision.data.arrays import check_split, stratified_split
 from flaxvision.data.decode import check_channels, check_image_size, decode_image
 from flaxvision.data.workers import bounded_map
@@ -119,7 +121,7 @@ class FolderSource:
         return decode_image(self.root / self.paths[index], **options)
 
     def find_broken(self, *, progress: bool = True) -> dict[int, str]:
-        """Decodes every file once.
+        """Decodes every file once. With several processes, all of them call it and process 0 decodes.
 
         Args:
             progress: Whether to show a progress bar.
@@ -132,6 +134,8 @@ class FolderSource:
         """
         from tqdm import tqdm
 
+        title = f"checking {self.name}"
+
         def fault(index: int) -> str | None:
             try:
                 self._decode(index, None)
@@ -139,12 +143,22 @@ class FolderSource:
                 return str(error)
             return None
 
-        faults = bounded_map(fault, range(len(self)))
-        bar = tqdm(faults, f"checking {self.name}", len(self), disable=not progress, unit="file", leave=False)
-        return {index: text for index, text in enumerate(bar) if text is not None}
+        def find() -> list[tuple[int, str]]:
+            faults = bounded_map(fault, range(len(self)))
+            bar = tqdm(faults, title, len(self), disable=not progress, unit="file", leave=False)
+            broken = []
+            with processes.Progress(title, alone=True) as work:
+                for index, text in enumerate(bar):
+                    work.advance()
+                    if text is not None:
+                        broken.append((index, text))
+            return broken
+
+        # Process 0 may take an hour or more; it ends the run itself if it makes no progress.
+        return dict(processes.on_first(title, find, math.inf))
 
     def verify(self, *, progress: bool = True) -> None:
-        """Decodes every file once.
+        """Decodes every file once. With several processes, all of them call it and process 0 decodes.
 
         Args:
             progress: Whether to show a progress bar.
@@ -159,6 +173,8 @@ class FolderSource:
 
     def without_broken(self, *, progress: bool = True) -> tuple["FolderSource", list[str]]:
         """Decodes every file once and leaves out those that are missing or damaged.
+
+        With several processes, all of them call it and process 0 decodes.
 
         Args:
             progress: Whether to show a progress bar.

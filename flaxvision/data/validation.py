@@ -42,7 +42,8 @@ def validate(
         channels: Number of channels of every image; None for any.
         num_classes: K; None for the number of classes of the source.
         image_size: Height and width of every image, in pixels; None for any.
-        verify: Whether to call the source's `verify`. Decoding ImageNet once takes an hour or more.
+        verify: Whether to call the source's `verify`. Decoding ImageNet once takes an hour or more. With several
+            processes, all of them must call it.
 
     Raises:
         ValueError: The first fault: the source is empty, an image or a target is not as described, a pixel is not

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from flaxvision import metrics as fm
+from flaxvision import processes
 from flaxvision.train import input as input_lib
 from flaxvision.train import stopping
 from flaxvision.train.parallel import CompiledStep, prefetch
@@ -107,9 +108,13 @@ def evaluate(
     pending: deque[dict[str, fm.Accumulator]] = deque()
     stop = stopping.current()
     reader = input_lib.Reader(iter(batches), input_timeout, *([stop.due] if stop else []))
-    with contextlib.closing(reader):
+    progress = processes.Progress("evaluation")
+    if hasattr(eval_step, "place"):
+        state = eval_step.place(state)  # type: ignore[attr-defined] # once, and not for each batch
+    with contextlib.closing(reader), contextlib.nullcontext() if stop else progress:
         for batch in prefetch(reader, getattr(eval_step, "batch_sharding", None)):
             stopping.claim()
+            progress.advance()
             pending.append(eval_step(state, batch))
             if len(pending) == 8:  # let the device run ahead, within bounds
                 total = fm.merge(total, fm.to_host(pending.popleft()))

@@ -32,7 +32,8 @@ class WorkdirInUseError(RuntimeError):
 def acquire(directory: Path) -> None:
     """Locks a work directory until `release` or the end of this process.
 
-    It does nothing if this process already holds the lock. If the file system has no locks, it logs a warning.
+    It does nothing if this process already holds the lock. If the file system or the operating system has no
+    locks, it logs a warning.
 
     Args:
         directory: The directory, which must exist.
@@ -44,13 +45,15 @@ def acquire(directory: Path) -> None:
     directory = directory.resolve()
     if directory in _held:
         return
-    import fcntl  # not on Windows
-
     path = directory / NAME
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
+            import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            logger.warning("this system has no file locks; only one run may use %s", directory)
         except BlockingIOError as error:
             raise WorkdirInUseError(
                 f"the work directory {directory} is in use by {_holder(path)}; wait for it or choose another --workdir"
@@ -61,8 +64,8 @@ def acquire(directory: Path) -> None:
             logger.warning("the file system of %s has no locks; only one run may use the directory", directory)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         text = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv, "time": now}
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(text) + "\n").encode(), 0)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, (json.dumps(text) + "\n").encode())
     except BaseException:
         os.close(descriptor)
         raise

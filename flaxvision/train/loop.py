@@ -145,14 +145,14 @@ def fit(
     eval_every = eval_every or num_steps
     window, metrics, shapes = monitor.Window(), {}, None
     due = False  # whether the state has still to be evaluated
-    if early_stopping:  # a copy, because the caller's is a setting and not the memory of the run
+    if early_stopping is not None:  # a copy, because the caller's is a setting and not the memory of the run
         early_stopping = early_stopping.from_json(early_stopping.to_json())
     saved = None
     if checkpoints and (restored := checkpoints.restore(_describe(state, step, checkpoints))) is not None:
         state, saved, metrics = restored.state, restored.step, dict(restored.metrics or {})
         window.stored = restored.progress.get("window") or None
         due = evaluate is not None and bool(restored.progress.get("evaluation_due"))
-        if early_stopping and (stored := restored.progress.get("early_stopping")):
+        if early_stopping is not None and (stored := restored.progress.get("early_stopping")):
             early_stopping = early_stopping.from_json(stored)
     at = start = int(state.step)
     whole = True  # False while a step may have donated the state
@@ -169,7 +169,7 @@ def fit(
             return
         log.settle(saved)
         window.check(saved)
-        memory = early_stopping.to_json() if early_stopping else {}
+        memory = early_stopping.to_json() if early_stopping is not None else {}
         progress = {"window": window.to_json(), "early_stopping": memory, "evaluation_due": due}
         if at != saved:
             monitor.check_state(state, at, saved)
@@ -189,7 +189,7 @@ def fit(
                 if failure is not error:
                     error.add_note(f"the state of step {at} was not saved: {failure!r}")
 
-    stopped = "early_stopping" if early_stopping and early_stopping.stop else None
+    stopped = "early_stopping" if early_stopping is not None and early_stopping.stop else None
     with contextlib.ExitStack() as stack:
         for writer in writers:
             stack.callback(writer.close)
@@ -249,7 +249,7 @@ def fit(
                 log.clock += time.perf_counter() - pause
                 write({"step": at, "split": "validation", **values})
                 call("on_evaluation", at, state, values)
-                if early_stopping:
+                if early_stopping is not None:
                     early_stopping.update(values)
                     stopped = "early_stopping" if early_stopping.stop else None
                 metrics, due = values, False

@@ -103,9 +103,10 @@ class CompiledStep:
             ValueError: The processes have different states.
         """
         leaves, structure = jax.tree.flatten(state)
-        layout = self._layouts.get(structure)
+        key = _signature(state)
+        layout = self._layouts.get(key)
         if layout is None:
-            layout = self._layouts[structure] = jax.tree.leaves(self._layout(state))
+            layout = self._layouts[key] = jax.tree.leaves(self._layout(state))
         if all(getattr(x, "sharding", None) == sharding for x, sharding in zip(leaves, layout, strict=True)):
             return state
         return place(state, jax.tree.unflatten(structure, layout), donate=donate)
@@ -158,7 +159,7 @@ def jit_step(step: Callable[..., Any], mesh: Mesh | None = None, *, shard_state:
             return checked(*args)
 
     def program(state: Any, train: bool) -> jax.stages.Wrapped:
-        key = train, jax.tree.structure(state) if shard_state else None
+        key = train, _signature(state) if shard_state else None
         if key not in programs:
             where = layout(state) if shard_state else replicated
             if train:
@@ -332,6 +333,12 @@ def _place(batch: dict[str, Any], sharding: NamedSharding) -> dict[str, Any]:
 
 def _everywhere(replicated: NamedSharding, state: Any) -> Any:
     return jax.tree.map(lambda _: replicated, state)
+
+
+def _signature(state: Any) -> tuple[Any, ...]:
+    """Returns what a layout depends on."""
+    leaves, structure = jax.tree.flatten(state)
+    return structure, tuple(map(np.shape, leaves))
 
 
 def _split(count: int, batch: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax
 import optax
 
 from flaxvision import metrics as fm
+from flaxvision import processes
 from flaxvision.train.objectives import explain_loss
 from flaxvision.train.state import TrainState
 
@@ -74,19 +75,21 @@ def learning_rate_range(
     state = create_state(lambda count: low * ratio**count)
     rates, losses = [], []
     average, best, diverged = 0.0, math.inf, False
-    for i in range(num_steps):
-        state, metrics = step(state, next(batches), rng)
-        loss = fm.compute(metrics)["loss"]
-        if cause := explain_loss(metrics):
-            raise ValueError(f"the loss must be finite; got {loss} at step {i + 1}{cause}")
-        rates.append(low * ratio**i)
-        losses.append(loss)
-        average = smoothing * average + (1 - smoothing) * loss
-        unbiased = average / (1 - smoothing ** (i + 1))
-        if not math.isfinite(loss) or (i >= 10 and unbiased > divergence * best):
-            diverged = True
-            break
-        best = min(best, unbiased)
+    with processes.Progress("range test") as progress:
+        for i in range(num_steps):
+            progress.advance()
+            state, metrics = step(state, next(batches), rng)
+            loss = fm.compute(metrics)["loss"]
+            if cause := explain_loss(metrics):
+                raise ValueError(f"the loss must be finite; got {loss} at step {i + 1}{cause}")
+            rates.append(low * ratio**i)
+            losses.append(loss)
+            average = smoothing * average + (1 - smoothing) * loss
+            unbiased = average / (1 - smoothing ** (i + 1))
+            if not math.isfinite(loss) or (i >= 10 and unbiased > divergence * best):
+                diverged = True
+                break
+            best = min(best, unbiased)
     reach = max(1, num_steps // 50)
     finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
     around = [statistics.fmean(finite[max(0, i - reach) : i + reach + 1]) for i in range(len(finite))]

@@ -27,6 +27,7 @@ class RunSettings:
         *("dataset", "skip_broken"),  # the fingerprint in the checkpoints compares the examples themselves
         *("profile_steps", "keep_latest", "keep_best", "allow_changes", "deterministic", "shard_state"),
         *("coordinator", "num_processes", "process_id", "start_timeout", "heartbeat_timeout", "shutdown_timeout"),
+        "stall_timeout",
     )
 
     workdir: str | None = None
@@ -79,6 +80,9 @@ class RunSettings:
     """Seconds without a heartbeat after which a process counts as dead and the others exit."""
     shutdown_timeout: float = processes.TIMEOUT
     """Seconds that a finished process waits for the others."""
+    stall_timeout: float = processes.STALL_TIMEOUT
+    """Seconds that a process may take for a step, a batch of an evaluation or an answer to the others, before all
+    exit. Longer than the longest compilation."""
     progress: bool = True
     """Show the progress bar."""
 
@@ -99,6 +103,7 @@ class RunSettings:
             start_timeout=self.start_timeout,
             heartbeat_timeout=self.heartbeat_timeout,
             shutdown_timeout=self.shutdown_timeout,
+            stall_timeout=self.stall_timeout,
         )
 
     def model_overrides(self, fields: Collection[str], num_classes: int) -> dict[str, Any]:

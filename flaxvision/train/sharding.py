@@ -115,11 +115,16 @@ def collect(tree: Any) -> Any:
         The tree with NumPy arrays. They are the same in all processes.
     """
 
+    def split(leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
     def one(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        if split(leaf):
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
         return np.asarray(leaf)
 
+    if any(map(split, jax.tree.leaves(tree))):
+        processes.barrier("collect")  # it has a time limit, and the collective operation has none
     return jax.tree.map(one, tree)
 
 

@@ -2,7 +2,8 @@
 
 A *unit of work* is a train step or a batch of an evaluation. A run stops between two units, so a long evaluation does
 not delay it. With several processes, a request to any of them stops all of them before the same unit. For this, one
-thread in each process waits for a key in the store of JAX's coordinator. The overhead for each unit is one lock.
+thread in each process looks for a key in the store of JAX's coordinator every second. The overhead for each unit is one
+lock. If a process counts no unit for `processes.stall_timeout()` seconds, all of them exit; see `processes.Progress`.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class Stop:
         self._handlers: dict[int, Any] = {}
         self._outer: Stop | None = None
         self._agreement = _Agreement(self._asked) if jax.process_count() > 1 else None
+        self._progress = processes.Progress("fit")
 
     def claim(self) -> None:
         """Counts one unit of work. Call it before each unit.
@@ -97,6 +99,7 @@ class Stop:
         reason = self._agreement.claim() if self._agreement else self._asked()
         if reason is not None:
             raise Interrupted(reason)
+        self._progress.advance()
 
     def due(self) -> str | None:
         """Returns the reason why the run must stop before the next unit of work, or None. It does not wait."""
@@ -126,12 +129,14 @@ class Stop:
                 self._handlers[number] = signal.signal(number, self._note)
         if self._agreement:
             self._agreement.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         _current.stop = self._outer
+        self._progress.__exit__()
         if self._agreement:
             self._agreement.end()
 
@@ -151,7 +156,7 @@ class _Agreement:
         self._lock = threading.Lock()
         self._units = 0
         self._answered = self._ended = False
-        self._decided = threading.Event()
+        self._decided, self._wake = threading.Event(), threading.Event()
         self._last = math.inf  # the unit after which all processes stop
         self._reason: str | None = None
         self._error: processes.ProcessError | None = None
@@ -173,8 +178,9 @@ class _Agreement:
                 return self._result()
             if reason is not None:
                 processes.post(f"{self._key}/request", reason)
-            if not self._decided.wait(processes.TIMEOUT):
-                raise processes.ProcessError(f"the processes must agree to stop within {processes.TIMEOUT:g} s")
+                self._wake.set()
+            if not self._decided.wait(processes.stall_timeout()):
+                raise processes.ProcessError(f"the processes must agree to stop within {processes.stall_timeout():g} s")
 
     def due(self) -> str | None:
         return self._result() if self._decided.is_set() and self._units >= self._last else None
@@ -184,6 +190,7 @@ class _Agreement:
             self._ended = True
         with contextlib.suppress(processes.ProcessError):
             processes.post(f"{self._key}/request", _ENDED)
+        self._wake.set()
         self._thread.join(2.0)
 
     def _result(self) -> str | None:
@@ -195,7 +202,8 @@ class _Agreement:
 
     def _watch(self) -> None:
         try:
-            while (request := processes.read(f"{self._key}/request", 1.0)) is None:
+            while (request := processes.read(f"{self._key}/request", 0)) is None:
+                self._wake.wait(1.0)
                 if (reason := self._asked()) is not None:  # the loop may be waiting for something else
                     processes.post(f"{self._key}/request", reason)
             with self._lock:
@@ -210,9 +218,10 @@ class _Agreement:
         self._decided.set()
 
     def _answer(self, index: int) -> dict[str, Any]:
-        answer = processes.read(f"{self._key}/answer/{index}", processes.TIMEOUT)
+        limit = processes.stall_timeout()
+        answer = processes.read(f"{self._key}/answer/{index}", limit)
         if answer is None:
-            raise processes.ProcessError(f"process {index} must answer 'stop' within {processes.TIMEOUT:g} s")
+            raise processes.ProcessError(f"process {index} must answer 'stop' within {limit:g} s")
         return answer
 
     def _decide(self, answers: list[dict[str, Any]]) -> None:

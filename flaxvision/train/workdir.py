@@ -99,7 +99,7 @@ def open_workdir(path: str | os.PathLike[str], config: Any, *, free: Collection[
         WorkdirInUseError: Another run uses the directory; the message names its process.
     """
     path = folders.local(path, "the work directory")
-    _on_first_process("open the work directory", lambda: _open(path, config, free))
+    processes.on_first("open the work directory", lambda: _open(path, config, free))
     return path
 
 
@@ -132,21 +132,6 @@ def _open(path: Path, config: Any, free: Collection[str]) -> None:
     written = {"config": settings, "versions": versions(), "commit": commit(), "command": sys.argv}
     with atomic.replacing(file) as partial:
         partial.write_text(json.dumps(written, indent=2) + "\n")
-
-
-def _on_first_process(what: str, act: Callable[[], None]) -> None:
-    """Runs a function on process 0, and raises its error on all processes."""
-    failure = None
-    if jax.process_index() == 0:
-        try:
-            act()
-        except Exception as error:
-            failure = error
-    told = processes.broadcast(what, failure and [isinstance(failure, ValueError), str(failure)])
-    if failure is not None:
-        raise failure
-    if told:
-        raise (ValueError if told[0] else RuntimeError)(told[1])
 
 
 def fit_in_workdir(
@@ -187,7 +172,8 @@ def fit_in_workdir(
         keep_latest: Number of newest checkpoints to keep.
         keep_best: Number of best checkpoints to keep.
         progress: Title of a progress bar; None shows none.
-        profile_steps: Steps to trace, such as `"10:20"`, into the directory `profile`; None traces none.
+        profile_steps: Steps to trace, such as `"10:20"`, into the directory `profile`; None traces none. With several
+            processes, each one has a directory in it.
         allow_changes: Whether the run may continue with other training data than it began with, for example after a
             damaged file was replaced. What differs is logged; from there on the run is no longer the one that an
             uninterrupted run would have been.
@@ -211,7 +197,10 @@ def fit_in_workdir(
         best_metric, best_mode = getattr(stopping, "metric", "loss"), getattr(stopping, "mode", "min")
     callbacks = list(callbacks)
     if profile_steps is not None:
-        callbacks.append(callbacks_lib.Profiler(path / "profile", *callbacks_lib.step_range(profile_steps)))
+        folder = path / "profile"
+        if jax.process_count() > 1:  # processes on one host would write the same file
+            folder = folder / f"process{jax.process_index()}"
+        callbacks.append(callbacks_lib.Profiler(folder, *callbacks_lib.step_range(profile_steps)))
     records: list[Any] = []
     first = jax.process_index() == 0
     if first:
@@ -247,7 +236,7 @@ def fit_in_workdir(
             **options,
         )
         finished = result.stopped in (None, "early_stopping")
-        if finished and options.get("early_stopping"):
+        if finished and options.get("early_stopping") is not None:
             checkpoints.allow = checkpoints.allow | {"data"}  # the best one may be older than an allowed change
             restored = checkpoints.restore_best(result.state)
             if restored is not None:
@@ -286,13 +275,19 @@ def run_experiment(main: Callable[[Any], int], parse: Callable[[], Any]) -> NoRe
     """Runs an experiment as a program: reads its flags, runs it and exits.
 
     SIGTERM ends the program with status 0. In the training loop, which has its own handler, the run is saved first.
+    With several processes, SIGTERM to any of them ends all of them with status 0, within seconds.
     An expected error, such as a setting out of range, ends it with status 1 and a line instead of a traceback.
 
     Args:
         main: The experiment, which maps its settings to an exit status.
         parse: Reads the settings from the command line.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+
+    def terminated(number: int, frame: Any) -> NoReturn:
+        processes.terminate("SIGTERM")
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, terminated)
     try:
         with processes.failures():
             status: int | str = main(parse())

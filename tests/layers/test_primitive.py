@@ -20,7 +20,7 @@ from flaxvision.layers.lowering.primitive import call, form_p
     ("modules", "files"),
     [
         (r"jax\.(interpreters|extend)", ["layers/lowering/primitive.py"]),
-        (r"jax\._src", ["processes.py", "train/reproducibility.py"]),
+        (r"jax\._src", ["processes/__init__.py", "processes/exchange.py", "train/reproducibility.py"]),
     ],
 )
 def test_few_files_import_semi_private_modules(modules, files):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flaxvision as fv
-from flaxvision.train import Evaluation, eval_step, evaluate, jit_step, pmap_step
+from flaxvision.train import Evaluation, eval_step, evaluate, jit_step, parallel, pmap_step
 from tests.train import runs
 from tests.train.fakes import LOSS, START, Data, run
 
@@ -56,6 +56,15 @@ def test_a_check_costs_no_second_trace():
     assert len(traces) == 1
     evaluation(state)
     assert len(traces) == 1
+
+
+def test_a_state_is_moved_once(monkeypatch):
+    moved = []
+    place = parallel.place
+    monkeypatch.setattr(parallel, "place", lambda state, *args, **options: (moved.append(1), place(state, *args))[1])
+    step = jit_step(partial(eval_step, objective=runs.OBJECTIVE))
+    evaluate(runs.state_of(), step, fv.data.eval_batches(runs.SOURCE, 16))  # four batches
+    assert moved == [1]
 
 
 def test_an_evaluation_needs_batches_that_last():

@@ -117,6 +117,14 @@ def test_no_device_holds_two_states():
         assert step.place(restored) is restored
 
 
+def test_states_of_one_structure_and_other_shapes_have_layouts_of_their_own():
+    step = jit_step(lambda state, batch: jax.tree.map(jnp.sum, state), shard_state=True)
+    for shape, spec in (((8, 1024), P(None, "data")), ((4096, 3), P("data")), ((5, 7), P())):
+        state = {"w": jnp.ones(shape)}
+        assert step.place(state)["w"].sharding.spec == spec
+        assert int(step(state, batch_of())["w"]) == np.prod(shape)
+
+
 @pytest.mark.slow
 def test_the_memory_of_vgg16_per_device_falls_with_the_number_of_devices():
     model = fv.create_model("vgg16", num_classes=1000)

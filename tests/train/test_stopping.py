@@ -48,6 +48,15 @@ def steps_of(**options):
     return int(result.state.step), result.stopped
 
 
+def test_a_rule_that_is_false_as_a_condition_is_used():
+    class Rule(EarlyStopping):
+        def __bool__(self):
+            return False
+
+    rule = Rule(patience=2)
+    assert steps_of(early_stopping=rule, evaluate=lambda state: {"loss": 1.0}, eval_every=4) == (12, "early_stopping")
+
+
 def test_sigterm_outlives_the_run(tmp_path):
     assert run(tmp_path, step=interrupted_after(7)).stopped == "SIGTERM"
     assert stopping.requested() == "SIGTERM"

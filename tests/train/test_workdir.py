@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,16 @@ def another_process(folder):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_system_without_locks(tmp_path, monkeypatch, caplog):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(os, "pwrite")
+    lock.acquire(tmp_path)
+    assert "this system has no file locks; only one run may use" in caplog.text
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    lock.release(tmp_path)
 
 
 def test_a_second_run_is_refused_by_a_lock_that_names_the_first(tmp_path):
