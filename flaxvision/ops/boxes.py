@@ -287,8 +287,14 @@ def _area(width: Array, height: Array) -> Array:
 def rounded(product: Array) -> Array:
     """Returns a finite product as it is, rounded before what follows.
 
-    A compiler may contract a product and the sum that follows it to one operation, with one rounding. It does so through
-    a selection, but not through a maximum of two values. So an IoU is rounded as in NumPy, and ties are exact.
+    A compiler may contract a product and the sum that follows it to one operation, with one rounding. It does so
+    through a selection, but not through a maximum of two values. So an IoU is rounded as in NumPy, and ties are exact.
+
+    Args:
+        product: Any finite array.
+
+    Returns:
+        The same array.
     """
     return jnp.maximum(product, jnp.finfo(product.dtype).min)
 
