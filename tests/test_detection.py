@@ -52,7 +52,7 @@ def test_class_agnostic(per_class):
             names = np.tile(np.arange(K), A)
         else:
             flat, values, exists, names = boxes[:, None], scores.max(1, keepdims=True), valid, scores.argmax(1)
-        order = {tuple(b) + (float(s),): n for b, s, n in zip(flat[::-1, 0], values[::-1, 0], names[::-1], strict=True)}
+        order = {(*b, float(s)): n for b, s, n in zip(flat[::-1, 0], values[::-1, 0], names[::-1], strict=True)}
         expected, s, _ = loops.select(flat, values, exists, 0.05, 0.5, A)
         np.testing.assert_array_equal(found.boxes[i][found.valid[i]], expected)
         np.testing.assert_array_equal(found.scores[i][found.valid[i]], s)
