@@ -20,6 +20,10 @@ from flaxvision.models.bn_inception import BNInceptionBackbone as BNInceptionBac
 from flaxvision.models.bn_inception import BNInceptionModule as BNInceptionModule
 from flaxvision.models.capsnet import CapsNet as CapsNet
 from flaxvision.models.capsnet import CapsuleDecoder as CapsuleDecoder
+from flaxvision.models.detector import Detector as Detector
+from flaxvision.models.detector import batch_mean as batch_mean
+from flaxvision.models.detector import row_keys as row_keys
+from flaxvision.models.detector import valid_sizes as valid_sizes
 from flaxvision.models.fashion_cnn import FashionCNN as FashionCNN
 from flaxvision.models.googlenet import GoogLeNet as GoogLeNet
 from flaxvision.models.googlenet import GoogLeNetAux as GoogLeNetAux
