@@ -1,4 +1,4 @@
-"""Grid heads of YOLOv2 and YOLOv3: decoding and losses, and `GridDetector`, which combines several of them.
+"""Grid heads of YOLOv2 and YOLOv3: decoding and losses.
 
 The arithmetic is that of darknet's `region_layer.c` and `yolo_layer.c` (J. Redmon). darknet states its losses by their
 gradients, the deltas, which are here the exact gradients of
@@ -17,20 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.scipy.special import xlogy
 
-from flaxvision.models.detector import Detector, valid_sizes
-from flaxvision.ops import box_area, box_iou, clip_boxes, from_centers, paired_iou, to_centers
-
-if TYPE_CHECKING:
-    from flaxvision.detection import Candidates
+from flaxvision.ops import box_area, box_iou, from_centers, paired_iou, to_centers
 
 Anchors = tuple[tuple[float, float], ...]
 BOX_LOSSES = ("mse", "iou", "giou", "diou", "ciou")
@@ -259,7 +252,7 @@ class _Found:
 
 
 def _assign(x: jax.Array, truth: Truth, positive: jax.Array, sizes: Anchors, stride: int) -> _Found:
-    """Collects what the positive anchors `[M, A]` at the cells of the truths learn; the last truth of an anchor wins."""
+    """Collects what the positive anchors `[M, A]` at the cells of the truths learn; the last truth wins an anchor."""
     rows, columns, _, depth = x.shape
     center, size = jnp.split(to_centers(truth.boxes.astype(x.dtype)), 2, axis=-1)
     row, column = _cells(center, (rows, columns), stride)
@@ -274,7 +267,7 @@ def _assign(x: jax.Array, truth: Truth, positive: jax.Array, sizes: Anchors, str
         column,
         winner,
         x[row, column],
-        (center / stride - jnp.stack([column, row], axis=-1).astype(x.dtype))[:, None],
+        jnp.clip(center / stride - jnp.stack([column, row], axis=-1).astype(x.dtype), 0, 1)[:, None],
         jnp.log(size[:, None] / jnp.asarray(sizes, x.dtype)[None]),
         (size.prod(-1) / (rows * columns * stride * stride))[:, None],
         jnp.minimum(jnp.einsum("mna,nk->mak", meet.astype(x.dtype), hot), 1),
@@ -344,77 +337,3 @@ def grid_boxes(x: jax.Array, sizes: Anchors, stride: int, scale_xy: float = 1.0)
 
 def _like(a: jax.Array, x: jax.Array) -> jax.Array:
     return a.reshape((1,) * (x.ndim - a.ndim) + a.shape)
-
-
-class GridDetector(Detector):
-    """Base class of detectors that predict boxes on grids.
-
-    A subclass defines `heads`, and `__call__`, which returns the raw output of each of them by its name. Images are RGB
-    in [0, 1], and the canvas is a multiple of the coarsest stride. In training, `batch["seen"]`, an integer or `[N]`,
-    may give the number of images that were seen before, for the warm-up of YOLOv2; without it there is no warm-up.
-    """
-
-    @property
-    def heads(self) -> dict[str, YoloHead | RegionHead]:
-        """The heads by the names of their raw outputs."""
-        raise NotImplementedError(f"{type(self).__name__} must define heads")
-
-    @property
-    def num_labels(self) -> int:
-        """Number of classes."""
-        return next(iter(self.heads.values())).num_classes
-
-    @nn.nowrap
-    def candidates(self, outputs: dict[str, Any], sizes: jax.Array) -> Candidates:
-        """Decodes raw outputs to boxes `[N, A, 4]`, scores `[N, A, K]`, and which boxes have an area, `[N, A]`.
-
-        Boxes are ordered by head, row, column and anchor, and clipped to `sizes [N, 2]`.
-        """
-        from flaxvision.detection import Candidates
-
-        boxes, scores = [], []
-        for name, head in self.heads.items():
-            box, score = head.decode(outputs[name])
-            boxes.append(box.reshape(box.shape[0], -1, 4))
-            scores.append(score.reshape(score.shape[0], -1, head.num_classes))
-        clipped = clip_boxes(jnp.concatenate(boxes, 1), jnp.asarray(sizes))
-        return Candidates(clipped, jnp.concatenate(scores, 1), box_area(clipped) > 0)
-
-    def losses(
-        self, batch: Mapping[str, Any], rng: jax.Array | None = None, *, train: bool = True
-    ) -> dict[str, jax.Array]:
-        """Computes the losses `[N]` of every image: sums over cells and anchors, as darknet's.
-
-        Args:
-            batch: As for `Detector.losses`, and optionally `seen`.
-            rng: Not used.
-            train: Whether BatchNorm uses and updates the statistics of the batch.
-
-        Returns:
-            `box`, `object` and `class`, and `prior` for YOLOv2; sums over the heads.
-        """
-        outputs = self(batch["image"], batch.get("size"), train=train)
-        valid, boxes = jnp.asarray(batch["valid"], bool), jnp.asarray(batch["boxes"])
-        nothing = jnp.zeros_like(valid)
-        apart = jnp.asarray(batch.get("crowd", nothing), bool) | jnp.asarray(batch.get("difficult", nothing), bool)
-        seen = jnp.broadcast_to(jnp.asarray(batch.get("seen", jnp.iinfo(jnp.int32).max)), boxes.shape[:1])
-        truth = Truth(boxes, jnp.asarray(batch["labels"]), valid & ~apart, valid & apart, seen)
-        total: dict[str, jax.Array] = {}
-        for name, head in self.heads.items():
-            for loss, value in head.losses(outputs[name], truth).items():
-                total[loss] = total[loss] + value if loss in total else value
-        return total
-
-
-def check_canvas(images: jax.Array, sizes: jax.Array | None, multiple: int) -> None:
-    """Checks the shapes of the images and of their sizes.
-
-    Raises:
-        ValueError: `images` is not `[N, H, W, C]` with a height and a width that are multiples of `multiple`, or
-            `sizes` has another shape than `[N, 2]`.
-    """
-    valid_sizes(images, sizes)
-    if images.shape[1] % multiple or images.shape[2] % multiple:
-        raise ValueError(
-            f"images must have a height and a width that are multiples of {multiple}; got {images.shape[1:3]}"
-        )
