@@ -20,6 +20,11 @@ from flaxvision.models.bn_inception import BNInceptionBackbone as BNInceptionBac
 from flaxvision.models.bn_inception import BNInceptionModule as BNInceptionModule
 from flaxvision.models.capsnet import CapsNet as CapsNet
 from flaxvision.models.capsnet import CapsuleDecoder as CapsuleDecoder
+from flaxvision.models.darknet import Darknet as Darknet
+from flaxvision.models.darknet import Darknet53Backbone as Darknet53Backbone
+from flaxvision.models.darknet import DarknetBackbone as DarknetBackbone
+from flaxvision.models.darknet_cfg import CfgDetector as CfgDetector
+from flaxvision.models.darknet_cfg import CfgNetwork as CfgNetwork
 from flaxvision.models.detector import Detector as Detector
 from flaxvision.models.detector import batch_mean as batch_mean
 from flaxvision.models.detector import row_keys as row_keys
@@ -29,6 +34,7 @@ from flaxvision.models.googlenet import GoogLeNet as GoogLeNet
 from flaxvision.models.googlenet import GoogLeNetAux as GoogLeNetAux
 from flaxvision.models.googlenet import GoogLeNetBackbone as GoogLeNetBackbone
 from flaxvision.models.googlenet import InceptionModule as InceptionModule
+from flaxvision.models.grid_detector import GridDetector as GridDetector
 from flaxvision.models.inception_v3 import InceptionV3 as InceptionV3
 from flaxvision.models.inception_v3 import InceptionV3A as InceptionV3A
 from flaxvision.models.inception_v3 import InceptionV3Aux as InceptionV3Aux
@@ -79,5 +85,9 @@ from flaxvision.models.vgg import VGGBackbone as VGGBackbone
 from flaxvision.models.xception import Xception as Xception
 from flaxvision.models.xception import XceptionBackbone as XceptionBackbone
 from flaxvision.models.xception import XceptionBlock as XceptionBlock
+from flaxvision.models.yolo_heads import RegionHead as RegionHead
+from flaxvision.models.yolo_heads import YoloHead as YoloHead
+from flaxvision.models.yolo_v2 import YoloV2 as YoloV2
+from flaxvision.models.yolo_v3 import YoloV3 as YoloV3
 from flaxvision.models.zfnet import ZFNet as ZFNet
 from flaxvision.models.zfnet import ZFNetBackbone as ZFNetBackbone

@@ -11,11 +11,10 @@ _ALIASES = {"network": "net", "conv": "convolutional", "max": "maxpool", "avg": 
 _ALIASES |= {"soft": "softmax"}
 # Options that change the arithmetic and have no counterpart here, with the value that leaves it as it is.
 _NEUTRAL = {
-    "convolutional": dict.fromkeys(
-        "antialiasing binary xnor bin_output flipped cbn sway rotate stretch stretch_sway coordconv reverse"
-        " assisted_excitation dot".split(),
-        "0",
-    ),
+    "convolutional": {
+        **dict.fromkeys(("antialiasing", "binary", "xnor", "bin_output", "flipped", "cbn", "coordconv"), "0"),
+        **dict.fromkeys(("sway", "rotate", "stretch", "stretch_sway", "reverse", "assisted_excitation", "dot"), "0"),
+    },
     "maxpool": {"maxpool_depth": "0", "antialiasing": "0"},
     "shortcut": {"weights_type": "none"},
     "upsample": {},

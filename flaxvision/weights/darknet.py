@@ -143,7 +143,7 @@ def save_darknet(
     write_darknet(path, DarknetFile(values, seen, version))
 
 
-def count(model: nn.Module, image_shape: Shape | None = None) -> int:
+def values_of(model: nn.Module, image_shape: Shape | None = None) -> int:
     """Returns the number of values in the `.weights` file of a model."""
     return sum(place.size for place in _places(model, image_shape))
 
