@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 
 from flaxvision.ops.boxes import box_iou
 
-# Boxes that are decided together. Measured on 2 cores.
-_BLOCK = 256
+# Boxes that are decided together. On 2 cores, 2,000 boxes take 2 to 12 ms with 128, the same with 64, more with 256.
+_BLOCK = 128
 
 
 def top_k(scores: ArrayLike, valid: ArrayLike | None, k: int) -> tuple[Array, Array]:
@@ -67,60 +67,125 @@ def nms(
     """
     boxes, scores = _checked(boxes, scores, valid, labels, max_outputs)
     count = boxes.shape[0]
-    block = min(_BLOCK, max(count, 1))
-    order, exists = _falling(scores, valid)
-    padding = -count % block
-    order, exists = jnp.pad(order, (0, padding)), jnp.pad(exists, (0, padding))
-    boxes = boxes[order]
-    labels = None if labels is None else jnp.asarray(labels)[order]
-    threshold = _at_most(iou_threshold, boxes.dtype)
-    earlier = jnp.arange(block)[:, None] < jnp.arange(block)[None]
+    if not count:
+        return jnp.zeros(max_outputs, jnp.int32), jnp.zeros(max_outputs, bool)
+    block = min(_BLOCK, count)
+    order, exists = (jnp.pad(x, (0, -count % block)) for x in _falling(scores, valid))
+    columns = [boxes[order].T] if labels is None else [boxes[order].T, jnp.asarray(labels)[order]]
+    threshold = at_most(iou_threshold, boxes.dtype)
+    earlier = jnp.arange(block)[None] < jnp.arange(block)[:, None]
 
-    def overlaps(a, b, label_a, label_b):
-        found = box_iou(a, b) > threshold
-        return found if labels is None else found & (label_a[:, None] == label_b[None])
+    def take(arrays, start):
+        return [lax.dynamic_slice_in_dim(x, start, block, axis=-1) for x in arrays]
+
+    def suppressed_by(mine, theirs):
+        """Whether each box of a block `[block, 1]` may be suppressed by each box of another one `[1, block]`."""
+        found = box_iou(mine[0].T, theirs[0].T) > threshold
+        return found if labels is None else found & (mine[1][:, None] == theirs[1][None])
 
     def unfinished(state):
-        start, found, *_ = state
+        start, found, _, _ = state
         # Boxes that exist come first.
         return (start < count) & (found < max_outputs) & exists[jnp.minimum(start, count - 1)]
 
     def step(state):
-        start, found, chosen, chosen_boxes, chosen_labels = state
-        mine = lax.dynamic_slice_in_dim(boxes, start, block)
-        label = None if labels is None else lax.dynamic_slice_in_dim(labels, start, block)
-        alive = lax.dynamic_slice_in_dim(exists, start, block)
-        before = jnp.arange(max_outputs) < found
-        alive &= ~jnp.any(overlaps(chosen_boxes, mine, chosen_labels, label) & before[:, None], axis=0)
-        kept = _greedy(overlaps(mine, mine, label, label) & earlier, alive)
-        # Places beyond the last one are dropped.
-        place = jnp.where(kept, found + jnp.cumsum(kept) - 1, max_outputs)
-        chosen = chosen.at[place].set(lax.dynamic_slice_in_dim(order, start, block), mode="drop")
-        chosen_boxes = chosen_boxes.at[place].set(mine, mode="drop")
-        if labels is not None:
-            chosen_labels = chosen_labels.at[place].set(label, mode="drop")
-        return start + block, found + jnp.sum(kept), chosen, chosen_boxes, chosen_labels
+        start, found, chosen, better = state
+        mine = take(columns, start)
 
+        def compare(i, alive):
+            real = i * block + jnp.arange(block) < found
+            return alive & ~jnp.any(suppressed_by(mine, take(better, i * block)) & real[None], axis=1)
+
+        alive = lax.fori_loop(0, -(-found // block), compare, *take([exists], start))
+        kept = _greedy(suppressed_by(mine, mine) & earlier, alive)
+        # A place beyond the last one is dropped.
+        place = jnp.where(kept, found + jnp.cumsum(kept, dtype=jnp.int32) - 1, max_outputs + block)
+        chosen = chosen.at[place].set(*take([order], start), mode="drop")
+        better = [x.at[..., place].set(y, mode="drop") for x, y in zip(better, mine, strict=True)]
+        return start + block, found + jnp.sum(kept, dtype=jnp.int32), chosen, better
+
+    room = max_outputs + -max_outputs % block
     zero = jnp.zeros((), jnp.int32)
-    chosen = jnp.zeros(max_outputs, jnp.int32)
-    chosen_labels = None if labels is None else jnp.zeros(max_outputs, labels.dtype)
-    if count:
-        state = (zero, zero, chosen, jnp.zeros((max_outputs, 4), boxes.dtype), chosen_labels)
-        _, found, chosen, *_ = lax.while_loop(unfinished, step, state)
-    else:
-        found = zero
-    return chosen, jnp.arange(max_outputs) < found
+    state = (zero, zero, jnp.zeros(room, jnp.int32), [jnp.zeros((*x.shape[:-1], room), x.dtype) for x in columns])
+    _, found, chosen, _ = lax.while_loop(unfinished, step, state)
+    return chosen[:max_outputs], jnp.arange(max_outputs) < found
 
 
-def _greedy(suppresses: Array, alive: Array) -> Array:
-    """Decides a block: `suppresses[i, j]` if i would suppress the later j. Exact after as many rounds as the longest chain."""
+def soft_nms(
+    boxes: ArrayLike,
+    scores: ArrayLike,
+    valid: ArrayLike | None = None,
+    *,
+    max_outputs: int,
+    method: str = "gaussian",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+    labels: ArrayLike | None = None,
+) -> tuple[Array, Array, Array]:
+    """Lowers the score of a box that overlaps a better one instead of removing it (Bodla et al. 2017, section 3).
+
+    The box with the highest score is taken, the scores of the others are multiplied by `1 - iou` if their IoU with it
+    is at least the threshold (`"linear"`), or by `exp(-iou^2 / sigma)` (`"gaussian"`), and so on.
+
+    Args:
+        boxes: `[A, 4]`.
+        scores: `[A]`, not negative; a box whose score is NaN is never taken.
+        valid: `[A]` bool: which boxes exist; None for all.
+        max_outputs: Number of boxes to return, at least 1.
+        method: `"linear"` or `"gaussian"`.
+        iou_threshold: The paper's N_t, for `"linear"`.
+        sigma: The paper's sigma, for `"gaussian"`.
+        score_threshold: A box is dropped when its score falls below this.
+        labels: `[A]` integers: boxes only lower the scores of boxes of the same label. None for a single class.
+
+    Returns:
+        indices `[max_outputs]` int32 in the order in which the boxes are taken, their lowered scores `[max_outputs]`,
+        which fall, and kept `[max_outputs]` bool: which of them exist. The other indices and scores are 0.
+
+    Raises:
+        ValueError: The shapes do not fit, `max_outputs` is below 1, or `method` is not one of the two.
+    """
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"method must be 'linear' or 'gaussian'; got {method!r}")
+    boxes, scores = _checked(boxes, scores, valid, labels, max_outputs)
+    labels = None if labels is None else jnp.asarray(labels)
+    exists = jnp.ones(scores.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    nothing = jnp.asarray(-jnp.inf, scores.dtype)
+    if not scores.shape[0]:
+        return jnp.zeros(max_outputs, jnp.int32), jnp.zeros(max_outputs, scores.dtype), jnp.zeros(max_outputs, bool)
+
+    def step(left, _):
+        at = jnp.argmax(left)
+        iou = box_iou(boxes[at][None], boxes)[0]
+        if method == "linear":
+            factor = jnp.where(iou >= iou_threshold, 1 - iou, 1)
+        else:
+            factor = jnp.exp(-jnp.square(iou) / sigma)
+        lowered = left * factor if labels is None else jnp.where(labels == labels[at], left * factor, left)
+        # What is dropped stays at minus infinity, also where the factor is 0.
+        lowered = jnp.where(lowered >= score_threshold, lowered, nothing)
+        return lowered.at[at].set(nothing), (at.astype(jnp.int32), left[at])
+
+    start = jnp.where(exists & (scores >= score_threshold), scores, nothing)
+    _, (indices, found) = lax.scan(step, start, None, length=max_outputs)
+    kept = found > nothing
+    return jnp.where(kept, indices, 0), jnp.where(kept, found, 0), kept
+
+
+def _greedy(suppressed_by: Array, alive: Array) -> Array:
+    """Decides a block whose box i may be suppressed by the earlier box j: `suppressed_by[i, j]`.
+
+    The decision on a box is final once those on all earlier boxes that may suppress it are, so the number of rounds is
+    the length of the longest chain of overlapping boxes.
+    """
 
     def step(state):
         kept, _ = state
-        now = alive & ~jnp.any(suppresses & kept[:, None], axis=0)
+        now = alive & ~jnp.any(suppressed_by & kept[None], axis=1)
         return now, jnp.any(now != kept)
 
-    return lax.while_loop(lambda state: state[1], step, (alive, jnp.asarray(True)))[0]
+    return lax.while_loop(lambda state: state[1], step, (alive, jnp.any(alive)))[0]
 
 
 def _falling(scores: Array, valid: ArrayLike | None) -> tuple[Array, Array]:
@@ -132,7 +197,7 @@ def _falling(scores: Array, valid: ArrayLike | None) -> tuple[Array, Array]:
     return order, ~missing
 
 
-def _at_most(threshold: float, dtype) -> Array:
+def at_most(threshold: float, dtype) -> Array:
     """Rounds a Python number down to `dtype`, so that `iou > threshold` is as exact as in double precision."""
     if isinstance(threshold, jax.Array):
         return threshold.astype(dtype)
