@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxvision.detection import Candidates
 from flaxvision.models.detector import Detector, valid_sizes
 from flaxvision.models.yolo_heads import RegionHead, Truth, YoloHead
 from flaxvision.ops import box_area, clip_boxes
-
-if TYPE_CHECKING:
-    from flaxvision.detection import Candidates
 
 
 class GridDetector(Detector):
@@ -36,18 +34,26 @@ class GridDetector(Detector):
         return next(iter(self.heads.values())).num_classes
 
     @nn.nowrap
-    def candidates(self, outputs: dict[str, Any], sizes: jax.Array) -> Candidates:
-        """Decodes raw outputs to boxes `[N, A, 4]`, scores `[N, A, K]`, and which boxes have an area, `[N, A]`.
+    def candidates(self, outputs: dict[str, Any], sizes: jax.Array | None = None) -> Candidates:
+        """Decodes raw outputs to scored boxes, ordered by head, row, column and anchor.
 
-        Boxes are ordered by head, row, column and anchor, and clipped to `sizes [N, 2]`.
+        Args:
+            outputs: What `__call__` returns.
+            sizes: Valid height and width of each image, `[N, 2]`; None for the whole canvas.
+
+        Returns:
+            Boxes `[N, A, 4]`, clipped to the images; scores `[N, A, K]`, the objectness times the probability of the
+            class; and which boxes have an area, `[N, A]`.
         """
-        from flaxvision.detection import Candidates
-
         boxes, scores = [], []
         for name, head in self.heads.items():
             box, score = head.decode(outputs[name])
             boxes.append(box.reshape(box.shape[0], -1, 4))
             scores.append(score.reshape(score.shape[0], -1, head.num_classes))
+        if sizes is None:
+            name, head = next(iter(self.heads.items()))
+            size = jnp.asarray(outputs[name].shape[1:3]) * head.stride
+            sizes = jnp.broadcast_to(size[None], (outputs[name].shape[0], 2))
         clipped = clip_boxes(jnp.concatenate(boxes, 1), jnp.asarray(sizes))
         return Candidates(clipped, jnp.concatenate(scores, 1), box_area(clipped) > 0)
 
