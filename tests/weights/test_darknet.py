@@ -1,5 +1,6 @@
-"""darknet's cfg and weights files: every layer type against loops, files byte for byte, errors, and our own networks."""
+"""darknet's cfg and weights files: all layers against loops, files byte for byte, errors, and our own networks."""
 
+import functools
 import re
 import struct
 
@@ -14,7 +15,7 @@ from flaxvision.models.darknet_cfg import ACTIVATIONS
 from flaxvision.weights import DarknetFile, parse_cfg, read_darknet, write_darknet
 from flaxvision.weights.darknet import split, values_of
 from tests.models.darknet_loops import ACTIVATE, run_loops, text_of
-from tests.models.smallest import QUICK
+from tests.models.smallest import QUICK, filled
 
 NORM = {"batch_normalize": 1}
 # Every layer type of a network with heads: strides, groups, depthwise, dilation, odd sizes, routes of groups,
@@ -127,15 +128,17 @@ def test_names_and_fields():
 def test_dropout_and_batch_norm_in_training():
     model = parse_cfg(text_of(CLASSIFIER, 5, 6))
     x = jnp.asarray(drawn(4 * 90).reshape(4, 5, 6, 3))
-    variables = model.init(jax.random.key(0), x)
-    out = [
-        model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(k)}, mutable=["batch_stats"])
-        for k in (0, 0, 1)
-    ]
+    variables = filled(jax.eval_shape(model.init, jax.random.key(0), x))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def train(key):
+        return model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+
+    out = [train(jax.random.key(k)) for k in (0, 0, 1)]
     np.testing.assert_array_equal(out[0][0], out[1][0])
     assert np.abs(out[0][0] - out[2][0]).max() > 0
-    mean = jax.tree.map(np.asarray, out[0][1]["batch_stats"]["layer0_bn"]["mean"])
-    assert np.abs(mean).max() > 0
+    before, after = variables["batch_stats"], out[0][1]["batch_stats"]
+    assert min(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, dict(after)))) > 0
 
 
 @pytest.mark.parametrize(
@@ -278,7 +281,8 @@ def test_a_cfg_that_is_not_there(tmp_path):
 
 def test_comments_spaces_and_repetitions():
     """darknet removes all white space and reads the first of several equal options."""
-    text = "[network]\r\n height = 8 # rows\nwidth\t=8\nchannels= 3\n;x\n[conv]\nfilters = 1 2\nfilters=5\nactivation = relu"
+    text = "[network]\r\n height = 8 # rows\nwidth\t=8\nchannels= 3\n;x\n"
+    text += "[conv]\nfilters = 1 2\nfilters=5\nactivation = relu"
     (layer,) = parse_cfg(text).layers
     assert (layer.features, layer.activation, layer.kind) == (12, "relu", "convolutional")
 
@@ -365,8 +369,15 @@ def narrow_tiny(name):
 
 @pytest.mark.parametrize(
     "case",
-    [narrow_v2(), narrow_v3(False), narrow_v3(True), narrow_tiny("yolo_v2_tiny"), narrow_tiny("yolo_v3_tiny")],
-    ids=lambda case: case[0],
+    [
+        pytest.param(case, id=case[0], marks=[pytest.mark.slow] * (case[0] in ("yolo_v3", "yolo_v2_tiny")))
+        for case in (
+            narrow_v2(),
+            narrow_v3(False),
+            narrow_v3(True),
+            *map(narrow_tiny, ("yolo_v2_tiny", "yolo_v3_tiny")),
+        )
+    ],
 )
 def test_our_networks_are_those_of_the_cfg_files(case, tmp_path):
     """The same weights file gives the same outputs and heads. The official cfg files: `test_darknet_data.py`."""
@@ -394,14 +405,14 @@ def test_the_length_of_a_file_tells_the_number_of_classes(tmp_path):
     variables = fv.weights.load(name, path, source="darknet", **fields)
     assert variables["params"]["head32_out"]["kernel"].shape == (1, 1, 8, 24)
     jax.tree.map(np.testing.assert_array_equal, variables, fv.weights.load_darknet(wide, path))
-    model, anew = fv.weights.load_model(name, path, source="darknet", num_classes=3, **fields)
+    _, anew = fv.weights.load_model(name, path, source="darknet", num_classes=3, **fields)
     assert anew["params"]["head16_out"]["kernel"].shape == (1, 1, 6, 16)
     np.testing.assert_array_equal(
         anew["params"]["backbone"]["stem_conv1"]["conv"]["kernel"],
         variables["params"]["backbone"]["stem_conv1"]["conv"]["kernel"],
     )
     write_darknet(path, DarknetFile(drawn(values_of(wide) + 1)))
-    with pytest.raises(ValueError, match="too few|too many"):
+    with pytest.raises(ValueError, match=r"x.weights must hold .* too (few|many)"):
         fv.weights.load(name, path, source="darknet", **fields)
 
 
