@@ -27,7 +27,7 @@ Tensors = dict[str, np.ndarray]
 TARGETS = {
     "rpn.head.cls_logits": (-1.0, 2.0),
     "rpn.head.bbox_pred": (0.0, 0.2),
-    "roi_heads.box_predictor.cls_score": (0.0, 1.5),
+    "roi_heads.box_predictor.cls_score": (0.0, 1.0),
     "roi_heads.box_predictor.bbox_pred": (0.0, 0.5),
 }
 LOSSES = {
@@ -309,9 +309,14 @@ def _same_sample(model: Any, sample: Any) -> Iterator[None]:
     def second(labels):
         chosen = []
         for theirs, ours, kept in zip(proposals, regions, regions_kept, strict=True):
-            distance = np.abs(theirs.detach().numpy()[None] - np.asarray(ours)[np.asarray(kept)][:, None]).max(-1)
-            assert distance.min(1).max() < 0.01, "a sampled proposal is none of torchvision's"
-            chosen.append(distance.argmin(1))
+            distance = np.abs(theirs.numpy()[None] - np.asarray(ours)[np.asarray(kept)][:, None]).max(-1)
+            # Proposals of two levels may be the same box, so each of theirs is taken once.
+            taken = []
+            for row in distance:
+                row[taken] = np.inf
+                assert row.min() < 0.01, "a sampled proposal is none of torchvision's"
+                taken.append(int(row.argmin()))
+            chosen.append(np.asarray(taken))
         return split(labels, chosen)
 
     samplers = model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler
