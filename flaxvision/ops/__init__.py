@@ -4,6 +4,7 @@ Every function but those of `boxes` takes the arrays of one image, with a mask w
 maps it over a batch. Nothing has a dynamic shape and nothing runs on the host.
 """
 
+from flaxvision.ops.anchors import kmeans_anchors, level_anchors
 from flaxvision.ops.boxes import (
     box_area,
     box_ciou,
@@ -17,7 +18,9 @@ from flaxvision.ops.boxes import (
     paired_iou,
     to_centers,
 )
-from flaxvision.ops.nms import nms, top_k
+from flaxvision.ops.matching import match, sample
+from flaxvision.ops.nms import nms, soft_nms, top_k
+from flaxvision.ops.roi import multiscale_roi_align, roi_align, roi_max_pool
 
 __all__ = [
     "box_area",
@@ -29,8 +32,16 @@ __all__ = [
     "decode_boxes",
     "encode_boxes",
     "from_centers",
+    "kmeans_anchors",
+    "level_anchors",
+    "match",
+    "multiscale_roi_align",
     "nms",
     "paired_iou",
+    "roi_align",
+    "roi_max_pool",
+    "sample",
+    "soft_nms",
     "to_centers",
     "top_k",
 ]

@@ -72,7 +72,7 @@ def nms(
     block = min(_BLOCK, count)
     order, exists = (jnp.pad(x, (0, -count % block)) for x in _falling(scores, valid))
     columns = [boxes[order].T] if labels is None else [boxes[order].T, jnp.asarray(labels)[order]]
-    threshold = _at_most(iou_threshold, boxes.dtype)
+    threshold = at_most(iou_threshold, boxes.dtype)
     earlier = jnp.arange(block)[None] < jnp.arange(block)[:, None]
 
     def take(arrays, start):
@@ -111,6 +111,68 @@ def nms(
     return chosen[:max_outputs], jnp.arange(max_outputs) < found
 
 
+def soft_nms(
+    boxes: ArrayLike,
+    scores: ArrayLike,
+    valid: ArrayLike | None = None,
+    *,
+    max_outputs: int,
+    method: str = "gaussian",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+    labels: ArrayLike | None = None,
+) -> tuple[Array, Array, Array]:
+    """Lowers the score of a box that overlaps a better one instead of removing it (Bodla et al. 2017, section 3).
+
+    The box with the highest score is taken, the scores of the others are multiplied by `1 - iou` if their IoU with it
+    is at least the threshold (`"linear"`), or by `exp(-iou^2 / sigma)` (`"gaussian"`), and so on.
+
+    Args:
+        boxes: `[A, 4]`.
+        scores: `[A]`, not negative; a box whose score is NaN is never taken.
+        valid: `[A]` bool: which boxes exist; None for all.
+        max_outputs: Number of boxes to return, at least 1.
+        method: `"linear"` or `"gaussian"`.
+        iou_threshold: The paper's N_t, for `"linear"`.
+        sigma: The paper's sigma, for `"gaussian"`.
+        score_threshold: A box is dropped when its score falls below this.
+        labels: `[A]` integers: boxes only lower the scores of boxes of the same label. None for a single class.
+
+    Returns:
+        indices `[max_outputs]` int32 in the order in which the boxes are taken, their lowered scores `[max_outputs]`,
+        which fall, and kept `[max_outputs]` bool: which of them exist. The other indices and scores are 0.
+
+    Raises:
+        ValueError: The shapes do not fit, `max_outputs` is below 1, or `method` is not one of the two.
+    """
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"method must be 'linear' or 'gaussian'; got {method!r}")
+    boxes, scores = _checked(boxes, scores, valid, labels, max_outputs)
+    labels = None if labels is None else jnp.asarray(labels)
+    exists = jnp.ones(scores.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    nothing = jnp.asarray(-jnp.inf, scores.dtype)
+    if not scores.shape[0]:
+        return jnp.zeros(max_outputs, jnp.int32), jnp.zeros(max_outputs, scores.dtype), jnp.zeros(max_outputs, bool)
+
+    def step(left, _):
+        at = jnp.argmax(left)
+        iou = box_iou(boxes[at][None], boxes)[0]
+        if method == "linear":
+            factor = jnp.where(iou >= iou_threshold, 1 - iou, 1)
+        else:
+            factor = jnp.exp(-jnp.square(iou) / sigma)
+        lowered = left * factor if labels is None else jnp.where(labels == labels[at], left * factor, left)
+        # What is dropped stays at minus infinity, also where the factor is 0.
+        lowered = jnp.where(lowered >= score_threshold, lowered, nothing)
+        return lowered.at[at].set(nothing), (at.astype(jnp.int32), left[at])
+
+    start = jnp.where(exists & (scores >= score_threshold), scores, nothing)
+    _, (indices, found) = lax.scan(step, start, None, length=max_outputs)
+    kept = found > nothing
+    return jnp.where(kept, indices, 0), jnp.where(kept, found, 0), kept
+
+
 def _greedy(suppressed_by: Array, alive: Array) -> Array:
     """Decides a block whose box i may be suppressed by the earlier box j: `suppressed_by[i, j]`.
 
@@ -135,7 +197,7 @@ def _falling(scores: Array, valid: ArrayLike | None) -> tuple[Array, Array]:
     return order, ~missing
 
 
-def _at_most(threshold: float, dtype) -> Array:
+def at_most(threshold: float, dtype) -> Array:
     """Rounds a Python number down to `dtype`, so that `iou > threshold` is as exact as in double precision."""
     if isinstance(threshold, jax.Array):
         return threshold.astype(dtype)
