@@ -12,9 +12,6 @@ parity/detection.jsonl and parity/detection.md.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax.traverse_util import flatten_dict
 
 import flaxvision as fv

@@ -1,7 +1,7 @@
 """torchvision's Faster R-CNN, with drawn weights that find something, for comparisons with ours.
 
-`parity.drawing` draws the tensors by name. With them alone the outputs of a region would hardly depend on the region, so
-the four output layers are rescaled: every output gets the mean and the deviation of `TARGETS` over the anchors or
+`parity.drawing` draws the tensors by name. With them alone, the outputs for a region would hardly depend on the region.
+So the four output layers are rescaled: every output gets the mean and the deviation of `TARGETS` over the anchors or
 proposals of a calibration image. `Calibration` holds what this needs, so that weights can be drawn again without torch.
 """
 
@@ -189,7 +189,7 @@ def calibrate(model: Any, images: np.ndarray) -> Calibration:
             seen: dict[str, list[Any]] = {name: [] for name in part}
             hooks = [
                 model.get_submodule(name).register_forward_hook(
-                    lambda module, inputs, output, name=name: seen[name].append(
+                    lambda module, inputs, output, name=name, seen=seen: seen[name].append(
                         output.transpose(0, 1).flatten(1) if output.ndim == 4 else output.T
                     )
                 )
@@ -234,7 +234,7 @@ def torch_images(images: Sequence[np.ndarray], double: bool = False) -> list[Any
 
 
 def detect(model: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Returns torchvision's `boxes`, `scores` and `labels` of each image; labels count from 0 without the background."""
+    """Returns torchvision's `boxes`, `scores` and `labels` of each image; labels count from 0, without a background."""
     import torch
 
     with torch.no_grad():

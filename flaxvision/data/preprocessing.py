@@ -97,8 +97,8 @@ class Preprocessing:
 class DetectionPreprocessing:
     """Resizes an image for a detector, normalizes it, and pads it at the bottom and right with zeros.
 
-    The shorter side becomes `min_size`, unless the longer one would exceed `max_size`. This is torchvision's transform of
-    its R-CNNs, pixel by pixel: `(pixels / divisor - mean) / std`, then bilinear interpolation without antialiasing.
+    The shorter side becomes `min_size`, unless the longer one would exceed `max_size`. This is the transform of
+    torchvision's R-CNNs: `(pixels / divisor - mean) / std`, then bilinear interpolation without antialiasing.
 
     Attributes:
         min_size: Length of the shorter side in pixels.

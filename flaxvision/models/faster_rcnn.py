@@ -94,7 +94,6 @@ class FasterRCNN(Detector):
         box_sample_size: Number of proposals of an image that are trained at a time.
         box_positive_fraction: Largest share of positive ones among them.
         box_weights: Factors of the offsets of the box head.
-        box_min_size: Least height and width of a detection in pixels.
         beta: Where smooth L1 turns linear, for both regressions.
 
     Raises:
@@ -126,7 +125,6 @@ class FasterRCNN(Detector):
     box_sample_size: int = 512
     box_positive_fraction: float = 0.25
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
-    box_min_size: float = 1e-2
     beta: float = 1 / 9
 
     def __post_init__(self):
@@ -199,14 +197,13 @@ class FasterRCNN(Detector):
             sizes: Valid height and width of each image, `[N, 2]`.
 
         Returns:
-            Boxes `[N, R, K - 1, 4]`, clipped to the images; probabilities `[N, R, K - 1]`, 0 for boxes below
-            `box_min_size`; and which proposals exist, `[N, R]`.
+            Boxes `[N, R, K - 1, 4]`, clipped to the images; probabilities `[N, R, K - 1]`; and which proposals exist,
+            `[N, R]`.
         """
         deltas, anchors = outputs["box_deltas"][:, :, 1:], outputs["proposals"][:, :, None]
         boxes = clip_boxes(decode_boxes(deltas, anchors, self.box_weights), sizes)
         scores = jax.nn.softmax(outputs["class_logits"], axis=-1)[..., 1:]
-        large = jnp.all(boxes[..., 2:] - boxes[..., :2] >= self.box_min_size, axis=-1)
-        return Candidates(boxes, jnp.where(large, scores, 0), outputs["valid"])
+        return Candidates(boxes, scores, outputs["valid"])
 
     def losses(
         self, batch: Mapping[str, Any], rng: jax.Array | None = None, *, train: bool = True

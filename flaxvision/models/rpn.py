@@ -88,13 +88,14 @@ def anchors_of(
     ends = -(-sizes // size_divisor) * size_divisor
     anchors, inside = [], []
     for (height, width), shapes in zip(levels, anchor_sizes, strict=True):
-        base = jnp.asarray(level_anchors(1, 1, 1, shapes, aspect_ratios), dtype)
-        y = jnp.arange(height) * (canvas[0] // height)
-        x = jnp.arange(width) * (canvas[1] // width)
-        corner = jnp.stack([*reversed(jnp.meshgrid(y, x, indexing="ij"))] * 2, axis=-1).reshape(-1, 1, 4)
-        anchors.append((corner.astype(dtype) + base[None]).reshape(-1, 4))
-        within = (y[None] < ends[:, :1])[:, :, None] & (x[None] < ends[:, 1:])[:, None, :]
-        inside.append(jnp.repeat(within.reshape(sizes.shape[0], -1), base.shape[0], axis=1))
+        stride = (canvas[0] // height, canvas[1] // width)
+        anchors.append(level_anchors(height, width, stride, shapes, aspect_ratios).astype(dtype))
+        within = [
+            jnp.arange(n)[None] * step < ends[:, i, None]
+            for i, (n, step) in enumerate(zip((height, width), stride, strict=True))
+        ]
+        within = (within[0][:, :, None] & within[1][:, None, :]).reshape(sizes.shape[0], -1)
+        inside.append(jnp.repeat(within, len(shapes) * len(aspect_ratios), axis=1))
     return anchors, inside
 
 

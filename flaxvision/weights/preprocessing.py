@@ -11,7 +11,6 @@ from flaxvision.weights.bundle import is_bundle, read_card
 from flaxvision.weights.convert import layout_of, sources
 from flaxvision.weights.tags import tag_of, tags
 
-
 Transform = Preprocessing | DetectionPreprocessing
 
 

@@ -21,7 +21,7 @@ _OLD = re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+|rpn\.head\.conv)
 
 
 def torchvision_name(path: str) -> str:
-    """Returns `backbone.fpn.inner_blocks.2.0` for `fpn/inner_stage3`, `backbone.body.conv1` for `backbone/stem_conv`."""
+    """Returns `backbone.fpn.inner_blocks.2.0` for `fpn/inner_stage3`; the body has the names of the ResNet."""
     if path in _HEADS:
         return _HEADS[path]
     if found := _PYRAMID.fullmatch(path):
