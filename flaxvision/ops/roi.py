@@ -37,8 +37,8 @@ def roi_align(
         spatial_scale: Size of the features relative to the image.
         sampling_ratio: Samples along each side of a bin. The adaptive number that some libraries call 0 or -1 depends
             on the sizes of the rois, which compiled code cannot do; Mask R-CNN and its FPN form use 2.
-        aligned: Whether pixel i covers the interval from i to i + 1, so that its center is at i + 0.5. If not, a pixel is a
-            point at i, and a roi has at least one pixel of the features in each direction (the first releases).
+        aligned: Whether pixel i covers the interval from i to i + 1, so that its center is at i + 0.5. If not, pixel i
+            is a point at i, and a roi has at least one pixel of the features in each direction (the first releases).
 
     Returns:
         `[R, h, w, C]`, of the features' dtype.
