@@ -224,7 +224,7 @@ def make_references() -> None:
     calibration = rcnn.calibrate(model, images[0][None])
     tensors = rcnn.draw(rcnn.shapes_of(model), calibration)
     rcnn.load(model, tensors)
-    arrays = calibration.arrays() | {"version": np.array(rcnn.version())}
+    arrays: dict[str, Any] = calibration.arrays() | {"version": np.array(rcnn.version())}
     for row, found in enumerate(rcnn.detect(model, images)):
         arrays |= {f"{name} {row}": value for name, value in found.items()}
     _, sample, _ = losses(SMALL, SMALL.variables(tensors), batch, gradients=False)

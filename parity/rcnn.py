@@ -195,7 +195,7 @@ def calibrate(model: Any, images: np.ndarray) -> Calibration:
                 )
                 for name in part
             ]
-            detect(model, images)
+            detect(model, list(images))
             for hook in hooks:
                 hook.remove()
             found = {name: torch.cat(x, 1).double().numpy() for name, x in seen.items()}
