@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from flaxvision.data.arrays import ArraySource, Mapped, Source, Subset, stratified_split, subset
     from flaxvision.data.folder import FolderSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, describe_changes, eval_batches, train_batches
-    from flaxvision.data.preprocessing import Preprocessing
+    from flaxvision.data.preprocessing import DetectionPreprocessing, Preprocessing
     from flaxvision.data.sources import load
     from flaxvision.data.statistics import channel_statistics
     from flaxvision.data.tfds import TfdsSource
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ArraySource": "arrays",
+    "DetectionPreprocessing": "preprocessing",
     "EvalBatches": "pipeline",
     "FolderSource": "folder",
     "Mapped": "arrays",
@@ -39,6 +40,7 @@ _HOME = {
 
 __all__ = [
     "ArraySource",
+    "DetectionPreprocessing",
     "EvalBatches",
     "FolderSource",
     "Mapped",
