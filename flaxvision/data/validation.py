@@ -184,7 +184,7 @@ def _check_detection(batch: Mapping[str, np.ndarray], name: str, num_classes: in
         size = batch["size"][0]
         if size.shape != (2,) or not (1 <= size[0] <= height and 1 <= size[1] <= width):
             raise ValueError(
-                f"size must be a height and a width within the image of {height}x{width}; got {size.tolist()} in {name!r}"
+                f"size must be a height and a width of at most {height}x{width}; got {size.tolist()} in {name!r}"
             )
         height, width = size.tolist()
     if boxes.ndim != 3 or boxes.shape[2] != 4:

@@ -84,14 +84,17 @@ def test_boxes_and_masks_move_along_and_come_back():
     placed = data.on_canvases(source, Canvases(((160, 160),)))
     for index in range(len(source)):
         old, new = source[index], placed[index]
-        assert new["image"].shape == (160, 160, 3) and new["masks"].shape == (6, 160, 160)
+        assert new["image"].shape == (160, 160, 3)
+        assert new["masks"].shape == (6, 160, 160)
         count = len(old["boxes"])
-        assert new["valid"].sum() == count and new["boxes"].shape == (6, 4)
+        assert new["valid"].sum() == count
+        assert new["boxes"].shape == (6, 4)
         height, width = new["size"]
         assert max(height, width) == 160
         back = new["boxes"][:count] / new["scale"][[1, 0, 1, 0]]
         np.testing.assert_allclose(back, old["boxes"], atol=1e-3)
-        assert not new["image"][height:].any() and not new["image"][:, width:].any()
+        assert not new["image"][height:].any()
+        assert not new["image"][:, width:].any()
         for box, mask in zip(new["boxes"][:count], new["masks"][:count], strict=True):
             y, x = np.nonzero(mask)
             np.testing.assert_allclose([x.min(), y.min(), x.max() + 1, y.max() + 1], box, atol=1.0)
@@ -122,7 +125,8 @@ def test_evaluation_has_every_image_once_in_batches_of_one_shape():
         seen += batch["index"][batch["mask"] > 0].tolist()
         for row in np.flatnonzero(batch["mask"]):
             assert batch["image"][row, 0, 0, 0] == batch["index"][row]
-    assert sorted(seen) == list(range(23)) and found == set(SIZES)
+    assert sorted(seen) == list(range(23))
+    assert found == set(SIZES)
     assert len(batches) == sum(-(-n // 4) for n in np.bincount(source.canvas))
 
 
@@ -174,7 +178,8 @@ def test_multiscale_training_changes_the_canvas_of_all_images():
     source = data.on_canvases(Photos(), SIZES, multiscale=3)
     steps = indices(source, 60)
     sizes = [batch["image"].shape[1:3] for batch in steps]
-    assert all(len(set(sizes[i : i + 3])) == 1 for i in range(0, 60, 3)) and set(sizes) == set(SIZES)
+    assert all(len(set(sizes[i : i + 3])) == 1 for i in range(0, 60, 3))
+    assert set(sizes) == set(SIZES)
     # Image sequence: epochs of all images, whatever the canvas.
     seen = np.concatenate([batch["index"] for batch in steps])[: 23 * 10].reshape(10, 23)
     assert all(sorted(epoch) == list(range(23)) for epoch in seen.tolist())

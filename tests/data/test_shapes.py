@@ -33,12 +33,14 @@ def test_the_masks_have_the_shapes_of_their_classes(examples):
     discs, boxes, triangles = (np.array(share) for share in shares)
     assert np.isclose(np.median(discs), np.pi / 4, atol=0.02)
     assert 0.4 <= np.median(triangles) <= 0.55
-    assert boxes.max() > 0.9 and boxes.min() < 0.7  # upright and slanted ones
+    assert boxes.max() > 0.9
+    assert boxes.min() < 0.7
 
 
 def test_what_the_images_have_in_them(examples):
     counts = np.array([len(example["boxes"]) for example in examples])
-    assert counts.min() == 0 and counts.max() >= 5  # empty images too
+    assert counts.min() == 0
+    assert counts.max() >= 5
     overlaps = sum(
         bool((np.minimum(a[2:], b[2:]) > np.maximum(a[:2], b[:2])).all())
         for example in examples
@@ -54,7 +56,8 @@ def test_the_splits():
     sources = {split: data.load_detection("shapes", split) for split in ("train", "val", "test")}
     assert {split: len(source) for split, source in sources.items()} == {"train": 2000, "val": 200, "test": 500}
     firsts = {source[0]["image"].tobytes() for source in sources.values()}
-    assert len(firsts) == 3 and len({source.fingerprint for source in sources.values()}) == 3
+    assert len(firsts) == 3
+    assert len({source.fingerprint for source in sources.values()}) == 3
     source = sources["test"]
     data.validate(source, task="detection", channels=3)
     data.validate(data.ShapesSource("val", masks=True, length=8), task="detection")
