@@ -7,7 +7,15 @@ from flaxvision.train.evaluation import Evaluation, evaluate
 from flaxvision.train.input import InputTimeoutError
 from flaxvision.train.lock import WorkdirInUseError
 from flaxvision.train.loop import FitResult, fit
-from flaxvision.train.objectives import Objective, binary, capsule, classification, multilabel, regression
+from flaxvision.train.objectives import (
+    Objective,
+    binary,
+    capsule,
+    classification,
+    detection,
+    multilabel,
+    regression,
+)
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
 from flaxvision.train.parallel import CompiledStep, compile_steps, jit_step, make_mesh, pmap_step, prefetch
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
@@ -53,6 +61,7 @@ __all__ = [
     "collect",
     "compile_steps",
     "create_state",
+    "detection",
     "deterministic",
     "draw_samples",
     "eval_batch_size",
