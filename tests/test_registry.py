@@ -16,6 +16,8 @@ GOLDEN = {
     "alexnet_ungrouped": 62_378_344,
     "bn_inception": 11_295_240,
     "capsnet": 6_804_224,
+    "darknet19": 20_842_376,
+    "darknet53": 41_609_928,
     "fashion_cnn": 1_413_834,
     "googlenet": 6_998_552,
     "googlenet_bn": 6_624_904,
@@ -49,6 +51,7 @@ GOLDEN = {
     "se_resnet50": 28_088_024,
     "senet154": 115_088_984,
     "squeezenet1_0": 1_248_424,
+    "tiny_darknet": 1_042_104,
     "vgg11": 132_863_336,
     "vgg11_bn": 132_868_840,
     "vgg13": 133_047_848,
@@ -59,6 +62,11 @@ GOLDEN = {
     "vgg19": 143_667_240,
     "vgg19_bn": 143_678_248,
     "xception": 22_855_952,
+    "yolo_v2": 50_655_389,
+    "yolo_v2_tiny": 15_861_773,
+    "yolo_v3": 61_949_149,
+    "yolo_v3_spp": 62_998_749,
+    "yolo_v3_tiny": 8_852_366,
     "zfnet": 62_357_608,
 }
 # With the classifiers and decoders that the defaults leave out.
@@ -191,7 +199,9 @@ def test_num_classes_is_a_count():
 def test_list_models_filters():
     assert fv.list_models("lenet*") == ["lenet5", "lenet5_modern", "lenet_dli"]
     assert fv.list_models(task="segmentation") == []
-    assert fv.list_models(task="classification") == sorted(GOLDEN)
+    detectors = fv.list_models(task="detection")
+    assert {"yolo_v2", "yolo_v3"} <= set(detectors)
+    assert sorted([*fv.list_models(task="classification"), *detectors]) == sorted(GOLDEN)
 
 
 def test_a_name_is_registered_once():

@@ -32,6 +32,7 @@ from flaxvision.weights.convert import (
     shapes_of,
     sources,
 )
+from flaxvision.weights.darknet import read_darknet, split, values_of
 from flaxvision.weights.download import fetch
 from flaxvision.weights.files import read
 from flaxvision.weights.layout import Layout
@@ -40,7 +41,7 @@ from flaxvision.weights.tags import tag_of, tags
 
 _log = logging.getLogger(__name__)
 
-_ENDINGS = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".th", ".bin")
+_ENDINGS = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".th", ".bin", ".weights")
 # Fields of a bundle that a caller may leave out: `load` has an argument for the first one, and the others do not change
 # the logits in evaluation.
 _OPTIONAL = (
@@ -104,8 +105,8 @@ def load(
     Args:
         name: A registry name.
         weights: A tag of `weights.tags(name)`, such as `"torchvision/IMAGENET1K_V1"`; or the path of a file that
-            `weights.read` reads, or of a bundle that `weights.save` wrote. The file of a tag is downloaded into the
-            cache (`weights.cache_dir()`) unless it is already there.
+            `weights.read` reads, of a `.weights` file of darknet, or of a bundle that `weights.save` wrote. The file of
+            a tag is downloaded into the cache (`weights.cache_dir()`) unless it is already there.
         source: The library that named the tensors; needed for files that are not bundles.
         num_classes: Number of outputs; None for that of the weights.
         channels: Number of image channels; None for that of the weights.
@@ -191,7 +192,8 @@ def load_weights(
             require_fields(name, layout.fields, numbered, f"{source}'s {name}")
         fields = {**layout.fields, **overrides}
         network = _Network(name, fields, input_size)
-        tensors = adapted(name, read(path), layout, network.shapes(None, None))
+        stored = network.named(path) if path.suffix == ".weights" else read(path)
+        tensors = adapted(name, stored, layout, network.shapes(None, None))
         classes, depth = network.read_off(layout, tensors)
         # Without a head, the head of the file is dropped at once, whatever its size.
         classes = 0 if num_classes == 0 else classes
@@ -268,6 +270,19 @@ class _Network:
         classes = self.classes if classes is None else classes
         model = create_model(self.name, **self.fields_with(classes))
         return shapes_of(self.name, model, channels=channels, input_size=self.input_size)
+
+    def named(self, path: Path) -> dict[str, np.ndarray]:
+        """Reads a `.weights` file of darknet, whose length tells the number of classes."""
+        values = read_darknet(path).values
+        image = images_of(self.name, None, self.input_size).shape[1:]
+
+        def model(classes: int) -> nn.Module:
+            return create_model(self.name, **self.fields_with(classes))
+
+        size = values_of(model(self.classes), image)
+        more, left = divmod(values.size - size, values_of(model(self.classes + 1), image) - size)
+        classes = self.classes if left or self.classes + more < 1 else self.classes + more
+        return split(model(classes), values, path, image)
 
     def read_off(self, layout: Layout, tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
         """Infers the numbers of classes and channels from the tensors, or returns the model's own if it cannot."""

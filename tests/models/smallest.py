@@ -32,6 +32,8 @@ SMALLEST: dict[str, tuple[tuple[int, ...], dict, int]] = {
     "inception_v3": ((75, 76), {}, 2048),
     "inception_v4": ((75, 76), {"stage_sizes": (1, 1, 1)}, 1536),
     "inception_resnet_v2": ((75, 76), {"stage_sizes": (1, 1, 2)}, 1536),
+    "tiny_darknet": ((33, 40), {"convs": (((8, 3),), ((8, 3),), ((4, 1), (16, 3)))}, 16),
+    "darknet53": ((33, 40), {"stage_sizes": (1, 1), "stem_features": 4}, 16),
     "resnet18": ((33, 40), {**SHORT, **NARROW}, 16),
     "resnet50": ((33, 40), {**SHORT, **NARROW}, 64),
     "resnet20_cifar": ((16, 17), {"stage_sizes": (1, 1, 1), "features": (4, 4, 8)}, 8),

@@ -9,6 +9,7 @@ for float64.
 """
 
 from flaxvision.layers.lowering.convolution import conv_general_dilated, convolutions_saveable
+from flaxvision.layers.lowering.gather import sum_rows
 from flaxvision.layers.lowering.pooling import first_larger, max_windows, sum_windows
 from flaxvision.layers.lowering.reductions import channel_sum, spread, standardize
 from flaxvision.layers.lowering.rows import map_rows, unfused
@@ -24,6 +25,7 @@ __all__ = [
     "max_windows",
     "spread",
     "standardize",
+    "sum_rows",
     "sum_windows",
     "unfused",
 ]

@@ -1,0 +1,208 @@
+"""Detection: from the raw outputs of any detector to the boxes, scores and labels of each image."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from flaxvision.ops.boxes import box_iou
+from flaxvision.ops.nms import at_most
+
+
+class Candidates(NamedTuple):
+    """What a detector proposes: the result of its method `candidates`.
+
+    Attributes:
+        boxes: `[N, A, 4]`, or `[N, A, K, 4]` if each class has its own boxes; x1, y1, x2, y2 in pixels.
+        scores: `[N, A, K]`, without the background.
+        valid: `[N, A]` bool: which candidates exist.
+    """
+
+    boxes: Array
+    scores: Array
+    valid: Array
+
+
+@struct.dataclass
+class Detections:
+    """Detected objects, in order of falling score. What is not valid is 0.
+
+    Attributes:
+        boxes: `[N, M, 4]`; x1, y1, x2, y2 in pixels.
+        scores: `[N, M]`.
+        labels: `[N, M]` int32, from 0 and without a background class.
+        valid: `[N, M]` bool: which detections exist.
+    """
+
+    boxes: Any
+    scores: Any
+    labels: Any
+    valid: Any
+
+
+def detect(
+    model: Any,
+    variables: Any,
+    images: ArrayLike,
+    sizes: ArrayLike | None = None,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    min_size: float = 0.01,
+    class_agnostic: bool = False,
+    soft_sigma: float | None = None,
+) -> Detections:
+    """Detects the objects in images, with any detector. It is pure: jit it with the model and the options fixed.
+
+    Args:
+        model: A detector.
+        variables: Its variables.
+        images: `[N, H, W, 3]`, normalized as the model expects.
+        sizes: `[N, 2]`, height and width of the valid part of each image, at the top left; None for whole images.
+        score_threshold: See `select_detections`.
+        iou_threshold: See `select_detections`.
+        max_detections: See `select_detections`.
+        min_size: See `select_detections`.
+        class_agnostic: See `select_detections`.
+        soft_sigma: See `select_detections`.
+
+    Returns:
+        The detections.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+    candidates = model.candidates(model.apply(variables, images, sizes), sizes)
+    return select_detections(
+        candidates,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        max_detections=max_detections,
+        min_size=min_size,
+        class_agnostic=class_agnostic,
+        soft_sigma=soft_sigma,
+    )
+
+
+def select_detections(
+    candidates: Candidates,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    min_size: float = 0.01,
+    class_agnostic: bool = False,
+    soft_sigma: float | None = None,
+) -> Detections:
+    """Selects the best candidates of each image by greedy non-maximum suppression in each class.
+
+    The result is exact, whatever the number of candidates. Equal scores are visited in the order of the candidates,
+    then of the classes.
+
+    Args:
+        candidates: The candidates.
+        score_threshold: Only scores above this are selected.
+        iou_threshold: A candidate is suppressed if its IoU with a selected one of its class exceeds this.
+        max_detections: Number of detections M of each image, at least 1.
+        min_size: Smallest width and height of a box in pixels; the default removes boxes that clipping has emptied.
+        class_agnostic: Whether candidates suppress those of all classes. If the classes share a box, it keeps only the
+            class with its highest score.
+        soft_sigma: If not None, overlapping candidates are not suppressed, but their scores are multiplied by
+            `exp(-iou^2 / soft_sigma)` (Bodla et al. 2017, soft-NMS; 0.5 there).
+
+    Returns:
+        The detections; with `soft_sigma`, their scores are the lowered ones.
+
+    Raises:
+        ValueError: The shapes do not fit, `max_detections` is below 1, or `soft_sigma` is not positive.
+    """
+    boxes, scores, valid = (jnp.asarray(x) for x in candidates)
+    if scores.ndim != 3 or valid.shape != scores.shape[:2]:
+        raise ValueError(f"scores must be [N, A, K] and valid [N, A]; got {scores.shape} and {valid.shape}")
+    if boxes.shape not in ((*valid.shape, 4), (*scores.shape, 4)):
+        raise ValueError(f"boxes must be [N, A, 4] or [N, A, K, 4] with scores {scores.shape}; got {boxes.shape}")
+    if max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1; got {max_detections}")
+    if soft_sigma is not None and soft_sigma <= 0:
+        raise ValueError(f"soft_sigma must be positive; got {soft_sigma}")
+    threshold = at_most(iou_threshold, boxes.dtype)
+
+    def select(boxes, scores, valid):
+        large = jnp.all(boxes[..., 2:] - boxes[..., :2] >= min_size, axis=-1)
+        large = large[:, None] if large.ndim == 1 else large
+        scores = jnp.where(valid[:, None] & large & (scores > score_threshold), scores, -jnp.inf)
+        names = None
+        if class_agnostic:
+            # One class: of shared boxes with their best labels, or of all boxes.
+            if boxes.ndim == 2:
+                names, scores = lax.argmax(scores, 1, jnp.int32), jnp.max(scores, axis=1, keepdims=True)
+            else:
+                names = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32)[None], scores.shape).reshape(-1)
+                boxes, scores = boxes.reshape(-1, 4), scores.reshape(-1, 1)
+        boxes = boxes if boxes.ndim == 2 else jnp.moveaxis(boxes, 1, 0)
+        lower = lambda row, iou: _lowered(row, iou, threshold, soft_sigma, score_threshold)
+        place, label, found = _greedy(boxes, scores.T, max_detections, lower)
+        exists = found > -jnp.inf
+        chosen = boxes[place] if boxes.ndim == 2 else boxes[label, place]
+        label = label if names is None else names[place]
+        zero = lambda x: jnp.where(exists.reshape(exists.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+        return Detections(zero(chosen), zero(found), zero(label), exists)
+
+    return jax.vmap(select)(boxes, scores, valid)
+
+
+def _lowered(row, iou, threshold, soft_sigma, score_threshold):
+    """The scores `row [A]` of a class after one of its boxes is taken, whose IoU with the others is `iou [A]`."""
+    if soft_sigma is None:
+        return jnp.where(iou > threshold, -jnp.inf, row)
+    row = row * jnp.exp(-jnp.square(iou) / soft_sigma)
+    return jnp.where(row > score_threshold, row, -jnp.inf)
+
+
+def _greedy(boxes, scores, steps, lower) -> tuple[Array, Array, Array]:
+    """Takes the highest score, lowers those of its class, and so on; minus infinity marks what cannot be taken.
+
+    A step visits one class only: the highest score of each class is kept from step to step.
+
+    Args:
+        boxes: `[A, 4]` or `[K, A, 4]`.
+        scores: `[K, A]`.
+        steps: Number of scores to take.
+        lower: `(row [A], iou [A]) -> row [A]`.
+
+    Returns:
+        The candidate, class and score of each step, `[steps]`.
+    """
+    best, at = jnp.max(scores, axis=1), lax.argmax(scores, 1, jnp.int32)
+
+    def unfinished(state):
+        i, _, best, *_ = state
+        return (i < steps) & (jnp.max(best) > -jnp.inf)
+
+    def step(state):
+        i, scores, best, at, places, labels, found = state
+        # Of equal scores, that of the first candidate, then of the first class.
+        label = lax.argmin(jnp.where(best == jnp.max(best), at, scores.shape[1]), 0, jnp.int32)
+        place = at[label]
+        mine = boxes if boxes.ndim == 2 else boxes[label]
+        row = lower(scores[label], box_iou(mine[place][None], mine)[0]).at[place].set(-jnp.inf)
+        return (
+            i + 1,
+            scores.at[label].set(row),
+            best.at[label].set(jnp.max(row)),
+            at.at[label].set(lax.argmax(row, 0, jnp.int32)),
+            places.at[i].set(place),
+            labels.at[i].set(label),
+            found.at[i].set(best[label]),
+        )
+
+    none = jnp.zeros(steps, jnp.int32)
+    state = (jnp.zeros((), jnp.int32), scores, best, at, none, none, jnp.full(steps, -jnp.inf, scores.dtype))
+    *_, places, labels, found = lax.while_loop(unfinished, step, state)
+    return places, labels, found

@@ -1,0 +1,298 @@
+"""Arithmetic of boxes: areas, overlaps (IoU, GIoU, DIoU, CIoU), conversions, and offsets to anchors.
+
+Boxes are `[..., 4]`: x1, y1, x2, y2 in pixels, x to the right and y down. A box without an area (x2 <= x1 or y2 <= y1)
+overlaps nothing. No result and no gradient is NaN for finite boxes: where a quotient is 0 / 0 it counts as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+KINDS = ("iou", "giou", "diou", "ciou")
+
+
+def box_area(boxes: ArrayLike) -> Array:
+    """Computes the areas of boxes.
+
+    Args:
+        boxes: `[..., 4]`.
+
+    Returns:
+        `[...]`, in square pixels; 0 for an inverted box.
+
+    Raises:
+        ValueError: The last dimension of `boxes` is not 4.
+    """
+    x1, y1, x2, y2 = _corners("boxes", boxes)
+    return _area(x2 - x1, y2 - y1)
+
+
+def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
+    """Computes the intersection over union of every pair of boxes.
+
+    Args:
+        a: `[A, 4]`; leading dimensions are batch dimensions of both.
+        b: `[B, 4]`.
+
+    Returns:
+        `[A, B]` in [0, 1]; 0 where the union is empty.
+
+    Raises:
+        ValueError: The last dimension of `a` or `b` is not 4.
+    """
+    return paired_iou(*_pairs(a, b), kind="iou")
+
+
+def box_giou(a: ArrayLike, b: ArrayLike) -> Array:
+    """Computes the generalized IoU of every pair of boxes (Rezatofighi et al. 2019).
+
+    Args:
+        a: `[A, 4]`; leading dimensions are batch dimensions of both.
+        b: `[B, 4]`.
+
+    Returns:
+        `[A, B]` in [-1, 1].
+
+    Raises:
+        ValueError: The last dimension of `a` or `b` is not 4.
+    """
+    return paired_iou(*_pairs(a, b), kind="giou")
+
+
+def box_diou(a: ArrayLike, b: ArrayLike) -> Array:
+    """Computes the distance IoU of every pair of boxes (Zheng et al. 2020, equation 7).
+
+    Args:
+        a: `[A, 4]`; leading dimensions are batch dimensions of both.
+        b: `[B, 4]`.
+
+    Returns:
+        `[A, B]` in [-1, 1].
+
+    Raises:
+        ValueError: The last dimension of `a` or `b` is not 4.
+    """
+    return paired_iou(*_pairs(a, b), kind="diou")
+
+
+def box_ciou(a: ArrayLike, b: ArrayLike) -> Array:
+    """Computes the complete IoU of every pair of boxes (Zheng et al. 2020, equation 10).
+
+    Args:
+        a: `[A, 4]`; leading dimensions are batch dimensions of both.
+        b: `[B, 4]`.
+
+    Returns:
+        `[A, B]`, at most 1.
+
+    Raises:
+        ValueError: The last dimension of `a` or `b` is not 4.
+    """
+    return paired_iou(*_pairs(a, b), kind="ciou")
+
+
+def paired_iou(a: ArrayLike, b: ArrayLike, kind: str = "iou") -> Array:
+    """Computes the overlap of each box with its partner. The loss of the papers is 1 minus this value.
+
+    * `"giou"` subtracts the share of the enclosing box that neither box covers (Rezatofighi et al. 2019).
+    * `"diou"` subtracts the squared distance of the centers over the squared diagonal of the enclosing box (Zheng et
+      al. 2020, equation 7).
+    * `"ciou"` also subtracts the difference of the aspect ratios, `alpha * v` (equation 10). As in the paper, `alpha`
+      has no gradient.
+
+    Gradients are finite for all finite boxes, also for identical boxes and for boxes without an area.
+
+    Args:
+        a: `[..., 4]`.
+        b: `[..., 4]`, of the same rank; dimensions of size 1 are broadcast.
+        kind: `"iou"`, `"giou"`, `"diou"` or `"ciou"`.
+
+    Returns:
+        `[...]`; the IoU is 0 where the union is empty.
+
+    Raises:
+        ValueError: The last dimension of `a` or `b` is not 4, or `kind` is not one of the four.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    ax1, ay1, ax2, ay2 = _corners("a", a)
+    bx1, by1, bx2, by2 = _corners("b", b)
+    width = jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1)
+    height = jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1)
+    intersection = jnp.where((width > 0) & (height > 0), width * height, 0)
+    union = _area(ax2 - ax1, ay2 - ay1) + _area(bx2 - bx1, by2 - by1) - intersection
+    iou = _divide(intersection, union)
+    if kind == "iou":
+        return iou
+    outer_width = jnp.maximum(ax2, bx2) - jnp.minimum(ax1, bx1)
+    outer_height = jnp.maximum(ay2, by2) - jnp.minimum(ay1, by1)
+    if kind == "giou":
+        outer = _area(outer_width, outer_height)
+        return iou - _divide(outer - union, outer)
+    dx, dy = (ax1 + ax2) / 2 - (bx1 + bx2) / 2, (ay1 + ay2) / 2 - (by1 + by2) / 2
+    diou = iou - _divide(dx * dx + dy * dy, outer_width * outer_width + outer_height * outer_height)
+    if kind == "diou":
+        return diou
+    v = 4 / math.pi**2 * jnp.square(_slope(ax2 - ax1, ay2 - ay1) - _slope(bx2 - bx1, by2 - by1))
+    alpha = lax.stop_gradient(_divide(v, 1 - iou + v))
+    return diou - alpha * v
+
+
+def clip_boxes(boxes: ArrayLike, size: ArrayLike | Sequence[float]) -> Array:
+    """Clips boxes to their image.
+
+    Args:
+        boxes: `[..., 4]`.
+        size: Height and width of the image, `[2]`, or one size for each leading index of `boxes`, such as `[N, 2]` for
+            boxes `[N, A, 4]`.
+
+    Returns:
+        `[..., 4]`: x in [0, width], y in [0, height].
+
+    Raises:
+        ValueError: The last dimension of `boxes` is not 4, or `size` does not fit.
+    """
+    x1, y1, x2, y2 = _corners("boxes", boxes)
+    size = jnp.asarray(size, x1.dtype)
+    if not size.ndim or size.shape[-1] != 2 or size.shape[:-1] != x1.shape[: size.ndim - 1]:
+        raise ValueError(
+            f"size must be [2] or have one row for each leading index of boxes {jnp.shape(boxes)}; got {size.shape}"
+        )
+    size = size.reshape(size.shape[:-1] + (1,) * (x1.ndim + 1 - size.ndim) + (2,))
+    height, width = size[..., 0], size[..., 1]
+    clip = lambda x, high: jnp.minimum(jnp.maximum(x, 0), high)
+    return jnp.stack([clip(x1, width), clip(y1, height), clip(x2, width), clip(y2, height)], axis=-1)
+
+
+def to_centers(boxes: ArrayLike) -> Array:
+    """Converts x1, y1, x2, y2 to the center and the size.
+
+    Args:
+        boxes: `[..., 4]`.
+
+    Returns:
+        `[..., 4]`: center x, center y, width, height.
+
+    Raises:
+        ValueError: The last dimension of `boxes` is not 4.
+    """
+    x1, y1, x2, y2 = _corners("boxes", boxes)
+    return jnp.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=-1)
+
+
+def from_centers(boxes: ArrayLike) -> Array:
+    """Converts the center and the size to x1, y1, x2, y2; the inverse of `to_centers`.
+
+    Args:
+        boxes: `[..., 4]`: center x, center y, width, height.
+
+    Returns:
+        `[..., 4]`.
+
+    Raises:
+        ValueError: The last dimension of `boxes` is not 4.
+    """
+    x, y, width, height = _corners("boxes", boxes)
+    return jnp.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], axis=-1)
+
+
+def encode_boxes(boxes: ArrayLike, anchors: ArrayLike, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Array:
+    """Encodes boxes as offsets to anchors (Girshick et al. 2014, appendix C, equations 6 to 9).
+
+    A side that is not positive, such as that of a padded box, counts as 1 pixel, so every offset is finite.
+
+    Args:
+        boxes: `[..., 4]`.
+        anchors: `[..., 4]`, of the same rank; dimensions of size 1 are broadcast.
+        weights: Factors of the four offsets; Fast R-CNN uses (10, 10, 5, 5).
+
+    Returns:
+        `[..., 4]`: the offsets of the center in units of the anchor's sides, and the logarithms of the ratios of the
+        sides, each multiplied by its weight.
+
+    Raises:
+        ValueError: The last dimension of `boxes` or `anchors` is not 4.
+    """
+    x1, y1, x2, y2 = _corners("boxes", boxes)
+    ax1, ay1, ax2, ay2 = _corners("anchors", anchors)
+    width, height, anchor_width, anchor_height = (
+        jnp.where(side > 0, side, 1) for side in (x2 - x1, y2 - y1, ax2 - ax1, ay2 - ay1)
+    )
+    wx, wy, ww, wh = weights
+    return jnp.stack(
+        [
+            wx * (x1 + 0.5 * width - (ax1 + 0.5 * anchor_width)) / anchor_width,
+            wy * (y1 + 0.5 * height - (ay1 + 0.5 * anchor_height)) / anchor_height,
+            ww * jnp.log(width / anchor_width),
+            wh * jnp.log(height / anchor_height),
+        ],
+        axis=-1,
+    )
+
+
+def decode_boxes(
+    deltas: ArrayLike,
+    anchors: ArrayLike,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    max_scale: float = math.log(1000 / 16),
+) -> Array:
+    """Decodes offsets to anchors; the inverse of `encode_boxes`.
+
+    Args:
+        deltas: `[..., 4]`: offsets as `encode_boxes` returns them.
+        anchors: `[..., 4]`, of the same rank; dimensions of size 1 are broadcast.
+        weights: The weights of `encode_boxes`.
+        max_scale: Largest logarithm of a side's ratio, so that a bad offset does not overflow.
+
+    Returns:
+        Boxes `[..., 4]`, not clipped.
+
+    Raises:
+        ValueError: The last dimension of `deltas` or `anchors` is not 4.
+    """
+    dx, dy, dw, dh = _corners("deltas", deltas)
+    ax1, ay1, ax2, ay2 = _corners("anchors", anchors)
+    wx, wy, ww, wh = weights
+    width, height = ax2 - ax1, ay2 - ay1
+    x = dx / wx * width + (ax1 + 0.5 * width)
+    y = dy / wy * height + (ay1 + 0.5 * height)
+    half_width = 0.5 * (jnp.exp(jnp.minimum(dw / ww, max_scale)) * width)
+    half_height = 0.5 * (jnp.exp(jnp.minimum(dh / wh, max_scale)) * height)
+    return jnp.stack([x - half_width, y - half_height, x + half_width, y + half_height], axis=-1)
+
+
+def _corners(name: str, boxes: ArrayLike) -> tuple[Array, Array, Array, Array]:
+    """Returns the four columns, as floats."""
+    boxes = jnp.asarray(boxes)
+    if not boxes.ndim or boxes.shape[-1] != 4:
+        raise ValueError(f"{name} must be [..., 4]; got {boxes.shape}")
+    if not jnp.issubdtype(boxes.dtype, jnp.floating):
+        boxes = boxes.astype(jnp.float32)
+    return boxes[..., 0], boxes[..., 1], boxes[..., 2], boxes[..., 3]
+
+
+def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
+    return jnp.expand_dims(jnp.asarray(a), -2), jnp.expand_dims(jnp.asarray(b), -3)
+
+
+def _area(width: Array, height: Array) -> Array:
+    # The product is selected, not the factors: a compiler that contracts a product and the sum that follows it to one
+    # rounding does not see through the select. So an IoU is rounded as in NumPy, and ties with a threshold are exact.
+    return jnp.where((width >= 0) & (height >= 0), width * height, 0)
+
+
+def _divide(a: Array, b: Array) -> Array:
+    """Divides, with 0 and no gradient where the divisor is not positive."""
+    positive = b > 0
+    return jnp.where(positive, a / jnp.where(positive, b, 1), 0)
+
+
+def _slope(width: Array, height: Array) -> Array:
+    """The angle of a box's diagonal to the vertical; 0, without a gradient, for a point."""
+    known = (width != 0) | (height != 0)
+    return jnp.arctan2(jnp.where(known, width, 0), jnp.where(known, height, jnp.ones_like(height)))

@@ -1,0 +1,84 @@
+"""Assignment of boxes to the objects of an image, and balanced random samples of them. For one image; `vmap` them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+
+def match(
+    iou: ArrayLike, valid: ArrayLike, *, low: float, high: float, allow_low_quality: bool = False
+) -> tuple[Array, Array]:
+    """Matches each box with the object that it overlaps most (Ren et al. 2015, section 3.1.2).
+
+    Args:
+        iou: Overlaps of the objects with the boxes, `[M, A]`, such as `box_iou(objects, anchors)`.
+        valid: `[M]` bool: which objects exist.
+        low: A box whose best overlap is below this is negative.
+        high: A box whose best overlap is at least this is positive. In between, a box is neither.
+        allow_low_quality: Whether the boxes that overlap an object most, among all boxes and with ties, are positive
+            whatever their overlap, unless it is 0. They are matched with the object that they overlap most themselves.
+
+    Returns:
+        matched `[A]` int32, the index of the object that each box overlaps most, the first one of several (0 if there
+        is none), and label `[A]` int8: 1 positive, 0 negative, -1 neither. Without objects all boxes are negative.
+
+    Raises:
+        ValueError: The shapes do not fit, or not 0 <= low <= high.
+    """
+    iou, valid = jnp.asarray(iou), jnp.asarray(valid)
+    if iou.ndim != 2 or valid.shape != iou.shape[:1]:
+        raise ValueError(f"iou must be [M, A] and valid [M]; got {iou.shape} and {valid.shape}")
+    if not 0 <= low <= high:
+        raise ValueError(f"low must be in [0, high = {high}]; got {low}")
+    if not iou.shape[0]:
+        return jnp.zeros(iou.shape[1], jnp.int32), jnp.zeros(iou.shape[1], jnp.int8)
+    overlap = jnp.where(valid[:, None] > 0, iou, -1)
+    best = jnp.max(overlap, axis=0)
+    positive, neither = best >= high, (best >= low) & (best < high)
+    if allow_low_quality:
+        most = jnp.max(overlap, axis=1, keepdims=True, initial=0)
+        positive |= jnp.any((overlap == most) & (most > 0), axis=0)
+    label = jnp.where(positive, 1, jnp.where(neither, -1, 0)).astype(jnp.int8)
+    return lax.argmax(overlap, 0, jnp.int32), label
+
+
+def sample(key: Array, label: ArrayLike, *, size: int, positive_fraction: float) -> tuple[Array, Array]:
+    """Draws positive and negative boxes at random, without replacement (Ren et al. 2015, section 3.1.3).
+
+    At most `int(size * positive_fraction)` of them are positive; negatives fill the rest, as far as there are enough.
+
+    Args:
+        key: Key of the image.
+        label: `[A]`, as `match` returns it: 1 positive, 0 negative, others are never drawn.
+        size: Number of boxes to draw.
+        positive_fraction: Largest share of positive boxes, in [0, 1].
+
+    Returns:
+        indices `[size]` int32, positives first, and kept `[size]` bool: which of them exist. The other indices are 0.
+
+    Raises:
+        ValueError: `label` is not `[A]`, `size` is below 1, or `positive_fraction` is not in [0, 1].
+    """
+    label = jnp.asarray(label)
+    if label.ndim != 1:
+        raise ValueError(f"label must be [A]; got {label.shape}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}")
+    if not 0 <= positive_fraction <= 1:
+        raise ValueError(f"positive_fraction must be in [0, 1]; got {positive_fraction}")
+    priority = jax.random.uniform(key, label.shape)
+
+    def draw(candidate, most):
+        chosen = lax.top_k(jnp.where(candidate, priority, -1), min(most, label.shape[0]))[1]
+        return jnp.pad(chosen, (0, size - chosen.shape[0])), jnp.sum(candidate, dtype=jnp.int32)
+
+    most = int(size * positive_fraction)
+    (positives, positive_count), (negatives, negative_count) = draw(label == 1, most), draw(label == 0, size)
+    positive_count = jnp.minimum(positive_count, most)
+    place = jnp.arange(size, dtype=jnp.int32)
+    indices = jnp.where(place < positive_count, positives, negatives[jnp.maximum(place - positive_count, 0)])
+    kept = place < positive_count + negative_count
+    return jnp.where(kept, indices, 0), kept

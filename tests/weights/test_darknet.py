@@ -1,0 +1,428 @@
+"""darknet's cfg and weights files: all layers against loops, files byte for byte, errors, and our own networks."""
+
+import functools
+import re
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flaxvision as fv
+from flaxvision.models import CfgDetector, CfgNetwork
+from flaxvision.models.darknet_cfg import ACTIVATIONS
+from flaxvision.weights import DarknetFile, parse_cfg, read_darknet, write_darknet
+from flaxvision.weights.darknet import split, values_of
+from tests.models.darknet_loops import ACTIVATE, run_loops, text_of
+from tests.models.smallest import QUICK, filled
+
+NORM = {"batch_normalize": 1}
+# Every layer type of a network with heads: strides, groups, depthwise, dilation, odd sizes, routes of groups,
+# shortcuts of other depths and sizes, three activations, SPP-like pools, and two heads.
+DETECTOR = [
+    ("convolutional", {"filters": 8, "size": 3, "stride": 2, "pad": 1, **NORM, "activation": "leaky"}),
+    ("convolutional", {"filters": 8, "size": 3, "pad": 1, "groups": 8, **NORM, "activation": "mish"}),
+    ("convolutional", {"filters": 12, "size": 3, "pad": 1, "groups": 4, "activation": "swish"}),
+    ("convolutional", {"filters": 6, "size": 5, "pad": 1, "dilation": 2, **NORM, "activation": "relu"}),
+    ("shortcut", {"from": [-3], "activation": "linear"}),  # 8 channels to 6
+    ("convolutional", {"filters": 16, "size": 3, "stride": 2, "pad": 1, **NORM, "activation": "relu6"}),
+    ("shortcut", {"from": [2], "alpha": 0.5, "beta": 2, "activation": "leaky"}),  # 12 channels of twice the size
+    ("reorg", {"stride": 2}),
+    ("route", {"layers": [-2]}),
+    ("maxpool", {"size": 2, "stride": 1}),
+    ("maxpool", {"size": 3, "stride": 1}),
+    ("shortcut", {"from": [-1, 8]}),
+    ("route", {"layers": [-1, 8], "groups": 2, "group_id": 1}),
+    ("dropout", {"probability": 0.3}),
+    ("convolutional", {"filters": 14, "size": 1, "stride": 1, "pad": 1, "activation": "linear"}),
+    ("yolo", {"mask": [2, 3], "anchors": [4, 5, 8, 7, 10, 14, 20, 16], "classes": 2, "num": 4, "scale_x_y": 1.1}),
+    ("route", {"layers": [7]}),
+    ("convolutional", {"filters": 4, "size": 1, **NORM, "activation": "logistic"}),
+    ("upsample", {"stride": 2, "scale": 0.5}),
+    ("route", {"layers": [-1, 12]}),
+    ("maxpool", {"size": 2, "stride": 2}),
+    ("convolutional", {"filters": 21, "size": 1, "activation": "linear"}),
+    ("region", {"anchors": [1, 2, 0.5, 0.5, 3, 1], "classes": 2, "num": 3, "softmax": 1}),
+]
+CLASSIFIER = [
+    ("convolutional", {"filters": 4, "size": 3, "padding": 1, **NORM, "activation": "tanh"}),
+    ("local", {"filters": 3, "size": 3, "stride": 2, "pad": 1, "activation": "elu"}),
+    ("connected", {"output": 7, **NORM, "activation": "ramp"}),
+    ("dropout", {}),
+    ("connected", {"output": 5, "activation": "linear"}),
+    ("softmax", {"groups": 1}),
+    ("cost", {"type": "sse"}),
+]
+POOLED = [
+    ("convolutional", {"filters": 6, "size": 3, "stride": 2, "pad": 1, **NORM, "activation": "selu"}),
+    ("avgpool", {}),
+    ("convolutional", {"filters": 3, "size": 1, "activation": "linear"}),
+    ("softmax", {}),
+]
+V1 = [
+    ("convolutional", {"filters": 2, "size": 4, "stride": 4, "activation": "relie"}),
+    ("connected", {"output": 4 * (2 * 5 + 3), "activation": "linear"}),
+    ("detection", {"classes": 3, "coords": 4, "side": 2, "num": 2, "sqrt": 1}),
+]
+
+
+def drawn(count, seed=0):
+    """Values of a weights file; none is negative, since some are variances."""
+    return np.random.default_rng(seed).uniform(0.05, 0.6, count).astype(np.float32)
+
+
+def test_activations():
+    x = np.linspace(-8, 8, 33)
+    assert set(ACTIVATIONS) == set(ACTIVATE)
+    for name, ours in ACTIVATIONS.items():
+        np.testing.assert_allclose(ours(jnp.asarray(x, jnp.float32)), ACTIVATE[name](x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sections", "size"),
+    [(DETECTOR, (16, 24)), (CLASSIFIER, (5, 6)), (POOLED, (7, 9)), (V1, (8, 8))],
+    ids=["detector", "classifier", "pooled", "v1"],
+)
+def test_every_layer_against_loops(sections, size, tmp_path):
+    model = parse_cfg(text_of(sections, *size), epsilon=1e-3)
+    write_darknet(tmp_path / "x.weights", DarknetFile(drawn(values_of(model)), 77))
+    variables = fv.weights.load_darknet(model, tmp_path / "x.weights")
+    x = np.random.default_rng(1).uniform(size=(2, *size, 3)).astype(np.float32)
+    found = jax.jit(model.apply, compiler_options=QUICK)(variables, x)
+    for row, image in enumerate(x):
+        outputs, read = run_loops(sections, drawn(values_of(model)), image.transpose(2, 0, 1), 1e-3)
+        assert read == values_of(model)
+        if isinstance(model, CfgDetector):
+            heads = [i for i, (kind, _) in enumerate(sections) if kind in ("yolo", "region", "detection")]
+            assert set(found) == {f"layer{i}_{sections[i][0]}" for i in heads}
+            expected = {f"layer{i}_{sections[i][0]}": outputs[i] for i in heads}
+        else:
+            expected = {"": outputs[-1].ravel()}
+        for name, value in expected.items():
+            ours = np.asarray(found[name] if name else found)[row]
+            value = value.transpose(1, 2, 0) if value.ndim == 3 else value
+            assert ours.shape == value.shape
+            np.testing.assert_allclose(ours, value, rtol=2e-5, atol=2e-5 * np.abs(value).max())
+    fv.weights.save_darknet(tmp_path / "y.weights", model, variables, seen=77)
+    assert (tmp_path / "y.weights").read_bytes() == (tmp_path / "x.weights").read_bytes()
+
+
+def test_names_and_fields():
+    model = parse_cfg(text_of(DETECTOR, 32, 32))
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), jnp.zeros((1, 32, 32, 3)))
+    assert {"layer0_conv", "layer0_bn", "layer2_conv", "layer14_conv"} <= set(variables["params"])
+    assert set(variables["params"]["layer2_conv"]) == {"kernel", "bias"}
+    assert set(variables["params"]["layer0_conv"]) == {"kernel"}
+    yolo, region = model.heads.values()
+    assert (yolo.mask, yolo.scale_xy, yolo.stride, yolo.num_classes) == ((2, 3), 1.1, 4, 2)
+    assert yolo.sizes == ((10, 14), (20, 16))
+    assert (region.stride, region.softmax, region.rescore) == (8, True, False)
+    assert (model.num_labels, model.epsilon) == (2, 1e-6)
+    assert hash(model) == hash(parse_cfg(text_of(DETECTOR, 32, 32)))
+    assert isinstance(parse_cfg(text_of(POOLED, 8, 8)), CfgNetwork)
+    with pytest.raises(ValueError, match=r"layers must have \[region\] or \[yolo\] heads .*; got layer2_detection"):
+        _ = parse_cfg(text_of(V1, 8, 8)).heads
+
+
+def test_dropout_and_batch_norm_in_training():
+    model = parse_cfg(text_of(CLASSIFIER, 5, 6))
+    x = jnp.asarray(drawn(4 * 90).reshape(4, 5, 6, 3))
+    variables = filled(jax.eval_shape(model.init, jax.random.key(0), x))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def train(key):
+        return model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+
+    out = [train(jax.random.key(k)) for k in (0, 0, 1)]
+    np.testing.assert_array_equal(out[0][0], out[1][0])
+    assert np.abs(out[0][0] - out[2][0]).max() > 0
+    before, after = variables["batch_stats"], out[0][1]["batch_stats"]
+    assert min(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, dict(after)))) > 0
+
+
+@pytest.mark.parametrize(
+    ("version", "header"), [((0, 1, 0), 16), ((0, 2, 0), 20), ((0, 2, 5), 20), ((0, 0, 1), 16), ((1, 0, 0), 20)]
+)
+def test_headers(version, header, tmp_path):
+    path = tmp_path / "a.weights"
+    seen = 2**31 if header == 16 else 2**40
+    values = np.array([1.5, -0.0, np.nan, np.inf], np.float32)
+    write_darknet(path, DarknetFile(values, seen, version))
+    data = path.read_bytes()
+    assert len(data) == header + 16
+    assert data[:12] == struct.pack("<3i", *version)
+    file = read_darknet(path)
+    assert (file.seen, file.version) == (seen, version)
+    assert file.values.tobytes() == values.tobytes()
+    write_darknet(tmp_path / "b.weights", file)
+    assert (tmp_path / "b.weights").read_bytes() == data
+    with pytest.raises(ValueError, match=f"seen must fit into a header of {header} bytes .*; got {2**64} and"):
+        write_darknet(path, DarknetFile(values, 2**64, version))
+    assert path.read_bytes() == data
+
+
+def test_files_that_are_no_weights(tmp_path):
+    path = tmp_path / "x.weights"
+    for data, error in (
+        (b"", "its header is empty"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is no .weights file of darknet: its header is 89 50 4e 47"),
+        (struct.pack("<3iQ", 0, 2, 0, 7) + bytes(6), "must have a header of 20 bytes and 4 bytes per value; got 26"),
+        (struct.pack("<3iI", 0, 2, 0, 7), "must have a header of 20 bytes and 4 bytes per value; got 16 bytes"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=re.escape(error)):
+            read_darknet(path)
+    with pytest.raises(FileNotFoundError, match="path must be an existing file"):
+        read_darknet(tmp_path / "none.weights")
+
+
+@pytest.mark.parametrize(("change", "fault"), [(-3, "3 too few"), (1, "1 too many"), (1200, "1,200 too many")])
+def test_weights_that_do_not_fit(change, fault, tmp_path):
+    (tmp_path / "x.cfg").write_text(text_of(POOLED, 8, 8))
+    count = values_of(parse_cfg(text_of(POOLED, 8, 8)))
+    assert count == 6 * 27 + 4 * 6 + 6 * 3 + 3
+    write_darknet(tmp_path / "x.weights", DarknetFile(drawn(count + change)))
+    with pytest.raises(ValueError, match=f"x.weights must hold {count} values for this network; got .*, {fault}$"):
+        fv.weights.load_cfg(tmp_path / "x.cfg", tmp_path / "x.weights")
+
+
+def test_the_header_of_the_fork_sets_epsilon(tmp_path):
+    (tmp_path / "x.cfg").write_text(text_of(POOLED, 8, 8))
+    count = values_of(parse_cfg(text_of(POOLED, 8, 8)))
+    for version, epsilon in (((0, 1, 0), 1e-6), ((0, 2, 0), 1e-6), ((0, 2, 5), 1e-5)):
+        write_darknet(tmp_path / "x.weights", DarknetFile(drawn(count), 0, version))
+        assert fv.weights.load_cfg(tmp_path / "x.cfg", tmp_path / "x.weights")[0].epsilon == epsilon
+    model, _ = fv.weights.load_cfg(tmp_path / "x.cfg", tmp_path / "x.weights", epsilon=0.1, dtype=jnp.bfloat16)
+    assert (model.epsilon, model.dtype) == (0.1, jnp.bfloat16)
+
+
+NET = "[net]\nheight=32\nwidth=32\nchannels=3\n"
+CONV = "[convolutional]\nfilters=21\nactivation=linear\n"
+YOLO = "[yolo]\nmask=0,1,2\nanchors=1,2, 3,4, 5,6\nnum=3\nclasses=2\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", r"cfg must begin with the section \[net\]; got no section"),
+        (CONV, r"cfg must begin with the section \[net\]; got \[convolutional\] in line 1"),
+        ("filters=1\n", r"cfg, line 1: the line must hold a section such as \[net\]; got 'filters=1'"),
+        (NET + "# a comment\n[convolutional]\nfilters 3", "cfg, line 7: the line must hold an option and its value"),
+        ("[net]\nheight=32", r"cfg, line 1, \[net\]: height, width and channels must be positive; got 32, 0 and 0"),
+        (NET, r"cfg must have layers after \[net\]; got none"),
+        (
+            NET + CONV + "\n[lstm]\noutput=3",
+            r"line 9, \[lstm\]: section must be one of convolutional, .*; got \[lstm\]",
+        ),
+        (NET + CONV + "stryde=2", r"line 8, \[convolutional\]: option must be one of .*stride.*; got stryde"),
+        (
+            NET + CONV + "antialiasing=1",
+            r"line 8, \[convolutional\]: antialiasing must be 0, since nothing else is sup",
+        ),
+        (NET + CONV + "size=two", r"line 8, \[convolutional\]: size must be a number; got 'two'"),
+        (NET + CONV + "size=2.5", r"line 8, \[convolutional\]: size must be an integer of at least 1; got 2.5"),
+        (
+            NET + "[conv]\nactivation=stairs",
+            r"line 6, \[convolutional\]: activation must be one of linear, .*; got stai",
+        ),
+        (NET + CONV + "groups=2", r"line 8, .*: groups must divide the 3 input channels and the 21 filters; got 2"),
+        (NET + CONV + "size=40", r"line 5, .*: the output must have a positive size; got \(-7, -7, 21\)"),
+        (NET + CONV + "[route]\nlayers=-2", r"line 9, \[route\]: layers must name layers before this one, number 1"),
+        (NET + CONV + "[route]\n", r"line 8, \[route\]: layers must name .*; got nothing"),
+        (
+            NET + CONV + "[route]\nlayers=1",
+            r"line 9, \[route\]: layers must name layers before this one, number 1; got",
+        ),
+        (
+            NET + CONV + "[maxpool]\nstride=2\n[route]\nlayers=0,1",
+            r"line 11, .* feature maps of one size; got 0: 32x32",
+        ),
+        (NET + CONV + "[route]\nlayers=0\ngroups=2", r"line 10, .*: groups must divide the channels 21 and exceed"),
+        (NET + CONV + "[shortcut]\nfrom=0\nweights_type=per_feature", "line 10, .*: weights_type must be none"),
+        (
+            NET + CONV + "[upsample]\nstride=-2",
+            r"line 9, \[upsample\]: stride must be an integer of at least 1; got -2",
+        ),
+        (NET + CONV + "[reorg]\nstride=2", r"line 9, .*: stride must divide the map 32x32, and its square the 21 chan"),
+        (
+            NET + CONV + YOLO.replace("=2\n", "=3\n"),
+            r"line 8, \[yolo\]: filters of the layer before must be 24, 3 anch",
+        ),
+        (
+            NET + CONV + YOLO.replace("0,1,2", "0,1,3"),
+            r"line 9, .*: mask must hold indices of the 3 anchors; got 0,1,3",
+        ),
+        (NET + CONV + YOLO.replace(", 5,6", ""), r"line 10, .*: anchors must be 6 numbers, 2 for each of num=3; got 4"),
+        (NET + CONV + YOLO + "new_coords=1", r"line 13, \[yolo\]: new_coords must be 0, since nothing else"),
+        (NET + CONV + YOLO + "iou_loss=best", r"line 13, \[yolo\]: iou_loss must be one of mse, iou, giou"),
+        (
+            NET + "[connected]\noutput=9\nactivation=linear\n" + CONV,
+            r"line 8, .* must give a feature map; got a vector",
+        ),
+        (NET + "[local]\nfilters=2\nsize=5\npad=1", r"line 8, \[local\]: pad must be 0, or 1 for a size of 3; got 1"),
+        (
+            NET + "[detection]\nside=7\nclasses=20\nnum=2",
+            r"line 5, .*: outputs of the layer before must be 1470, .*3072",
+        ),
+    ],
+)
+def test_errors_name_the_section_and_the_line(text, error):
+    with pytest.raises(ValueError, match=error):
+        parse_cfg(text)
+
+
+def test_a_cfg_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path must be an existing file; got"):
+        fv.weights.read_cfg(tmp_path / "none.cfg")
+    with pytest.raises(TypeError, match="foo"):
+        parse_cfg(text_of(POOLED, 8, 8), foo=1)
+
+
+def test_comments_spaces_and_repetitions():
+    """darknet removes all white space and reads the first of several equal options."""
+    text = "[network]\r\n height = 8 # rows\nwidth\t=8\nchannels= 3\n;x\n"
+    text += "[conv]\nfilters = 1 2\nfilters=5\nactivation = relu"
+    (layer,) = parse_cfg(text).layers
+    assert (layer.features, layer.activation, layer.kind) == (12, "relu", "convolutional")
+
+
+def conv(filters, size, stride=1):
+    return (
+        "convolutional",
+        {"filters": filters, "size": size, "stride": stride, "pad": 1, **NORM, "activation": "leaky"},
+    )
+
+
+def plain(filters):
+    return ("convolutional", {"filters": filters, "size": 1, "pad": 1, "activation": "linear"})
+
+
+def yolo(mask, anchors, classes=2):
+    flat = [x for pair in anchors for x in pair]
+    return ("yolo", {"mask": mask, "anchors": flat, "classes": classes, "num": len(anchors), "ignore_thresh": 0.5})
+
+
+POOL = ("maxpool", {"size": 2, "stride": 2})
+
+
+def narrow_v2():
+    rows = (((4, 3),), ((4, 3),), ((4, 3), (4, 1)), ((4, 3),), ((8, 3), (4, 1), (8, 3)), ((8, 3),))
+    sections = []
+    for number, row in enumerate(rows):
+        sections += [POOL] * (number > 0) + [conv(*one) for one in row]
+    sections += [conv(8, 3), conv(8, 3), ("route", {"layers": [-5]}), conv(4, 1), ("reorg", {"stride": 2})]
+    anchors = ((1, 2), (3, 1.5))
+    flat = [x for pair in anchors for x in pair]
+    region = {"anchors": flat, "classes": 2, "num": 2, "softmax": 1, "bias_match": 1, "rescore": 1, "thresh": 0.6}
+    region |= {"object_scale": 5, "noobject_scale": 1, "class_scale": 1, "coord_scale": 1}
+    sections += [("route", {"layers": [-1, -4]}), conv(8, 3), plain(14), ("region", region)]
+    fields = {"convs": rows, "anchors": anchors, "head_features": (8, 8, 8), "passthrough_features": 4}
+    return "yolo_v2", fields, sections
+
+
+def narrow_v3(spp):
+    sections, width = [conv(4, 3)], 4
+    for _ in range(5):
+        width *= 2
+        sections += [conv(width, 3, 2), conv(width // 2, 1), conv(width, 3), ("shortcut", {"from": [-3]})]
+    anchors = ((4, 5), (6, 9), (10, 8), (12, 20), (30, 30), (60, 50))
+    sections += [conv(8, 1)]
+    if spp:
+        for size, back in ((5, -2), (9, -4), (13, 0)):
+            sections += [("maxpool", {"size": size, "stride": 1})] + [("route", {"layers": [back]})] * (back < 0)
+        sections += [("route", {"layers": [-1, -3, -5, -6]}), conv(8, 1)]
+    sections += [conv(16, 3), plain(14), yolo([4, 5], anchors), ("route", {"layers": [-4]})]
+    sections += [conv(4, 1), ("upsample", {"stride": 2}), ("route", {"layers": [-1, 16]}), conv(6, 1)]
+    sections += [conv(8, 3), plain(14), yolo([2, 3], anchors), ("route", {"layers": [-4]})]
+    sections += [conv(4, 1), ("upsample", {"stride": 2}), ("route", {"layers": [-1, 12]})]
+    sections += [conv(8, 3), plain(14), yolo([0, 1], anchors)]
+    first = ((8, 1), (0, 0), (8, 1)) if spp else ((8, 1),)
+    fields = {"stage_sizes": (1,) * 5, "stem_features": 4, "anchors": anchors, "necks": (first, ((6, 1),), ())}
+    fields |= {"head_features": (16, 8, 8), "lateral_features": (4, 4)}
+    return "yolo_v3_spp" if spp else "yolo_v3", fields, sections
+
+
+def narrow_tiny(name):
+    rows = (((4, 3),), ((4, 3),), ((4, 3),), ((4, 3),), ((6, 3),), ((8, 3), (8, 3)))
+    sections = []
+    for number, row in enumerate(rows[:-1]):
+        sections += [POOL] * (number > 0) + [conv(*one) for one in row]
+    sections += [POOL, conv(8, 3), ("maxpool", {"size": 2, "stride": 1}), conv(8, 3)]
+    if name == "yolo_v2_tiny":
+        region = {"anchors": [1, 2, 3, 1.5], "classes": 2, "num": 2, "softmax": 1, "bias_match": 1, "rescore": 1}
+        region |= {"thresh": 0.6, "object_scale": 5}
+        sections += [conv(6, 3), plain(14), ("region", region)]
+        return name, {"convs": rows, "anchors": ((1, 2), (3, 1.5)), "head_features": (6,)}, sections
+    anchors = ((4, 5), (6, 9), (10, 8), (12, 20))
+    sections += [conv(6, 1), conv(8, 3), plain(14), yolo([2, 3], anchors), ("route", {"layers": [-4]}), conv(4, 1)]
+    sections += [
+        ("upsample", {"stride": 2}),
+        ("route", {"layers": [-1, 8]}),
+        conv(6, 3),
+        plain(14),
+        yolo([0, 1], anchors),
+    ]
+    fields = {"convs": rows, "anchors": anchors, "necks": (((6, 1),), ()), "head_features": (8, 6)}
+    return name, fields | {"lateral_features": (4,)}, sections
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case[0], marks=[pytest.mark.slow] * (case[0] in ("yolo_v3", "yolo_v2_tiny")))
+        for case in (
+            narrow_v2(),
+            narrow_v3(False),
+            narrow_v3(True),
+            *map(narrow_tiny, ("yolo_v2_tiny", "yolo_v3_tiny")),
+        )
+    ],
+)
+def test_our_networks_are_those_of_the_cfg_files(case, tmp_path):
+    """The same weights file gives the same outputs and heads. The official cfg files: `test_darknet_data.py`."""
+    name, fields, sections = case
+    cfg = parse_cfg(text_of(sections, 64, 96))
+    model = fv.create_model(name, num_classes=2, **fields)
+    path = tmp_path / "x.weights"
+    write_darknet(path, DarknetFile(drawn(values_of(cfg)) - 0.04, 5))
+    theirs = fv.weights.load_darknet(cfg, path)
+    ours = fv.weights.load(name, path, source="darknet", num_classes=2, **fields)
+    x = np.random.default_rng(0).uniform(size=(1, 64, 96, 3)).astype(np.float32)
+    expected, found = (jax.jit(m.apply, compiler_options=QUICK)(v, x) for m, v in ((cfg, theirs), (model, ours)))
+    assert list(cfg.heads.values()) == list(model.heads.values())
+    for one, other in zip(cfg.heads, model.heads, strict=True):
+        scale = np.abs(expected[one]).max()
+        np.testing.assert_allclose(found[other], expected[one], rtol=0, atol=1e-6 * scale)
+    fv.weights.save_darknet(tmp_path / "y.weights", model, ours, seen=5)
+    assert (tmp_path / "y.weights").read_bytes() == path.read_bytes()
+
+
+def test_the_length_of_a_file_tells_the_number_of_classes(tmp_path):
+    name, fields, _ = narrow_tiny("yolo_v3_tiny")
+    path, wide = tmp_path / "x.weights", fv.create_model(name, num_classes=7, **fields)
+    write_darknet(path, DarknetFile(drawn(values_of(wide))))
+    variables = fv.weights.load(name, path, source="darknet", **fields)
+    assert variables["params"]["head32_out"]["kernel"].shape == (1, 1, 8, 24)
+    jax.tree.map(np.testing.assert_array_equal, variables, fv.weights.load_darknet(wide, path))
+    _, anew = fv.weights.load_model(name, path, source="darknet", num_classes=3, **fields)
+    assert anew["params"]["head16_out"]["kernel"].shape == (1, 1, 6, 16)
+    np.testing.assert_array_equal(
+        anew["params"]["backbone"]["stem_conv1"]["conv"]["kernel"],
+        variables["params"]["backbone"]["stem_conv1"]["conv"]["kernel"],
+    )
+    write_darknet(path, DarknetFile(drawn(values_of(wide) + 1)))
+    with pytest.raises(ValueError, match=r"x.weights must hold .* too (few|many)"):
+        fv.weights.load(name, path, source="darknet", **fields)
+
+
+def test_tensors_in_the_order_of_the_file():
+    model = fv.create_model("tiny_darknet", convs=(((2, 3), (3, 1)),), num_classes=4)
+    names = list(split(model, drawn(values_of(model)), "x", (8, 8, 3)))
+    unit = [f"bn.{leaf}" for leaf in ("bias", "weight", "running_mean", "running_var")] + ["conv.weight"]
+    assert names == [
+        *(f"backbone/stem_conv1/{leaf}" for leaf in unit),
+        *(f"backbone/stem_conv2/{leaf}" for leaf in unit),
+        "head.bias",
+        "head.weight",
+    ]
