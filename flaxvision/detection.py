@@ -78,6 +78,9 @@ def detect(
     Raises:
         ValueError: An option is out of its range.
     """
+    images = jnp.asarray(images)
+    if sizes is None:
+        sizes = jnp.broadcast_to(jnp.asarray([images.shape[1:3]], jnp.int32), (images.shape[0], 2))
     candidates = model.candidates(model.apply(variables, images, sizes), sizes)
     return select_detections(
         candidates,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flaxvision.data.detection_sets import load_detection
     from flaxvision.data.folder import FolderSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, describe_changes, eval_batches, train_batches
-    from flaxvision.data.preprocessing import Preprocessing
+    from flaxvision.data.preprocessing import DetectionPreprocessing, Preprocessing
     from flaxvision.data.shapes import ShapesSource
     from flaxvision.data.sources import load
     from flaxvision.data.statistics import channel_statistics
@@ -26,6 +26,7 @@ _HOME = {
     "ArraySource": "arrays",
     "CanvasSource": "canvas",
     "Canvases": "canvas",
+    "DetectionPreprocessing": "preprocessing",
     "DetectionSource": "annotations",
     "EvalBatches": "pipeline",
     "FolderSource": "folder",
@@ -55,6 +56,7 @@ __all__ = [
     "ArraySource",
     "CanvasSource",
     "Canvases",
+    "DetectionPreprocessing",
     "DetectionSource",
     "EvalBatches",
     "FolderSource",

@@ -93,6 +93,76 @@ class Preprocessing:
         return image.crop((left, top, left + width, top + height))
 
 
+@dataclasses.dataclass(frozen=True)
+class DetectionPreprocessing:
+    """Resizes an image for a detector, normalizes it, and pads it at the bottom and right with zeros.
+
+    The shorter side becomes `min_size`, unless the longer one would exceed `max_size`. This is the transform of
+    torchvision's R-CNNs: `(pixels / divisor - mean) / std`, then bilinear interpolation without antialiasing.
+
+    Attributes:
+        min_size: Length of the shorter side in pixels.
+        max_size: Largest length of the longer side in pixels.
+        multiple: The sides of the result are multiples of it; 1 for no padding.
+        mean: Mean per channel, in units of the divided pixels.
+        std: Standard deviation per channel, in the same units.
+        divisor: Number that the pixels, 0 to 255, are divided by before normalization.
+
+    Raises:
+        ValueError: `min_size` exceeds `max_size`, or a size or `multiple` is below 1.
+    """
+
+    min_size: int = 800
+    max_size: int = 1333
+    multiple: int = 32
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    divisor: float = 255.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_size <= self.max_size:
+            raise ValueError(f"min_size must be from 1 to max_size, {self.max_size}; got {self.min_size}")
+        if self.multiple < 1:
+            raise ValueError(f"multiple must be at least 1; got {self.multiple}")
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the height and width that an image is resized to."""
+        scale = min(self.min_size / min(height, width), self.max_size / max(height, width))
+        return int(height * scale), int(width * scale)
+
+    def __call__(self, image: Any) -> tuple[np.ndarray, tuple[int, int]]:
+        """Turns an image into the input of a detector.
+
+        Args:
+            image: A PIL image of any mode, or a uint8 array `[H, W, 3]`, `[H, W, 1]` or `[H, W]`.
+
+        Returns:
+            `[h, w, 3]` float32 with sides that are multiples of `multiple`, and the height and width of the part that
+            the image fills.
+
+        Raises:
+            TypeError: The array has another dtype.
+            ValueError: The array has another shape, or the image has no pixels.
+        """
+        pixels = np.asarray(_pil(image, "RGB"), np.float32) / np.float32(self.divisor)
+        pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        size = self.size(*pixels.shape[:2])
+        for axis, extent in enumerate(size):
+            pixels = _interpolated(pixels, axis, extent)
+        after = [(0, -extent % self.multiple) for extent in size]
+        return np.pad(pixels, [*after, (0, 0)]), size
+
+
+def _interpolated(pixels: np.ndarray, axis: int, extent: int) -> np.ndarray:
+    have = pixels.shape[axis]
+    place = (np.arange(extent, dtype=np.float32) + np.float32(0.5)) * np.float32(have / extent) - np.float32(0.5)
+    place = np.maximum(place, 0)
+    low = np.minimum(place.astype(np.int64), have - 1)
+    weight = (place - low).astype(np.float32)
+    weight = weight.reshape([-1 if i == axis else 1 for i in range(pixels.ndim)])
+    return pixels.take(low, axis) * (1 - weight) + pixels.take(np.minimum(low + 1, have - 1), axis) * weight
+
+
 def _pil(image: Any, mode: str) -> Any:
     from PIL import Image
 

@@ -19,6 +19,7 @@ from flaxvision.layers.convolution import (
     depthwise_conv,
     separable_conv,
 )
+from flaxvision.layers.fpn import FeaturePyramid, upsample_nearest
 from flaxvision.layers.lowering import convolutions_saveable
 from flaxvision.layers.neurons import RBF, digit_codes, heaviside, random_codes, sign
 from flaxvision.layers.normalization import BatchNorm, local_response_norm
@@ -43,6 +44,7 @@ __all__ = [
     "ConvNorm",
     "ConvTranspose",
     "DepthwiseConv",
+    "FeaturePyramid",
     "PrimaryCapsules",
     "RoutedCapsules",
     "SeparableConv",
@@ -71,4 +73,5 @@ __all__ = [
     "separable_conv",
     "sign",
     "squash",
+    "upsample_nearest",
 ]

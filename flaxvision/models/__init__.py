@@ -30,6 +30,8 @@ from flaxvision.models.detector import batch_mean as batch_mean
 from flaxvision.models.detector import row_keys as row_keys
 from flaxvision.models.detector import valid_sizes as valid_sizes
 from flaxvision.models.fashion_cnn import FashionCNN as FashionCNN
+from flaxvision.models.faster_rcnn import BoxHead as BoxHead
+from flaxvision.models.faster_rcnn import FasterRCNN as FasterRCNN
 from flaxvision.models.googlenet import GoogLeNet as GoogLeNet
 from flaxvision.models.googlenet import GoogLeNetAux as GoogLeNetAux
 from flaxvision.models.googlenet import GoogLeNetBackbone as GoogLeNetBackbone
@@ -73,6 +75,7 @@ from flaxvision.models.resnet import CifarResNetBackbone as CifarResNetBackbone
 from flaxvision.models.resnet import ResNet as ResNet
 from flaxvision.models.resnet import ResNetBackbone as ResNetBackbone
 from flaxvision.models.resnet import pad_shortcut as pad_shortcut
+from flaxvision.models.rpn import RPNHead as RPNHead
 from flaxvision.models.senet import SEBasicBlock as SEBasicBlock
 from flaxvision.models.senet import SEBottleneck as SEBottleneck
 from flaxvision.models.senet import SENet as SENet

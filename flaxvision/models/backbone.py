@@ -7,6 +7,7 @@ logits. The parameters of the backbone are `params["backbone"]` of the classifie
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -40,20 +41,23 @@ class Backbone(nn.Module, kw_only=True):
             and biases have zero gradients, so an optimizer without weight decay on vectors, such as those of
             `train.optimizer`, leaves them as they are too. See `layers.BatchNorm`.
         ghost_size: Number of rows in a group for `"ghost"`; it must divide the rows on each device.
+        frozen_stages: Number of stages, from the image on, whose parameters get no gradient. Their backward pass is not
+            computed. An optimizer with weight decay must mask them. It does not affect their BatchNorm statistics.
         dtype: Dtype of the computation, None for that of the inputs and parameters.
         param_dtype: Dtype of the parameters.
         axis_name: Mapped axis over which the batch is split, for BatchNorm. `pmap_step` sets it; models that are mapped
             in another way need it.
 
     Raises:
-        ValueError: `stages` is empty or names an unknown stage, the family does not support the `output_stride`, or
-            `batch_norm` is unknown or does not go with `ghost_size`.
+        ValueError: `stages` is empty or names an unknown stage, the family does not support the `output_stride`,
+            `batch_norm` is unknown or does not go with `ghost_size`, or there are fewer stages than `frozen_stages`.
     """
 
     stages: tuple[str, ...] | None = None
     output_stride: int | None = None
     batch_norm: BatchNormMode = "sync"
     ghost_size: int | None = None
+    frozen_stages: int = 0
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None
@@ -69,6 +73,8 @@ class Backbone(nn.Module, kw_only=True):
         if self.stages is not None and (not self.stages or not set(self.stages) <= set(known)):
             raise ValueError(f"stages must be one or more of {', '.join(known)} for {name}; got {self.stages!r}")
         check_mode(self.batch_norm, self.ghost_size, "batch_norm")
+        if not 0 <= self.frozen_stages <= len(known):
+            raise ValueError(f"frozen_stages must be from 0 to {len(known)} for {name}; got {self.frozen_stages}")
         if self.output_stride is None:
             return
         if self.atrous_from is None:
@@ -163,9 +169,12 @@ class Backbone(nn.Module, kw_only=True):
             ValueError: `images` is not of rank 4, or the images are too small for the network.
         """
         check_images(images)
-        wanted = list(self.strides)
+        wanted, frozen = list(self.strides), list(self.stage_strides)[: self.frozen_stages]
         features = {}
-        for name, x in self.iter_stages(images, train):
+        stages = self.iter_stages(images, train)
+        for stage in self.stage_strides:
+            with nn.intercept_methods(_without_gradient) if stage in frozen else contextlib.nullcontext():
+                name, x = next(stages)
             if name in wanted:
                 features[name] = x
             if name == wanted[-1]:
@@ -238,6 +247,12 @@ class Classifier(nn.Module):
             init = self.kernel_init or kernel_init or nn.initializers.lecun_normal()
             x = nn.Dense(self.num_classes, kernel_init=init, name="head", **self.backbone.dtypes)(x)
         return as_float32(x)
+
+
+def _without_gradient(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Calls a method of a module; nothing before its result gets a gradient."""
+    result = call(*args, **kwargs)
+    return jax.lax.stop_gradient(result) if context.method_name == "__call__" else result
 
 
 def as_float32(x: jax.Array) -> jax.Array:

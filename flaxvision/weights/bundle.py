@@ -17,7 +17,7 @@ import numpy as np
 from flaxvision import atomic
 from flaxvision.manifest import json_value
 from flaxvision.registry import create_model
-from flaxvision.weights.convert import Variables, check, flat, nested, shapes_of
+from flaxvision.weights.convert import Variables, check, flat, labels_of, nested, shapes_of
 from flaxvision.weights.files import read, sha256_of
 
 FORMAT = 1
@@ -70,7 +70,7 @@ def save(
         class_names = list(class_names)
         if odd := [one for one in class_names if not isinstance(one, str)]:
             raise TypeError(f"class_names must be strings; got {odd[0]!r}")
-        if len(class_names) != (classes := getattr(model, "num_classes", 0)):
+        if len(class_names) != (classes := labels_of(model)):
             raise ValueError(f"class_names must have one name for each of {classes} classes; got {len(class_names)}")
     from flaxvision import __version__
 

@@ -172,6 +172,11 @@ def require_fields(name: str, wanted: Mapping[str, Any], overrides: Mapping[str,
         )
 
 
+def labels_of(model: nn.Module) -> int:
+    """Returns how many classes have names: those of a classifier, or those of a detector without the background."""
+    return getattr(model, "num_labels", getattr(model, "num_classes", 0))
+
+
 def layout_of(name: str, source: str) -> Layout:
     """Returns the layout of a model in a library; raises ValueError if there is none."""
     for layout in layouts():

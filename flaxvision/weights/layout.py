@@ -30,7 +30,7 @@ class Layout:
             a name that ends in `/depthwise_kernel` or `/pointwise_kernel` to name the kernel itself.
         fields: Fields of the flaxvision module that make it the library's network.
         flatten: `(H, W, C)` by module path, for dense layers that follow a feature map which the library flattens in
-            the order C, H, W.
+            the order C, H, W. A C of 0 stands for whatever the model has.
         conv1x1: Module paths (fnmatch patterns) of dense layers that the library stores as 1x1 convolutions.
         constant: Values of variables that the library lacks, by fnmatch pattern of the variable's path. Example: the
             Inceptions of Keras have no BatchNorm scale.

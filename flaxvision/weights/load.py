@@ -26,6 +26,7 @@ from flaxvision.weights.convert import (
     filled,
     flat,
     images_of,
+    labels_of,
     layout_of,
     nested,
     require_fields,
@@ -46,7 +47,7 @@ _ENDINGS = (".safetensors", ".npz", ".h5", ".hdf5", ".pth", ".pt", ".th", ".bin"
 # the logits in evaluation.
 _OPTIONAL = (
     *("num_classes", "aux_heads", "dropout_rate", "dtype", "param_dtype"),
-    *("axis_name", "batch_norm", "ghost_size"),
+    *("axis_name", "batch_norm", "ghost_size", "frozen_stages"),
 )
 
 
@@ -207,12 +208,14 @@ def load_weights(
         leaves = network.with_head(leaves, wanted, depth, rng)
     if broken := [key for key, leaf in leaves.items() if not np.isfinite(leaf).all()]:
         _log.warning("%s: non-finite values in %s (from %s)", name, ", ".join(broken), weights)
+    fields = network.fields_with(wanted)
+    # A new head has new classes, and a file may have other classes than the published one.
+    known = names is not None and wanted == classes and len(names) == labels_of(create_model(name, **fields))
     return Loaded(
         name=name,
-        fields=network.fields_with(wanted),
+        fields=fields,
         variables=nested(leaves),
-        # A new head has new classes, and a file may have other classes than the published one.
-        class_names=names if names is not None and wanted == classes == len(names) else None,
+        class_names=names if known else None,
         channels=None if depth == network.channels else depth,
         input_size=input_size,
     )

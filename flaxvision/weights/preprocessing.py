@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from flaxvision.data.preprocessing import Preprocessing
+from flaxvision.data.preprocessing import DetectionPreprocessing, Preprocessing
 from flaxvision.registry import model_info
 from flaxvision.weights.bundle import is_bundle, read_card
 from flaxvision.weights.convert import layout_of, sources
 from flaxvision.weights.tags import tag_of, tags
 
+Transform = Preprocessing | DetectionPreprocessing
 
-def preprocessing_for(name: str, weights: str | os.PathLike[str] | None = None) -> Preprocessing:
+
+def preprocessing_for(name: str, weights: str | os.PathLike[str] | None = None) -> Transform:
     """Returns the evaluation transform of published weights or of a bundle.
 
     Where the weights do not state a transform, the result is a guess from `model_info`: its input size, mean and
@@ -30,7 +32,8 @@ def preprocessing_for(name: str, weights: str | os.PathLike[str] | None = None) 
             * None, for the first tag.
 
     Returns:
-        A callable that maps a PIL image or a uint8 array to float32 `[H, W, C]`.
+        A callable that maps a PIL image or a uint8 array to float32 `[H, W, C]`; for weights of detectors that state a
+        `DetectionPreprocessing`, to that and the size of the valid part.
 
     Raises:
         ValueError: There is no such model, tag, source or bundle, or the model does not take images.
@@ -41,7 +44,7 @@ def preprocessing_for(name: str, weights: str | os.PathLike[str] | None = None) 
     return usual_preprocessing(name) if known is None else known
 
 
-def known_preprocessing(name: str, weights: str | os.PathLike[str]) -> Preprocessing | None:
+def known_preprocessing(name: str, weights: str | os.PathLike[str]) -> Transform | None:
     """Returns the transform that a tag, a source or a bundle states; None if it states none.
 
     Args:
@@ -103,10 +106,10 @@ def usual_preprocessing(
     )
 
 
-def _from_card(path: str | os.PathLike[str], stored: dict[str, Any]) -> Preprocessing:
+def _from_card(path: str | os.PathLike[str], stored: dict[str, Any]) -> Transform:
     try:
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
-        return Preprocessing(**values)
+        return (DetectionPreprocessing if "min_size" in values else Preprocessing)(**values)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"the card of {path} holds an invalid evaluation transform: {error}; convert the weights again"

@@ -109,6 +109,7 @@ def _torch_axes(layout: Layout, module: str, shape: Shape) -> tuple[Shape, Axes,
     inputs, outputs = shape
     if module in layout.flatten:
         h, w, c = layout.flatten[module]
+        c = c or inputs // (h * w)
         return (
             (outputs, c * h * w),
             lambda x: x.reshape(outputs, c, h, w).transpose(2, 3, 1, 0).reshape(shape),

@@ -7,7 +7,7 @@ import difflib
 import functools
 
 from flaxvision import published
-from flaxvision.data.preprocessing import Preprocessing
+from flaxvision.data.preprocessing import DetectionPreprocessing, Preprocessing
 from flaxvision.registry import model_info
 
 
@@ -20,12 +20,14 @@ class WeightsInfo:
         url: The publisher's address, or `hf://OWNER/REPOSITORY/FILE` on the Hugging Face hub.
         digest: `sha256:` or `md5:`, then the digest of the file or its beginning. None if the publisher states none in
             advance; then the file is checked against what the server states.
-        preprocessing: The evaluation transform of the published accuracy.
+        preprocessing: The evaluation transform of the published accuracy: a `DetectionPreprocessing` for detectors.
         revision: Commit on the hub; None for the newest one.
-        classes: Number of outputs.
-        class_list: The list that `class_names` reads; empty if the classes have no known names.
+        classes: Number of outputs; for R-CNNs with the background.
+        class_list: The list that `class_names` reads; empty if the classes have no known names. R-CNNs have no name for
+            the background.
         top1: Published accuracy in percent on the ImageNet (2012) validation set; None if there is none.
         top5: Published top-5 accuracy in percent; None if there is none.
+        box_ap: Published average precision of boxes in percent on COCO val2017; None if there is none.
         licence: Licence of the weights as their publisher states it (SPDX).
         recipe: Page that describes the training.
         note: Anything else that a user must know.
@@ -34,12 +36,13 @@ class WeightsInfo:
     tag: str
     url: str
     digest: str | None
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | DetectionPreprocessing
     revision: str | None = None
     classes: int = 1000
     class_list: str = ""
     top1: float | None = None
     top5: float | None = None
+    box_ap: float | None = None
     licence: str = ""
     recipe: str = ""
     note: str = ""
@@ -95,6 +98,7 @@ def tag_of(name: str, tag: str) -> WeightsInfo:
 @functools.cache
 def _info(name: str, tag: str) -> WeightsInfo:
     entry = dict(published.table()[name][tag])
-    preprocessing = Preprocessing(**entry.pop("preprocessing"))
+    values = entry.pop("preprocessing")
+    preprocessing = (DetectionPreprocessing if "min_size" in values else Preprocessing)(**values)
     entry["class_list"] = entry.pop("class_names", "")
     return WeightsInfo(tag=tag, digest=entry.pop("digest", None), preprocessing=preprocessing, **entry)

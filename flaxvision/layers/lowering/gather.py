@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from flaxvision.layers.lowering.cpu import divisor

@@ -1,0 +1,344 @@
+"""Faster R-CNN with a feature pyramid.
+
+S. Ren, K. He, R. Girshick, J. Sun, "Faster R-CNN: towards real-time object detection with region proposal networks",
+NIPS 2015; with the pyramid and the heads of T.-Y. Lin, P. Dollár, R. Girshick, K. He, B. Hariharan, S. Belongie,
+"Feature pyramid networks for object detection", CVPR 2017, sections 4.1 and 4.2.
+
+The definition is torchvision's. Its RoIAlign (He et al. 2017, without the shift by half a pixel) replaces the papers'
+RoI pooling, its two stages are trained together, and true boxes are added to the proposals in training. torchvision
+trains images of different sizes with the anchors of the whole padded batch; here each image has those of its own size,
+rounded up to `size_divisor`.
+
+`faster_rcnn_resnet50_fpn` has the frozen BatchNorm of torchvision's trained network, with epsilon 0.
+`batch_norm="sync", epsilon=1e-5` is the network that torchvision trains from scratch. `frozen_stages=2` is
+torchvision's `trainable_backbone_layers=3`, its default for trained backbones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from flaxvision.detection import Candidates
+from flaxvision.layers.fpn import FeaturePyramid
+from flaxvision.models import rpn
+from flaxvision.models.backbone import Backbone, Dtype, as_float32
+from flaxvision.models.detector import Detector, batch_mean, row_keys, valid_sizes
+from flaxvision.models.resnet import ResNetBackbone
+from flaxvision.ops import clip_boxes, decode_boxes, encode_boxes, multiscale_roi_align, sample
+from flaxvision.registry import register
+
+_dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class BoxHead(nn.Module):
+    """Two hidden layers, `fc1` and `fc2`, and the outputs `classes` and `deltas` (Lin et al. 2017, section 4.2).
+
+    Attributes:
+        num_classes: Number of classes K with the background, which is class 0.
+        features: Width of the hidden layers.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
+    """
+
+    num_classes: int
+    features: int = 1024
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps pooled features `[..., h, w, C]` to logits `[..., K]` and offsets `[..., K, 4]`."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": _dense_init}
+        x = x.reshape(*x.shape[:-3], -1)
+        x = nn.relu(nn.Dense(self.features, name="fc1", **dtypes)(x))
+        x = nn.relu(nn.Dense(self.features, name="fc2", **dtypes)(x))
+        deltas = as_float32(nn.Dense(4 * self.num_classes, name="deltas", **dtypes)(x))
+        return as_float32(nn.Dense(self.num_classes, name="classes", **dtypes)(x)), deltas.reshape(*x.shape[:-1], -1, 4)
+
+
+class FasterRCNN(Detector):
+    """Faster R-CNN on any backbone: feature pyramid, region proposal network and box head.
+
+    The levels are the stages that the backbone returns, and `pool` above them. `losses` gives `classes`, `box`,
+    `objectness` and `rpn_box`; it sows the sampled anchors and regions into the collection `intermediates`.
+
+    Attributes:
+        backbone: Maps images to a dict of stages; `stages` of the backbone selects the levels.
+        num_classes: Number of classes K with the background, as in torchvision. Labels count from 0 without it.
+        fpn_features: Channels of the pyramid.
+        head_features: Width of the hidden layers of the box head.
+        anchor_sizes: Square roots of the areas of the anchors in pixels, for each level.
+        aspect_ratios: Heights of the anchors divided by their widths.
+        size_divisor: Images are thought to end at multiples of it; anchors beyond do not take part.
+        rpn_pre_nms_train: Number of anchors to take from each level for proposals in training.
+        rpn_pre_nms_eval: The same in evaluation.
+        rpn_post_nms_train: Number of proposals in training.
+        rpn_post_nms_eval: Number of proposals R in evaluation.
+        rpn_nms_iou: Largest IoU of two proposals from one level.
+        rpn_min_size: Least height and width of a proposal in pixels.
+        rpn_score_threshold: Least probability of a proposal.
+        rpn_fg_iou: Least IoU of a positive anchor with a true box.
+        rpn_bg_iou: IoU below which an anchor is negative.
+        rpn_sample_size: Number of anchors of an image that are trained at a time.
+        rpn_positive_fraction: Largest share of positive ones among them.
+        pool_size: Height and width of the pooled regions.
+        sampling_ratio: Number of samples along each side of a bin of RoIAlign.
+        box_fg_iou: Least IoU of a positive proposal with a true box.
+        box_bg_iou: IoU below which a proposal is background.
+        box_sample_size: Number of proposals of an image that are trained at a time.
+        box_positive_fraction: Largest share of positive ones among them.
+        box_weights: Factors of the offsets of the box head.
+        beta: Where smooth L1 turns linear, for both regressions.
+
+    Raises:
+        ValueError: `num_classes` is below 2, or `anchor_sizes` does not have one entry for each level.
+    """
+
+    backbone: Backbone
+    num_classes: int = 91
+    fpn_features: int = 256
+    head_features: int = 1024
+    anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    size_divisor: int = 32
+    rpn_pre_nms_train: int = 2000
+    rpn_pre_nms_eval: int = 1000
+    rpn_post_nms_train: int = 2000
+    rpn_post_nms_eval: int = 1000
+    rpn_nms_iou: float = 0.7
+    rpn_min_size: float = 1e-3
+    rpn_score_threshold: float = 0.0
+    rpn_fg_iou: float = 0.7
+    rpn_bg_iou: float = 0.3
+    rpn_sample_size: int = 256
+    rpn_positive_fraction: float = 0.5
+    pool_size: int = 7
+    sampling_ratio: int = 2
+    box_fg_iou: float = 0.5
+    box_bg_iou: float = 0.5
+    box_sample_size: int = 512
+    box_positive_fraction: float = 0.25
+    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    beta: float = 1 / 9
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, the background and a class; got {self.num_classes}")
+        levels = [*self.backbone.strides, "pool"]
+        sizes = self.anchor_sizes
+        if len(sizes) != len(levels) or len({len(shapes) for shapes in sizes}) != 1 or not sizes[0]:
+            raise ValueError(
+                f"anchor_sizes must have one tuple of equal length for each of the levels {', '.join(levels)};"
+                f" got {sizes}"
+            )
+
+    def setup(self):
+        """Makes the parts behind the backbone."""
+        dtypes = self.backbone.dtypes
+        self.fpn = FeaturePyramid(tuple(self.backbone.strides), self.fpn_features, **dtypes)
+        self.rpn = rpn.RPNHead(len(self.anchor_sizes[0]) * len(self.aspect_ratios), **dtypes)
+        self.box_head = BoxHead(self.num_classes, self.head_features, **dtypes)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels that a detection can have, without the background."""
+        return self.num_classes - 1
+
+    def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
+        """Maps images to the outputs of the heads, for the proposals of evaluation.
+
+        Args:
+            images: Images `[N, H, W, C]`, normalized and padded with zeros.
+            sizes: Valid height and width of each image, `[N, 2]`; None for the whole canvas.
+            train: Whether BatchNorm uses and updates the statistics of the batch.
+
+        Returns:
+            `proposals [N, R, 4]` and `valid [N, R]`; `class_logits [N, R, K]` and `box_deltas [N, R, K, 4]` of the box
+            head; and for each level, as lists, `objectness [N, A]` and `rpn_deltas [N, A, 4]`.
+
+        Raises:
+            ValueError: `images` is not of rank 4, or `sizes` has another shape.
+        """
+        sizes = valid_sizes(images, sizes)
+        levels, objectness, deltas, anchors, inside = self._first_stage(images, sizes, train)
+        proposals, valid = rpn.propose(
+            objectness,
+            deltas,
+            anchors,
+            inside,
+            sizes,
+            pre_nms=self.rpn_pre_nms_eval,
+            post_nms=self.rpn_post_nms_eval,
+            **self._proposing,
+        )
+        class_logits, box_deltas = self._second_stage(levels, proposals)
+        return {
+            "proposals": proposals,
+            "valid": valid,
+            "class_logits": class_logits,
+            "box_deltas": box_deltas,
+            "objectness": objectness,
+            "rpn_deltas": deltas,
+        }
+
+    @nn.nowrap
+    def candidates(self, outputs: dict[str, Any], sizes: jax.Array) -> Candidates:
+        """Decodes the box of every proposal and class.
+
+        Args:
+            outputs: What `__call__` returns.
+            sizes: Valid height and width of each image, `[N, 2]`.
+
+        Returns:
+            Boxes `[N, R, K - 1, 4]`, clipped to the images; probabilities `[N, R, K - 1]`; and which proposals exist,
+            `[N, R]`.
+        """
+        deltas, anchors = outputs["box_deltas"][:, :, 1:], outputs["proposals"][:, :, None]
+        boxes = clip_boxes(decode_boxes(deltas, anchors, self.box_weights), sizes)
+        scores = jax.nn.softmax(outputs["class_logits"], axis=-1)[..., 1:]
+        return Candidates(boxes, scores, outputs["valid"])
+
+    def losses(
+        self, batch: Mapping[str, Any], rng: jax.Array | None = None, *, train: bool = True
+    ) -> dict[str, jax.Array]:
+        """Computes the four losses of every image.
+
+        Args:
+            batch: As for `Detector.losses`.
+            rng: A key, or a key for each row, for the samples of anchors and proposals.
+            train: Whether BatchNorm uses and updates the statistics of the batch.
+
+        Returns:
+            `classes`, `box`, `objectness` and `rpn_box`, `[N]` each.
+        """
+        images, mask = batch["image"], batch.get("mask")
+        sizes = valid_sizes(images, batch.get("size"))
+        boxes, ignored = batch["boxes"], jnp.zeros(batch["valid"].shape, bool)
+        for kind in ("crowd", "difficult"):
+            ignored |= jnp.asarray(batch.get(kind, ignored), bool)
+        valid, ignored = batch["valid"] & ~ignored, batch["valid"] & ignored
+        levels, objectness, deltas, anchors, inside = self._first_stage(images, sizes, train)
+        boxes = boxes.astype(anchors[0].dtype)
+
+        keys = jax.vmap(jax.random.split)(row_keys(rng, images.shape[0]))
+        losses, chosen = rpn.rpn_losses(
+            keys[:, 0],
+            objectness,
+            deltas,
+            anchors,
+            inside,
+            (boxes, valid, ignored),
+            mask,
+            fg_iou=self.rpn_fg_iou,
+            bg_iou=self.rpn_bg_iou,
+            size=self.rpn_sample_size,
+            positive_fraction=self.rpn_positive_fraction,
+            beta=self.beta,
+        )
+        self.sow("intermediates", "rpn_sample", chosen)
+        proposals, exists = rpn.propose(
+            objectness,
+            deltas,
+            anchors,
+            inside,
+            sizes,
+            pre_nms=self.rpn_pre_nms_train,
+            post_nms=self.rpn_post_nms_train,
+            **self._proposing,
+        )
+        proposals, exists = jnp.concatenate([proposals, boxes], 1), jnp.concatenate([exists, valid], 1)
+        regions, kept, classes, targets = jax.vmap(self._box_targets)(
+            keys[:, 1], proposals, exists, boxes, valid, ignored, batch["labels"]
+        )
+        self.sow("intermediates", "box_sample", (regions, kept))
+        logits, deltas = self._second_stage(levels, regions)
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
+        own = jnp.take_along_axis(deltas, classes[..., None, None], axis=2)[:, :, 0]
+        distance = rpn.smooth_l1(own - targets, self.beta).sum(-1)
+        count = jnp.maximum(batch_mean(kept.sum(-1), mask), 1e-6)
+        return {
+            "classes": jnp.where(kept, entropy, 0).sum(-1) / count,
+            "box": jnp.where(kept & (classes > 0), distance, 0).sum(-1) / count,
+            **losses,
+        }
+
+    @property
+    def _proposing(self) -> dict[str, float]:
+        return {
+            "iou_threshold": self.rpn_nms_iou,
+            "min_size": self.rpn_min_size,
+            "score_threshold": self.rpn_score_threshold,
+        }
+
+    def _first_stage(self, images: jax.Array, sizes: jax.Array, train: bool) -> tuple[Any, ...]:
+        levels = self.fpn(self.backbone(images, train=train))
+        maps = list(levels.values())
+        objectness, deltas = self.rpn(maps)
+        anchors, inside = rpn.anchors_of(
+            [x.shape[1:3] for x in maps],
+            images.shape[1:3],
+            sizes,
+            anchor_sizes=self.anchor_sizes,
+            aspect_ratios=self.aspect_ratios,
+            size_divisor=self.size_divisor,
+            dtype=objectness[0].dtype,
+        )
+        return levels, objectness, deltas, anchors, inside
+
+    def _second_stage(self, levels: dict[str, jax.Array], regions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps regions `[N, R, 4]` to logits `[N, R, K]` and offsets `[N, R, K, 4]`."""
+        strides = self.backbone.strides
+
+        def pool(maps, rois):
+            size = (self.pool_size, self.pool_size)
+            return multiscale_roi_align(maps, list(strides.values()), rois, size, sampling_ratio=self.sampling_ratio)
+
+        return self.box_head(jax.vmap(pool)([levels[name] for name in strides], regions))
+
+    @nn.nowrap
+    def _box_targets(self, key, proposals, exists, boxes, valid, ignored, labels) -> tuple[jax.Array, ...]:
+        """Samples the proposals of one image: regions, which of them exist, their classes and their offsets."""
+        matched, label = rpn.assign(
+            boxes,
+            valid,
+            ignored,
+            proposals,
+            exists,
+            low=self.box_bg_iou,
+            high=self.box_fg_iou,
+            allow_low_quality=False,
+        )
+        chosen, kept = sample(key, label, size=self.box_sample_size, positive_fraction=self.box_positive_fraction)
+        truth = matched[chosen]
+        classes = jnp.where(kept & (label[chosen] == 1), labels[truth].astype(jnp.int32) + 1, 0)
+        regions = jnp.where(kept[:, None], proposals[chosen], 0)
+        return regions, kept, classes, encode_boxes(boxes[truth], regions, self.box_weights)
+
+
+register(
+    FasterRCNN,
+    "faster_rcnn_resnet50_fpn",
+    backbone=ResNetBackbone,
+    defaults={
+        "stage_sizes": (3, 4, 6, 3),
+        "bottleneck": True,
+        "stages": ("stage1", "stage2", "stage3", "stage4"),
+        "epsilon": 0.0,
+        "batch_norm": "frozen",
+    },
+    task="detection",
+    paper="Ren et al. 2015, Faster R-CNN: towards real-time object detection with region proposal networks",
+    year=2015,
+    input_size=(800, 1344),
+    channels=3,
+    params=41_755_286,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
