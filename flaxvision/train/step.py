@@ -206,5 +206,6 @@ def eval_step(
     if transform is not None:
         batch = transform(jax.random.key(0), batch)
     collections = {k: v for k, v in variables.items() if k != "params"}
-    _, (metrics, _) = objective(state.apply_fn, variables["params"], collections, batch, None, False)
+    with batch_context(mask=batch.get("mask"), axis_name=axis_name):
+        _, (metrics, _) = objective(state.apply_fn, variables["params"], collections, batch, None, False)
     return {name: m if axis_name is None else m.all_reduce(axis_name) for name, m in metrics.items()}

@@ -27,7 +27,7 @@ def detection(
 
     Detectors that sample anchors or regions use one key for each row of the global batch, so the samples do not depend
     on the number of devices, under `jit` and under `pmap`. In evaluation the keys depend on the `index` of an image if
-    the batch has it, and never on the batch.
+    the batch has it, and never on the batch. Losses that a detector divides by a count over the batch still do.
 
     Args:
         weights: Factors of the losses by name; those left out have 1.
