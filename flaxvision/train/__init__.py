@@ -3,12 +3,13 @@
 from flaxvision.processes import initialize
 from flaxvision.train import stopping
 from flaxvision.train.callbacks import Profiler
-from flaxvision.train.evaluation import Evaluation, evaluate
+from flaxvision.train.evaluation import Evaluation, accumulate, evaluate
 from flaxvision.train.input import InputTimeoutError
 from flaxvision.train.lock import WorkdirInUseError
 from flaxvision.train.loop import FitResult, fit
 from flaxvision.train.objectives import (
     Objective,
+    average_precision,
     binary,
     capsule,
     classification,
@@ -55,6 +56,8 @@ __all__ = [
     "TensorBoardWriter",
     "TrainState",
     "WorkdirInUseError",
+    "accumulate",
+    "average_precision",
     "binary",
     "capsule",
     "classification",

@@ -3,12 +3,13 @@
 from flaxvision.train.objectives.base import Objective, PerExample, explain_loss
 from flaxvision.train.objectives.capsule import capsule
 from flaxvision.train.objectives.classification import binary, classification, multilabel
-from flaxvision.train.objectives.detection import detection
+from flaxvision.train.objectives.detection import average_precision, detection
 from flaxvision.train.objectives.regression import regression
 
 __all__ = [
     "Objective",
     "PerExample",
+    "average_precision",
     "binary",
     "capsule",
     "classification",
