@@ -18,7 +18,12 @@ import jaxlib
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COMMITTED = (RESULTS, ROOT / "parity" / "ledger.jsonl", ROOT / "parity" / "ledger.md")
+COMMITTED = (
+    RESULTS,
+    ROOT / "parity" / "ledger.jsonl",
+    ROOT / "parity" / "ledger.md",
+    *(ROOT / "parity" / f"detection.{end}" for end in ("jsonl", "md")),
+)
 COMMIT_VARIABLE = "FLAXVISION_COMMIT"
 
 

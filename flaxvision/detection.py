@@ -136,28 +136,27 @@ def select_detections(
         raise ValueError(f"soft_sigma must be positive; got {soft_sigma}")
     threshold = at_most(iou_threshold, boxes.dtype)
 
-    def select(boxes, scores, valid):
-        large = jnp.all(boxes[..., 2:] - boxes[..., :2] >= min_size, axis=-1)
-        large = large[:, None] if large.ndim == 1 else large
-        scores = jnp.where(valid[:, None] & large & (scores > score_threshold), scores, -jnp.inf)
-        names = None
-        if class_agnostic:
-            # One class: of shared boxes with their best labels, or of all boxes.
-            if boxes.ndim == 2:
-                names, scores = lax.argmax(scores, 1, jnp.int32), jnp.max(scores, axis=1, keepdims=True)
-            else:
-                names = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32)[None], scores.shape).reshape(-1)
-                boxes, scores = boxes.reshape(-1, 4), scores.reshape(-1, 1)
-        boxes = boxes if boxes.ndim == 2 else jnp.moveaxis(boxes, 1, 0)
-        lower = lambda row, iou: _lowered(row, iou, threshold, soft_sigma, score_threshold)
-        place, label, found = _greedy(boxes, scores.T, max_detections, lower)
-        exists = found > -jnp.inf
-        chosen = boxes[place] if boxes.ndim == 2 else boxes[label, place]
-        label = label if names is None else names[place]
-        zero = lambda x: jnp.where(exists.reshape(exists.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-        return Detections(zero(chosen), zero(found), zero(label), exists)
-
-    return jax.vmap(select)(boxes, scores, valid)
+    large = jnp.all(boxes[..., 2:] - boxes[..., :2] >= min_size, axis=-1)
+    large = large[..., None] if large.ndim == 2 else large
+    scores = jnp.where(valid[..., None] & large & (scores > score_threshold), scores, -jnp.inf)
+    names = None
+    if class_agnostic:
+        # One class: of shared boxes with their best labels, or of all boxes.
+        if boxes.ndim == 3:
+            names, scores = lax.argmax(scores, 2, jnp.int32), jnp.max(scores, axis=2, keepdims=True)
+        else:
+            count, shape = scores.shape[2], (scores.shape[0], -1)
+            names = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None, None], scores.shape).reshape(shape)
+            boxes, scores = boxes.reshape(*shape, 4), scores.reshape(*shape, 1)
+    boxes = boxes if boxes.ndim == 3 else jnp.moveaxis(boxes, 2, 1)
+    lower = lambda row, iou: _lowered(row, iou, threshold, soft_sigma, score_threshold)
+    place, label, found = _greedy(boxes, jnp.moveaxis(scores, 2, 1), max_detections, lower)
+    exists = found > -jnp.inf
+    chosen = jax.vmap(lambda b, p, k: b[p] if b.ndim == 2 else b[k, p])(boxes, place, label)
+    label = label if names is None else jnp.take_along_axis(names, place, axis=1)
+    return Detections(
+        jnp.where(exists[..., None], chosen, 0), jnp.where(exists, found, 0), jnp.where(exists, label, 0), exists
+    )
 
 
 def _lowered(row, iou, threshold, soft_sigma, score_threshold):
@@ -174,38 +173,36 @@ def _greedy(boxes, scores, steps, lower) -> tuple[Array, Array, Array]:
     A step visits one class only: the highest score of each class is kept from step to step.
 
     Args:
-        boxes: `[A, 4]` or `[K, A, 4]`.
-        scores: `[K, A]`.
-        steps: Number of scores to take.
+        boxes: `[N, A, 4]` or `[N, K, A, 4]`.
+        scores: `[N, K, A]`.
+        steps: Number of scores to take, M.
         lower: `(row [A], iou [A]) -> row [A]`.
 
     Returns:
-        The candidate, class and score of each step, `[steps]`.
+        The candidate, class and score of each step, `[N, M]`.
     """
-    best, at = jnp.max(scores, axis=1), lax.argmax(scores, 1, jnp.int32)
 
-    def unfinished(state):
-        i, _, best, *_ = state
-        return (i < steps) & (jnp.max(best) > -jnp.inf)
-
-    def step(state):
-        i, scores, best, at, places, labels, found = state
+    def take(boxes, scores, best, at):
         # Of equal scores, that of the first candidate, then of the first class.
         label = lax.argmin(jnp.where(best == jnp.max(best), at, scores.shape[1]), 0, jnp.int32)
         place = at[label]
         mine = boxes if boxes.ndim == 2 else boxes[label]
         row = lower(scores[label], box_iou(mine[place][None], mine)[0]).at[place].set(-jnp.inf)
-        return (
-            i + 1,
-            scores.at[label].set(row),
-            best.at[label].set(jnp.max(row)),
-            at.at[label].set(lax.argmax(row, 0, jnp.int32)),
-            places.at[i].set(place),
-            labels.at[i].set(label),
-            found.at[i].set(best[label]),
-        )
+        at = at.at[label].set(lax.argmax(row, 0, jnp.int32))
+        return scores.at[label].set(row), best.at[label].set(jnp.max(row)), at, (place, label, best[label])
 
-    none = jnp.zeros(steps, jnp.int32)
-    state = (jnp.zeros((), jnp.int32), scores, best, at, none, none, jnp.full(steps, -jnp.inf, scores.dtype))
-    *_, places, labels, found = lax.while_loop(unfinished, step, state)
-    return places, labels, found
+    def unfinished(state):
+        # For an image that is finished a step changes nothing. A condition for each image, as `vmap` makes it, would
+        # copy all scores in every step.
+        i, _, best, _, _ = state
+        return (i < steps) & jnp.any(best > -jnp.inf)
+
+    def step(state):
+        i, scores, best, at, taken = state
+        scores, best, at, found = jax.vmap(take)(boxes, scores, best, at)
+        return i + 1, scores, best, at, tuple(x.at[:, i].set(y) for x, y in zip(taken, found, strict=True))
+
+    none = jnp.zeros((scores.shape[0], steps), jnp.int32)
+    taken = (none, none, jnp.full(none.shape, -jnp.inf, scores.dtype))
+    best, at = jnp.max(scores, axis=2), lax.argmax(scores, 2, jnp.int32)
+    return lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), scores, best, at, taken))[-1]

@@ -187,7 +187,7 @@ def training(pair: Pair, *, trajectory: bool = True) -> dict[str, Any]:
             _flat(gradient)[path][...] = 0
         result = {
             "gradient": error(ours_gradient, gradient),
-            "gradient_worst": _worst(ours_gradient, gradient),
+            "gradient_worst": worst(ours_gradient, gradient),
             "loss_first": loss,
         }
         if trained is None:
@@ -258,7 +258,8 @@ def _drift(ours: Any, theirs: Any, start: Any) -> float:
     return _apart(a, b) / _apart(b, c)
 
 
-def _worst(ours: Any, theirs: Any) -> float:
+def worst(ours: Any, theirs: Any) -> float:
+    """Returns the largest error of one tensor; tensors with almost no gradient count little."""
     a, b = _flat(ours), _flat(theirs)
     norms = {path: _norm([value]) for path, value in b.items()}
     # The gradient of a bias before a BatchNorm is nothing but rounding error.

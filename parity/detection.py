@@ -1,30 +1,37 @@
 """Faster R-CNN beside torchvision's, with the same weights: detections, losses and gradients.
 
-    python -m parity.detection --images FOLDER       # all comparisons; about ten minutes on two cores
+    python -m parity.detection --images FOLDER       # all comparisons with the photographs of a folder; ten minutes
+    python -m parity.detection --references          # only writes tests/parity/detection.npz
 
-Needs `pip install -e ".[reference]"` and a folder of photographs; run it from the root of the checkout. It writes
-parity/detection.jsonl and parity/detection.md.
+Needs `pip install -e ".[reference]"`; run it from the root of the checkout. It writes parity/detection.jsonl and
+parity/detection.md. `rcnn.py` describes how the weights are drawn.
 
-* `detections`: photographs at their own sizes, resized by torchvision's rule, through the whole of both networks.
-* `losses`: the four losses in float32, with the same sampled anchors and proposals.
-* `gradients`: the gradients of their sum in float64, for all parameters.
+* Photographs at their own sizes, resized by torchvision, through the whole of both networks: the detections after NMS,
+  and the four losses in float32 for drawn boxes, with the same sampled anchors and proposals.
+* Two small images: the losses, and the gradients of their sum in float64, for all parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import json
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from flax.traverse_util import flatten_dict
 
 import flaxvision as fv
+from benchmarks import machine
 from parity import comparison, drawing, rcnn
 
 RESULTS = Path(__file__).with_name("detection.jsonl")
+FILE = Path(__file__).resolve().parents[1] / "tests" / "parity" / "detection.npz"
 # Largest errors: pixels, probabilities, relative errors.
 TOLERANCES = {"boxes": 0.01, "scores": 1e-5, "losses": 1e-5, "gradient": 1e-6, "gradient_worst": 1e-6}
 SMALL = rcnn.Network(classes=7, stage_sizes=(1, 1, 1, 1), fpn_features=16, head_features=32)
@@ -47,9 +54,7 @@ def on_canvas(images: Sequence[np.ndarray], multiple: int = 32) -> tuple[np.ndar
 
 def detect(network: rcnn.Network, variables: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
     """Returns our `boxes`, `scores` and `labels` of each image."""
-    model = network.ours()
-    canvas, sizes = on_canvas(images)
-    found = jax.jit(lambda v, x, s: fv.detect(model, v, x, s))(variables, canvas, sizes)
+    found = _detector(network)(variables, *on_canvas(images))
     return [
         {name: np.asarray(getattr(found, name)[row])[np.asarray(found.valid[row])] for name in _FOUND}
         for row in range(len(images))
@@ -57,6 +62,25 @@ def detect(network: rcnn.Network, variables: Any, images: Sequence[np.ndarray]) 
 
 
 _FOUND = ("boxes", "scores", "labels")
+
+
+@functools.cache
+def _detector(network: rcnn.Network) -> Any:
+    return jax.jit(functools.partial(fv.detect, network.ours()))
+
+
+@functools.cache
+def _losses(network: rcnn.Network, gradients: bool, param_dtype: Any) -> Any:
+    model = network.ours(param_dtype=param_dtype)
+
+    def loss(params, variables, batch):
+        found, sown = model.apply(
+            {**variables, "params": params}, batch, jax.random.key(0), method="losses", mutable=["intermediates"]
+        )
+        named = {name: value.mean() for name, value in found.items()}
+        return sum(named.values()), (named, sown["intermediates"])
+
+    return jax.jit(jax.grad(loss, has_aux=True) if gradients else lambda *given: (None, loss(*given)[1]))
 
 
 def compare_detections(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -107,20 +131,16 @@ def targets(name: str, sizes: Sequence[tuple[int, int]], classes: int, count: in
 
 
 def losses(
-    network: rcnn.Network, variables: Any, batch: dict[str, Any], *, gradients: bool = True, **fields: Any
+    network: rcnn.Network,
+    variables: Any,
+    batch: dict[str, Any],
+    *,
+    gradients: bool = True,
+    param_dtype: Any = jnp.float32,
 ) -> tuple[dict[str, float], Any, Any]:
-    """Computes our losses of a batch, the sample that they are based on, and the gradients of their sum."""
-    model = network.ours(**fields)
-
-    def loss(params):
-        found, sown = model.apply(
-            {**variables, "params": params}, batch, jax.random.key(0), method="losses", mutable=["intermediates"]
-        )
-        named = {name: value.mean() for name, value in found.items()}
-        return sum(named.values()), (named, sown["intermediates"])
-
-    compiled = jax.jit(jax.grad(loss, has_aux=True) if gradients else lambda p: (None, loss(p)[1]))
-    gradient, (named, sown) = compiled(variables["params"])
+    """Computes our losses of a batch, the sample that they are based on, and the gradients of their sum or None."""
+    run = _losses(network, gradients, param_dtype)
+    gradient, (named, sown) = run(variables["params"], {"batch_stats": variables["batch_stats"]}, batch)
     sample = jax.tree.map(np.asarray, (sown["rpn_sample"][0], sown["box_sample"][0]))
     return {name: float(value) for name, value in named.items()}, sample, gradient
 
@@ -146,31 +166,37 @@ def real(batch: dict[str, Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def run_losses(network: rcnn.Network, images: list[np.ndarray], batch: dict[str, Any], tensors: Any) -> dict[str, Any]:
-    """Compares the losses in float32, and the gradients in float64.
-
-    Returns:
-        `losses`, `gradient` and `gradient_worst` (the largest error of one tensor), and the losses.
-    """
-    variables = network.variables(tensors)
-    ours, sample, _ = losses(network, variables, batch, gradients=False)
+    """Compares the losses in float32 with the same sample; returns the largest error and torchvision's losses."""
+    ours, sample, _ = losses(network, network.variables(tensors), batch, gradients=False)
     model = network.theirs()
     rcnn.load(model, tensors)
-    theirs, _ = rcnn.losses(model, images, *real(batch), sample)
-    result: dict[str, Any] = {"losses": compare_losses(ours, theirs), "values": theirs}
+    theirs, _ = rcnn.losses(model, images, *real(batch), sample, gradients=False)
+    return {"losses": compare_losses(ours, theirs), "values": theirs}
+
+
+def run_gradients(
+    network: rcnn.Network, images: list[np.ndarray], batch: dict[str, Any], tensors: Any
+) -> dict[str, float]:
+    """Compares the losses and their gradients in float64.
+
+    Returns:
+        The errors `losses_double`, `gradient` and `gradient_worst`, the largest one of a single tensor.
+    """
     model = network.theirs(double=True)
     rcnn.load(model, tensors)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), network.variables(tensors))
         double = batch | {name: np.asarray(batch[name], np.float64) for name in ("image", "boxes")}
         ours, sample, gradient = losses(network, wide, double, param_dtype=jnp.float64)
         theirs, found = rcnn.losses(model, images, *real(batch), sample)
         zeros = {name: np.zeros(value.shape) for name, value in tensors.items()}
         wanted = flatten_dict(network.variables(zeros | found)["params"], sep="/")
         gradient = flatten_dict(gradient, sep="/")
-        result["losses_double"] = compare_losses(ours, theirs)
-        result["gradient"] = comparison.error(gradient, wanted)
-        result["gradient_worst"] = comparison._worst(gradient, wanted)
-    return result
+        return {
+            "losses_double": compare_losses(ours, theirs),
+            "gradient": comparison.error(gradient, wanted),
+            "gradient_worst": comparison.worst(gradient, wanted),
+        }
 
 
 def photographs(folder: Path) -> dict[str, np.ndarray]:
@@ -189,3 +215,106 @@ def photographs(folder: Path) -> dict[str, np.ndarray]:
         height, width = batch.image_sizes[0]
         images[path.name] = batch.tensors[0, :, :height, :width].permute(1, 2, 0).numpy()
     return images
+
+
+def make_references() -> None:
+    """Writes torchvision's results for the small network, and what its weights need."""
+    model = SMALL.theirs()
+    images, batch = small_case()
+    calibration = rcnn.calibrate(model, images[0][None])
+    tensors = rcnn.draw(rcnn.shapes_of(model), calibration)
+    rcnn.load(model, tensors)
+    arrays: dict[str, Any] = calibration.arrays() | {"version": np.array(rcnn.version())}
+    for row, found in enumerate(rcnn.detect(model, images)):
+        arrays |= {f"{name} {row}": value for name, value in found.items()}
+    _, sample, _ = losses(SMALL, SMALL.variables(tensors), batch, gradients=False)
+    theirs, _ = rcnn.losses(model, images, *real(batch), sample, gradients=False)
+    arrays |= {f"loss {name}": np.array(value) for name, value in theirs.items()}
+    np.savez_compressed(FILE, **arrays)
+    print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")
+
+
+def compare_photograph(
+    network: rcnn.Network, model: Any, tensors: rcnn.Tensors, name: str, image: np.ndarray
+) -> dict[str, Any]:
+    """Compares the detections and losses of one photograph."""
+    found = compare_detections(detect(network, network.variables(tensors), [image])[0], rcnn.detect(model, [image])[0])
+    canvas, sizes = on_canvas([image])
+    batch = {"image": canvas, "size": sizes, **targets(name, [image.shape[:2]], network.classes)}
+    return {"case": name, "size": image.shape[:2], **found, **run_losses(network, [image], batch, tensors)}
+
+
+def compare(folder: Path) -> Iterable[dict[str, Any]]:
+    """Makes all comparisons."""
+    network = rcnn.Network()
+    model, images = network.theirs(), photographs(folder)
+    calibration = rcnn.calibrate(model, next(iter(images.values()))[None])
+    tensors = rcnn.draw(rcnn.shapes_of(model), calibration)
+    rcnn.load(model, tensors)
+    for name, image in images.items():
+        yield compare_photograph(network, model, tensors, name, image)
+    small, batch = small_case()
+    batch["labels"] = batch["labels"] * 13  # some of the 90 classes
+    result = run_losses(network, small, batch, tensors) | run_gradients(network, small, batch, tensors)
+    yield {"case": "two small images", "size": CANVAS, **result}
+
+
+def failures(line: dict[str, Any]) -> list[str]:
+    """Returns what is not within its tolerance."""
+    bad = [f"{name} {line[name]:.1e}" for name, most in TOLERANCES.items() if name in line and not line[name] <= most]
+    if line.get("unmatched") or line.get("count", 0) != line.get("count_theirs", 0):
+        bad.append(f"{line['unmatched']} detections without a partner")
+    return bad
+
+
+def report(lines: Iterable[dict[str, Any]]) -> str:
+    """Returns the table."""
+    lines, titles = list(lines), ("case", "size", "detections", *TOLERANCES)
+    rows = [titles, ["---"] * len(titles)]
+    for line in lines:
+        values = [f"{line[name]:.1e}" if name in line else "" for name in TOLERANCES]
+        rows.append([line["case"], "x".join(map(str, line["size"])), str(line.get("count", "")), *values])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    most = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items())
+    bad = [f"{line['case']}: {', '.join(found)}" for line in lines if (found := failures(line))]
+    return f"""# Parity of Faster R-CNN
+
+The weights of `faster_rcnn_resnet50_fpn` in torchvision's layout, drawn by `parity/rcnn.py`, in torchvision and here.
+The table is written by
+
+    python -m parity.detection --images FOLDER
+
+with the photographs that come with darknet. Every detection of one side has a partner of the same label on the other.
+`boxes` and `scores` are the largest differences in pixels of the resized image and in probability; `losses` is the
+largest relative error of the four losses in float32 with the same sampled anchors and proposals; `gradient` is the
+relative error of the gradient of their sum in float64, `gradient_worst` that of a single tensor.
+
+{table}
+
+Tolerances: {most}. {"Not within them: " + "; ".join(bad) if bad else "All comparisons are within them."}
+
+{lines[0]["version"]}, jax {lines[0]["jax"]}, flaxvision {lines[0]["commit"]}.
+"""
+
+
+def main(images: Path | None = None, references: bool = False) -> None:
+    """Writes the results.
+
+    Args:
+        images: Folder of photographs.
+        references: Write the file of the default tests instead.
+    """
+    if references:
+        return make_references()
+    if images is None:
+        raise SystemExit("--images must name a folder of photographs")
+    lines, where = [], machine.describe(jax.devices()[0])
+    for line in compare(images):
+        lines.append(line | {"version": rcnn.version(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **where})
+        print(json.dumps(line), failures(line) or "", flush=True)
+    RESULTS.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    RESULTS.with_suffix(".md").write_text(report(lines))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -195,7 +195,7 @@ def calibrate(model: Any, images: np.ndarray) -> Calibration:
                 )
                 for name in part
             ]
-            detect(model, images)
+            detect(model, list(images))
             for hook in hooks:
                 hook.remove()
             found = {name: torch.cat(x, 1).double().numpy() for name, x in seen.items()}
@@ -246,7 +246,13 @@ def detect(model: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarra
 
 
 def losses(
-    model: Any, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], sample: Any
+    model: Any,
+    images: Sequence[np.ndarray],
+    boxes: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    sample: Any,
+    *,
+    gradients: bool = True,
 ) -> tuple[dict[str, float], Tensors]:
     """Computes torchvision's losses with our sample, and the gradients of their sum.
 
@@ -256,6 +262,7 @@ def losses(
         boxes: True boxes `[M, 4]` of each image.
         labels: Their labels from 0, `[M]`.
         sample: `(indices, kept)` of the anchors and `(regions, kept)` of the proposals, as our `losses` sows them.
+        gradients: Compute the gradients too.
 
     Returns:
         The losses by our names, and the gradients by torchvision's names of the parameters.
@@ -272,11 +279,12 @@ def losses(
     ]
     model.train()
     model.zero_grad(set_to_none=True)
-    with _same_sample(model, sample):
+    with _same_sample(model, sample), torch.set_grad_enabled(gradients):
         found = model(torch_images(images, double), targets)
-    sum(found.values()).backward()
-    gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return {ours: found[theirs].item() for ours, theirs in LOSSES.items()}, gradients
+    if gradients:
+        sum(found.values()).backward()
+    slopes = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return {ours: found[theirs].item() for ours, theirs in LOSSES.items()}, slopes
 
 
 @contextlib.contextmanager

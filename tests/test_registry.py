@@ -19,6 +19,7 @@ GOLDEN = {
     "darknet19": 20_842_376,
     "darknet53": 41_609_928,
     "fashion_cnn": 1_413_834,
+    "faster_rcnn_resnet50_fpn": 41_755_286,
     "googlenet": 6_998_552,
     "googlenet_bn": 6_624_904,
     "inception_resnet_v2": 55_843_464,
@@ -97,7 +98,7 @@ def variables_of(name, **overrides):
 
 
 def test_parameter_counts_are_exact():
-    """`models/test_contract.py` counts the parameters of every model."""
+    """`models/test_contract.py` counts the parameters of every classifier, and the tests of the detectors theirs."""
     assert {name: fv.model_info(name).params for name in GOLDEN} == GOLDEN
 
 
@@ -202,6 +203,8 @@ def test_list_models_filters():
     detectors = fv.list_models(task="detection")
     assert {"yolo_v2", "yolo_v3"} <= set(detectors)
     assert sorted([*fv.list_models(task="classification"), *detectors]) == sorted(GOLDEN)
+    assert "faster_rcnn_resnet50_fpn" in fv.list_models(task="detection")
+    assert sorted(fv.list_models(task="classification") + fv.list_models(task="detection")) == sorted(GOLDEN)
 
 
 def test_a_name_is_registered_once():

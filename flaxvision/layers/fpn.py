@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -64,7 +64,7 @@ class FeaturePyramid(nn.Module):
         return levels
 
 
-def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def upsample_nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """Enlarges maps to a size by repeating pixels: row i is row `floor(i * H / size[0])`, as in torch.
 
     Args:

@@ -155,7 +155,7 @@ class FasterRCNN(Detector):
         """Maps images to the outputs of the heads, for the proposals of evaluation.
 
         Args:
-            images: Images `[N, H, W, C]`, normalized and padded with zeros.
+            images: Images `[N, H, W, C]`, normalized. Pixels outside of `sizes` count as 0.
             sizes: Valid height and width of each image, `[N, 2]`; None for the whole canvas.
             train: Whether BatchNorm uses and updates the statistics of the batch.
 
@@ -278,6 +278,8 @@ class FasterRCNN(Detector):
         }
 
     def _first_stage(self, images: jax.Array, sizes: jax.Array, train: bool) -> tuple[Any, ...]:
+        rows, columns = (jnp.arange(extent)[None] < sizes[:, i, None] for i, extent in enumerate(images.shape[1:3]))
+        images = jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], images, jnp.zeros((), images.dtype))
         levels = self.fpn(self.backbone(images, train=train))
         maps = list(levels.values())
         objectness, deltas = self.rpn(maps)

@@ -58,8 +58,8 @@ class RPNHead(nn.Module):
 
 
 def anchors_of(
-    levels: Sequence[tuple[int, int]],
-    canvas: tuple[int, int],
+    levels: Sequence[Sequence[int]],
+    canvas: Sequence[int],
     sizes: jax.Array,
     *,
     anchor_sizes: Sequence[Sequence[float]],
@@ -221,8 +221,8 @@ def rpn_losses(
         distance = smooth_l1(deltas[chosen] - target, beta).sum(-1)
         return jnp.where(kept, entropy, 0).sum(), jnp.where(positive, distance, 0).sum(), (chosen, kept)
 
-    flat = [jnp.concatenate(x, axis=1) for x in (objectness, deltas, inside)]
-    entropy, distance, chosen = jax.vmap(of_image)(keys, *flat, *truths)
+    logits, offsets, within = (jnp.concatenate(x, axis=1) for x in (objectness, deltas, inside))
+    entropy, distance, chosen = jax.vmap(of_image)(keys, logits, offsets, within, *truths)
     count = jnp.maximum(batch_mean(chosen[1].sum(-1), mask), 1e-6)  # no anchors, no loss
     return {"objectness": entropy / count, "rpn_box": distance / count}, chosen
 

@@ -301,8 +301,7 @@ def _shape_iou(a: jax.Array, b: jax.Array) -> jax.Array:
 def _logistic(logits: jax.Array, target: jax.Array) -> jax.Array:
     """The logistic loss minus its minimum. Its derivative is `sigmoid(logits) - target`."""
     entropy = -(xlogy(target, target) + xlogy(1 - target, 1 - target))
-    loss = jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    return loss - jax.lax.stop_gradient(entropy)
+    return jax.nn.softplus(logits) - logits * target - jax.lax.stop_gradient(entropy)
 
 
 def _split(raw: jax.Array, anchors: int, classes: int) -> jax.Array:

@@ -124,7 +124,7 @@ def paired_iou(a: ArrayLike, b: ArrayLike, kind: str = "iou") -> Array:
     bx1, by1, bx2, by2 = _corners("b", b)
     width = jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1)
     height = jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1)
-    intersection = jnp.where((width > 0) & (height > 0), width * height, 0)
+    intersection = rounded(jnp.where((width > 0) & (height > 0), width * height, 0))
     union = _area(ax2 - ax1, ay2 - ay1) + _area(bx2 - bx1, by2 - by1) - intersection
     iou = _divide(intersection, union)
     if kind == "iou":
@@ -281,9 +281,16 @@ def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
 
 
 def _area(width: Array, height: Array) -> Array:
-    # The product is selected, not the factors: a compiler that contracts a product and the sum that follows it to one
-    # rounding does not see through the select. So an IoU is rounded as in NumPy, and ties with a threshold are exact.
-    return jnp.where((width >= 0) & (height >= 0), width * height, 0)
+    return rounded(jnp.where((width >= 0) & (height >= 0), width * height, 0))
+
+
+def rounded(product: Array) -> Array:
+    """Returns a finite product as it is, rounded before what follows.
+
+    A compiler may contract a product and the sum that follows it to one operation, with one rounding. It does so through
+    a selection, but not through a maximum of two values. So an IoU is rounded as in NumPy, and ties are exact.
+    """
+    return jnp.maximum(product, jnp.finfo(product.dtype).min)
 
 
 def _divide(a: Array, b: Array) -> Array:

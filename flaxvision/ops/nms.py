@@ -18,22 +18,27 @@ def top_k(scores: ArrayLike, valid: ArrayLike | None, k: int) -> tuple[Array, Ar
     """Finds the k best valid scores.
 
     Args:
-        scores: `[A]`.
+        scores: `[A]` floats; an entry that is NaN does not exist.
         valid: `[A]` bool: which entries exist; None for all.
         k: How many, at least 1. It may exceed A.
 
     Returns:
-        indices `[k]` int32, in order of falling score, equal scores in order of their indices, and kept `[k]` bool: which
-        of them exist. The other indices are 0.
+        indices `[k]` int32, in order of falling score, equal scores in order of their indices, and kept `[k]` bool:
+        which of them exist. The other indices are 0.
 
     Raises:
         ValueError: `k` is below 1.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}")
-    order, exists = _falling(jnp.asarray(scores), valid)
-    order, exists = (jnp.pad(x, (0, max(0, k - x.shape[0])))[:k] for x in (order, exists))
-    return jnp.where(exists, order, 0), exists
+    scores = jnp.asarray(scores)
+    exists = _existing(scores, valid)
+    # Minus infinity is what does not exist.
+    key = jnp.where(exists, jnp.maximum(scores, jnp.finfo(scores.dtype).min), -jnp.inf)
+    key, order = lax.top_k(key, min(k, scores.shape[0]))
+    key, order = jnp.pad(key, (0, k - key.shape[0]), constant_values=-jnp.inf), jnp.pad(order, (0, k - order.shape[0]))
+    kept = key > -jnp.inf
+    return jnp.where(kept, order, 0), kept
 
 
 def nms(
@@ -150,7 +155,7 @@ def soft_nms(
         raise ValueError(f"method must be 'linear' or 'gaussian'; got {method!r}")
     boxes, scores = _checked(boxes, scores, valid, labels, max_outputs)
     labels = None if labels is None else jnp.asarray(labels)
-    exists = jnp.ones(scores.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    exists = _existing(scores, valid)
     nothing = jnp.asarray(-jnp.inf, scores.dtype)
     if not scores.shape[0]:
         return jnp.zeros(max_outputs, jnp.int32), jnp.zeros(max_outputs, scores.dtype), jnp.zeros(max_outputs, bool)
@@ -190,15 +195,29 @@ def _greedy(suppressed_by: Array, alive: Array) -> Array:
 
 def _falling(scores: Array, valid: ArrayLike | None) -> tuple[Array, Array]:
     """Sorts: indices `[A]` by falling score, those that do not exist last, and which of them exist, `[A]`."""
-    exists = ~jnp.isnan(scores) if valid is None else jnp.asarray(valid, bool) & ~jnp.isnan(scores)
+    exists = _existing(scores, valid)
     missing, _, order = lax.sort(
         (~exists, -scores, jnp.arange(scores.shape[0], dtype=jnp.int32)), num_keys=2, is_stable=True
     )
     return order, ~missing
 
 
+def _existing(scores: Array, valid: ArrayLike | None) -> Array:
+    return ~jnp.isnan(scores) if valid is None else jnp.asarray(valid, bool) & ~jnp.isnan(scores)
+
+
 def at_most(threshold: float, dtype) -> Array:
-    """Rounds a Python number down to `dtype`, so that `iou > threshold` is as exact as in double precision."""
+    """Rounds a threshold down to `dtype`.
+
+    Then `iou > threshold` decides as if the threshold had double precision. A traced threshold is only converted.
+
+    Args:
+        threshold: A Python number.
+        dtype: The dtype of what is compared with it.
+
+    Returns:
+        An array of that dtype.
+    """
     if isinstance(threshold, jax.Array):
         return threshold.astype(dtype)
     rounded = np.asarray(threshold, dtype)

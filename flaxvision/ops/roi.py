@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from flaxvision.layers.lowering import sum_rows
-from flaxvision.ops.boxes import box_area
+from flaxvision.ops.boxes import box_area, rounded
 
 Size = int | tuple[int, int]
 
@@ -37,8 +37,8 @@ def roi_align(
         spatial_scale: Size of the features relative to the image.
         sampling_ratio: Samples along each side of a bin. The adaptive number that some libraries call 0 or -1 depends
             on the sizes of the rois, which compiled code cannot do; Mask R-CNN and its FPN form use 2.
-        aligned: Whether pixel i covers the interval from i to i + 1, so that its center is at i + 0.5. If not, a pixel is a
-            point at i, and a roi has at least one pixel of the features in each direction (the first releases).
+        aligned: Whether pixel i covers the interval from i to i + 1, so that its center is at i + 0.5. If not, pixel i
+            is a point at i, and a roi has at least one pixel of the features in each direction (the first releases).
 
     Returns:
         `[R, h, w, C]`, of the features' dtype.
@@ -147,7 +147,7 @@ def _align(maps, rois, level, output_size, scales, sampling_ratio, aligned) -> A
     starts = jnp.asarray(np.cumsum([0] + [x.shape[0] * x.shape[1] for x in maps[:-1]]), jnp.int32)[level]
     dtype = jnp.promote_types(maps[0].dtype, jnp.float32)
     table = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in maps]).astype(dtype)
-    boxes = rois.astype(dtype) * jnp.asarray(scales, dtype)[level][:, None] - (0.5 if aligned else 0.0)
+    boxes = _product(jnp.asarray(scales, dtype)[level][:, None], rois.astype(dtype)) - (0.5 if aligned else 0.0)
     y, wy = _samples(boxes[:, 1], boxes[:, 3], rows, sampling_ratio, heights, aligned)
     x, wx = _samples(boxes[:, 0], boxes[:, 2], columns, sampling_ratio, widths, aligned)
     # The product of the two axes: [R, h, w, taps of y, taps of x].
@@ -163,9 +163,9 @@ def _align(maps, rois, level, output_size, scales, sampling_ratio, aligned) -> A
 def _samples(start, end, bins, ratio, size, aligned) -> tuple[Array, Array]:
     """Pixels and weights along one axis, `[R, bins, 2 * ratio]`; a sample lies between two pixels."""
     length = end - start if aligned else jnp.maximum(end - start, 1)
-    step = (length / bins)[:, None, None]
-    shift = ((np.arange(ratio) + 0.5) / ratio).astype(start.dtype)
-    points = start[:, None, None] + np.arange(bins, dtype=start.dtype)[None, :, None] * step + shift[None, None] * step
+    step = _quotient(length, bins)[:, None, None]
+    first = start[:, None, None] + _product(np.arange(bins, dtype=start.dtype)[None, :, None], step)
+    points = first + _quotient(_product((np.arange(ratio) + 0.5).astype(start.dtype)[None, None], step), ratio)
     size = size[:, None, None].astype(start.dtype)
     inside = (points >= -1) & (points <= size)  # False for NaN
     points = jnp.clip(jnp.where(inside, points, 0), 0, size - 1)
@@ -180,9 +180,7 @@ def _samples(start, end, bins, ratio, size, aligned) -> tuple[Array, Array]:
 def _bins(start, end, count, size) -> tuple[Array, Array]:
     """First pixel of each bin and the one after its last, `[R, count]` int32."""
     length = jnp.maximum(end - start + 1, 1)
-    # Divided by an array: XLA may turn the division by a constant into a product, which is rounded differently.
-    step = length / lax.optimization_barrier(jnp.full_like(length, count))
-    edges = np.arange(count + 1, dtype=np.float32)[None] * step[:, None]
+    edges = _product(np.arange(count + 1, dtype=length.dtype)[None], _quotient(length, count)[:, None])
     low, high = jnp.floor(edges[:, :-1]), jnp.ceil(edges[:, 1:])
     return tuple(jnp.clip(x + start[:, None], 0, size).astype(jnp.int32) for x in (low, high))
 
@@ -206,6 +204,18 @@ def _first_maximum(table, top, bottom, left, right, width) -> Array:
     shape = (*start.shape, table.shape[1])
     best = jnp.full(shape, -jnp.inf, table.dtype)
     return lax.fori_loop(0, tall * wide, visit, (best, jnp.broadcast_to(start[..., None], shape)))[1]
+
+
+# Compiled code rounds these as NumPy and torchvision do: at the limit of a bin or of the features one rounding decides.
+# XLA turns the division by a constant into a product.
+
+
+def _quotient(x: Array, divisor: int) -> Array:
+    return x / jnp.where(x == x, divisor, 0).astype(x.dtype)
+
+
+def _product(factor: ArrayLike, x: Array) -> Array:
+    return rounded(factor * x)
 
 
 def _round(x: Array) -> Array:

@@ -14,7 +14,7 @@ from flaxvision.weights.tags import tag_of, tags
 Transform = Preprocessing | DetectionPreprocessing
 
 
-def preprocessing_for(name: str, weights: str | os.PathLike[str] | None = None) -> Transform:
+def preprocessing_for(name: str, weights: str | os.PathLike[str] | None = None) -> Any:
     """Returns the evaluation transform of published weights or of a bundle.
 
     Where the weights do not state a transform, the result is a guess from `model_info`: its input size, mean and

@@ -6,6 +6,7 @@ import pytest
 
 import flaxvision as fv
 from flaxvision import published
+from flaxvision.weights.convert import labels_of
 from parity.libraries import NAMES
 
 NAME = "resnet20_cifar"
@@ -22,7 +23,9 @@ def test_class_names():
     assert fv.weights.class_names_for("zfnet", "pytorchcv") is None
     cifar = fv.weights.class_names_for(NAME, "akamaster")
     assert cifar == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    with pytest.raises(ValueError, match=r"class_names must be one of cifar10, imagenet1k, imagenet1001; got 'coco'"):
+    with pytest.raises(
+        ValueError, match=r"class_names must be one of cifar10, coco90, imagenet1k, imagenet1001; got 'coco'"
+    ):
         published.class_names("coco")
 
 
@@ -44,11 +47,13 @@ def test_the_registry_names_the_published_weights(name):
     for tag in tags:
         info = fv.weights.tag_of(name, tag)
         assert info.tag == tag
-        assert len(info.class_names) == info.classes
+        assert len(info.class_names) == labels_of(fv.create_model(name))
         assert info.source in fv.weights.sources(name)
         assert info.url.startswith(("https://", "hf://"))
         assert info.digest is None or info.digest.startswith(("sha256:", "md5:"))
         assert info.classes == fv.create_model(name).num_classes
+        assert (info.box_ap is None) == (fv.model_info(name).task == "classification")
+        assert info.box_ap is None or 10 < info.box_ap < 60
         assert info.top1 is None or 50 < info.top1 < info.top5 < 100
         assert info.licence
         assert info.recipe.startswith("https://")
@@ -74,15 +79,23 @@ def test_the_tags_against_the_libraries(name):
     import timm
     import torchvision
 
-    theirs = {"alexnet_tv": "alexnet", "googlenet_bn": "googlenet"}.get(name, name)
+    theirs = {
+        "alexnet_tv": "alexnet",
+        "googlenet_bn": "googlenet",
+        "faster_rcnn_resnet50_fpn": "fasterrcnn_resnet50_fpn",
+    }.get(name, name)
     for tag in fv.weights.tags(name):
         info = fv.weights.tag_of(name, tag)
         library, _, label = tag.partition("/")
         if library == "torchvision":
             weights = torchvision.models.get_model_weights(theirs)[label]
-            metrics = weights.meta["_metrics"]["ImageNet-1K"]
+            metrics = weights.meta["_metrics"].get("ImageNet-1K", {})
             assert info.url == weights.url
             assert info.url.endswith(f"{info.digest.removeprefix('sha256:')}.pth")
+            if info.box_ap:
+                assert info.box_ap == weights.meta["_metrics"]["COCO-val2017"]["box_map"]
+                assert tuple(weights.meta["categories"]) == ("__background__", *info.class_names)
+                assert weights.meta["num_params"] == fv.model_info(name).params
             if info.top1:
                 assert len(weights.meta["categories"]) == info.classes
                 assert (info.top1, info.top5) == (metrics["acc@1"], metrics["acc@5"])

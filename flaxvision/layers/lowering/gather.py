@@ -15,7 +15,7 @@ CACHED_BYTES = 1 << 20  # addends of this size stay in the caches
 
 @dataclasses.dataclass(frozen=True)
 class SumRows(LinearForm):
-    """Maps `table [P, C]`, `weights [Q, S]` and `indices [Q, S]` to `[Q, C]`: `sum_s weights[q, s] table[indices[q, s]]`."""
+    """Maps `table [P, C]`, `weights [Q, S]` and `indices [Q, S]` to `[Q, C]`: see `sum_rows`."""
 
     def plain(self, table, weights, indices):
         """Adds S gathers, which XLA fuses to one pass that writes nothing but the result."""
