@@ -1,7 +1,8 @@
-"""Command line: list models, classify images, convert weights.
+"""Command line: list models, classify images, find objects, convert weights.
 
     flaxvision list 'resnet*'
     flaxvision predict resnet50 torchvision/IMAGENET1K_V2 photo.jpg
+    flaxvision predict yolo_v3 darknet/coco street.jpg --out boxes.png
     flaxvision convert resnet20_cifar resnet20.npz resnet20.safetensors --source akamaster
 
 `flaxvision COMMAND --help` shows the options of a command.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,13 +55,13 @@ class List:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Print the most probable classes of images, using the evaluation transform of the weights."""
+    """Print the most probable classes of images, or the objects in them, with the transform of the weights."""
 
     model: Name
     """Name of a model, see `flaxvision list`."""
     weights: Weights
-    """Published tag, see `flaxvision list`; or a file: a bundle, .safetensors, .npz, .h5 or .pth. The file of a tag is
-    downloaded once."""
+    """Published tag, see `flaxvision list`; or a file: a bundle, .safetensors, .npz, .h5, .pth or darknet's .weights.
+    The file of a tag is downloaded once."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]")]
     """Image files in any format that Pillow reads; at least one."""
     source: str | None = None
@@ -69,25 +71,56 @@ class Predict:
     classes: Path | None = None
     """Text file with one class name per line. Default: the class names of the weights, or numbers if there are none."""
     top: int = 5
-    """Number of classes to print."""
+    """Number of classes to print, for classifiers."""
+    out: Path | None = None
+    """Picture of the objects, for detectors; a folder for several images."""
+    json: bool = False
+    """Print JSON instead of a table, for detectors."""
+    score: float = 0.3
+    """Least score of an object, for detectors."""
+    iou: float = 0.5
+    """Overlap (IoU) above which an object suppresses others of its class, for detectors."""
+    size: int | None = None
+    """Side of the square canvas, for detectors. Default: that of the weights or of the model."""
 
     def run(self) -> None:
-        """Prints one line per image and class."""
+        """Prints one line per image and class, or per object."""
         if self.top < 1:
             raise ValueError(f"--top must be at least 1; got {self.top}")
         if not self.images:
             raise ValueError("IMAGE must be the path of at least one image; got none")
-        from PIL import Image
-
+        detector = fv.model_info(self.model).task == "detection"
+        if not detector and (self.out is not None or self.json):
+            raise ValueError(f"--out and --json must be left out for a classifier; got {self.model}")
         loaded = load_weights(self.model, self.weights, source=self.source)
         model, names = loaded.model(), loaded.class_names
-        count = getattr(model, "num_classes", 0)
+        count = getattr(model, "num_labels", None) or getattr(model, "num_classes", 0)
         if not count:
             raise ValueError(f"WEIGHTS must include a classifier head; got {self.weights}, which gives features")
         if self.classes is not None:
             names = tuple(self.classes.read_text().splitlines())
             if len(names) != count:
                 raise ValueError(f"--classes must have one name for each of {count} classes; got {len(names)} names")
+        if detector:
+            self._detect(model, loaded.variables, names)
+        else:
+            self._classify(model, loaded.variables, names)
+
+    def _detect(self, model: Any, variables: Any, names: Sequence[str] | None) -> None:
+        from flaxvision import predict
+
+        transform = predict.detector_transform(self.model, self.preprocessing or self.source or self.weights, self.size)
+        if len(self.images) > 1 and self.out is not None and self.out.suffix:
+            raise ValueError(f"--out must be a folder for {len(self.images)} images; got the file {self.out}")
+        options = {"score_threshold": self.score, "iou_threshold": self.iou}
+        results = predict.detect_in_files(model, variables, transform, self.images, **options)
+        print(predict.to_json(results, names) if self.json else predict.table(results, names))
+        for file in predict.draw(results, names, self.out) if self.out is not None else ():
+            print(f"see {file}", file=sys.stderr)
+
+    def _classify(self, model: Any, variables: Any, names: Sequence[str] | None) -> None:
+        from PIL import Image
+
         stated = self.preprocessing or self.source or self.weights
         transform = fv.weights.preprocessing_for(self.model, stated)
         if known_preprocessing(self.model, stated) is None:
@@ -98,7 +131,7 @@ class Predict:
         for path in self.images:
             with Image.open(path) as image:
                 pixels = transform(image)
-            logits = np.asarray(apply(loaded.variables, pixels[None]))[0]
+            logits = np.asarray(apply(variables, pixels[None]))[0]
             likely = np.asarray(probability(logits))
             for place in np.argsort(-likely, kind="stable")[: self.top]:
                 print(f"{path}  {likely[place]:7.2%}  {names[place] if names else place}")

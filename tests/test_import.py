@@ -21,6 +21,7 @@ HEAVY = (
     "safetensors",
     "huggingface_hub",
     "h5py",
+    "pycocotools",
 )
 
 

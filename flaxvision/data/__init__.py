@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flaxvision.data import augment, cropping
+    from flaxvision.data.annotation_files import load_coco, load_voc, load_yolo
+    from flaxvision.data.annotations import DetectionSource
     from flaxvision.data.arrays import ArraySource, Mapped, Source, Subset, stratified_split, subset
+    from flaxvision.data.canvas import Canvases, CanvasSource, on_canvases
+    from flaxvision.data.detection_sets import load_detection
     from flaxvision.data.folder import FolderSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, describe_changes, eval_batches, train_batches
     from flaxvision.data.preprocessing import DetectionPreprocessing, Preprocessing
+    from flaxvision.data.shapes import ShapesSource
     from flaxvision.data.sources import load
     from flaxvision.data.statistics import channel_statistics
     from flaxvision.data.tfds import TfdsSource
@@ -19,11 +24,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ArraySource": "arrays",
+    "CanvasSource": "canvas",
+    "Canvases": "canvas",
     "DetectionPreprocessing": "preprocessing",
+    "DetectionSource": "annotations",
     "EvalBatches": "pipeline",
     "FolderSource": "folder",
     "Mapped": "arrays",
     "Preprocessing": "preprocessing",
+    "ShapesSource": "shapes",
     "Source": "arrays",
     "Subset": "arrays",
     "TfdsSource": "tfds",
@@ -32,6 +41,11 @@ _HOME = {
     "describe_changes": "pipeline",
     "eval_batches": "pipeline",
     "load": "sources",
+    "load_coco": "annotation_files",
+    "load_detection": "detection_sets",
+    "load_voc": "annotation_files",
+    "load_yolo": "annotation_files",
+    "on_canvases": "canvas",
     "stratified_split": "arrays",
     "subset": "arrays",
     "train_batches": "pipeline",
@@ -40,11 +54,15 @@ _HOME = {
 
 __all__ = [
     "ArraySource",
+    "CanvasSource",
+    "Canvases",
     "DetectionPreprocessing",
+    "DetectionSource",
     "EvalBatches",
     "FolderSource",
     "Mapped",
     "Preprocessing",
+    "ShapesSource",
     "Source",
     "Subset",
     "TfdsSource",
@@ -55,6 +73,11 @@ __all__ = [
     "describe_changes",
     "eval_batches",
     "load",
+    "load_coco",
+    "load_detection",
+    "load_voc",
+    "load_yolo",
+    "on_canvases",
     "stratified_split",
     "subset",
     "train_batches",

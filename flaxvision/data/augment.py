@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flaxvision.data.boxed import mosaic, random_expand, random_iou_crop, random_zoom
 from flaxvision.data.colour import (
     add_lighting,
     adjust_brightness,
@@ -69,7 +70,7 @@ from flaxvision.data.geometry import (
     translate,
 )
 from flaxvision.data.mixing import cutmix, mixing, mixup
-from flaxvision.data.pixels import PerChannel, Size, pair, standardize, to_float
+from flaxvision.data.pixels import PerChannel, Size, pair, per_channel, standardize, to_float
 
 __all__ = [
     "add_lighting",
@@ -86,20 +87,24 @@ __all__ = [
     "make_transform",
     "mixing",
     "mixup",
+    "mosaic",
     "move",
     "photometric",
     "random_brightness",
     "random_contrast",
     "random_crop",
     "random_cutout",
+    "random_expand",
     "random_flip",
     "random_hue",
+    "random_iou_crop",
     "random_lighting",
     "random_resized_crop",
     "random_rotation",
     "random_saturation",
     "random_scale",
     "random_shift",
+    "random_zoom",
     "resize_or_pad",
     "resized_crop",
     "rotate",
@@ -121,6 +126,7 @@ def make_transform(
     mix: Transform | None = None,
     mean: PerChannel = 0.0,
     std: PerChannel = 1.0,
+    padding: PerChannel | None = None,
 ) -> Transform:
     """Builds a transform ``(rng, batch) -> batch``.
 
@@ -133,6 +139,8 @@ def make_transform(
         mix: A transform of the whole batch before standardisation, such as ``partial(mixup, num_classes=10)``.
         mean: Mean of the pixels in [0, 1], one number or one per channel.
         std: Standard deviation of the pixels, one number or one per channel.
+        padding: Value of the standardized pixels beyond the `size` of each image, in batches that have it; None leaves
+            them as they are.
 
     Returns:
         The transform. It keeps the keys that the ops do not change.
@@ -144,7 +152,13 @@ def make_transform(
             batch = _to_size(batch, pair(size))
         if mix is not None:
             batch = mix(jax.random.fold_in(rng, 1), batch)
-        return {**batch, "image": standardize(batch["image"], mean, std)}
+        image = standardize(batch["image"], mean, std)
+        if padding is not None and "size" in batch:
+            sides = (jnp.arange(n)[None] < batch["size"][:, i, None] for i, n in enumerate(image.shape[1:3]))
+            rows, columns = sides
+            inside = (rows[:, :, None] & columns[:, None])[..., None]
+            image = jnp.where(inside, image, per_channel("padding", padding, image))
+        return {**batch, "image": image}
 
     return transform
 

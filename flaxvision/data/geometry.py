@@ -28,7 +28,8 @@ def move(
         op: Name of the op, for errors.
         example: The example before the op: `image` [H, W, C] and optionally `boxes` [M, 4] with `valid` [M], `masks`
             [M, h, w], `label` [H, W] and `keypoints` [..., 2] with `visible` [...]. Unchanged are `label` [] or [K] of
-            the whole image, `labels`, `crowd` and `difficult` [M], `mask` [] and other scalars.
+            the whole image, `labels`, `crowd` and `difficult` [M], `mask` [] and other scalars. `area` [M] and
+            `scale` [2] describe the original image and are left out of the result.
         image: The image after the op, [H', W', C].
         matrix: [2, 3], which maps (x, y, 1) before the op to (x, y) after it.
         size: The `size` of the example after the op, for ops that support it.
@@ -63,7 +64,7 @@ def move(
             moved["label"] = _sample(jnp.asarray(value), matrix, (height, width), fill=255)
         elif key == "size":
             moved["size"] = size
-    return moved
+    return {key: value for key, value in moved.items() if key not in ("area", "scale")}
 
 
 def _check_shapes(op, example, size):
@@ -87,7 +88,7 @@ def _check_shapes(op, example, size):
                 fits, right = rank == 3, "[M, h, w]"
             case "valid" if "boxes" in shapes:
                 fits, right = shape == shapes["boxes"][:1], f"[{shapes['boxes'][0]}], one entry for each box,"
-            case "labels" | "valid" | "visible" | "crowd" | "difficult":
+            case "labels" | "valid" | "visible" | "crowd" | "difficult" | "area" | "scale":
                 fits, right = rank == 1, "[M]"
             case "label":
                 fits = rank < 2 or shape == shapes["image"][:2]

@@ -19,6 +19,7 @@ import numpy as np
 
 from flaxvision.data import workers
 from flaxvision.data.arrays import Source
+from flaxvision.data.canvas import CanvasSource
 from flaxvision.data.worker_processes import ProcessWorkers, chunks_ahead
 from flaxvision.data.workers import Batch
 
@@ -41,7 +42,8 @@ def train_batches(
     """Returns the endless batches of a training run.
 
     Args:
-        source: The examples.
+        source: The examples. If it is one of `on_canvases`, all images of a batch lie on canvases of one size, and
+            batches may span two epochs.
         batch_size: Examples per step, summed over all processes.
         seed: Seed of the order and of `transform`, from 0 to 2**32 - 1.
         shuffle: Whether to visit the examples in a new order in each epoch.
@@ -67,6 +69,10 @@ def train_batches(
             empty, or a number is out of range.
     """
     reading = _Reading(source, batch_size, process_index, process_count, num_threads, num_workers)
+    if isinstance(source, CanvasSource):
+        from flaxvision.data.buckets import CanvasTrainBatches
+
+        return CanvasTrainBatches(reading, seed, shuffle, transform, drop_remainder)
     return TrainBatches(reading, seed, shuffle, transform, drop_remainder)
 
 
@@ -82,7 +88,8 @@ def eval_batches(
     """Returns the batches of one pass over a source, in order, with every example exactly once.
 
     All batches have the same shape and a `mask` [N] float32, which is 1 for an example and 0 for padding. The last
-    batch is padded with the first example of the source.
+    batch is padded with the first example of the source. A source of `on_canvases` has a shape and a last batch for
+    each canvas.
 
     Args:
         source: The examples.
@@ -99,7 +106,12 @@ def eval_batches(
         ValueError: The source is empty, the batch is not divisible by the number of processes, or a number is out of
             range.
     """
-    return EvalBatches(_Reading(source, batch_size, process_index, process_count, num_threads, num_workers))
+    reading = _Reading(source, batch_size, process_index, process_count, num_threads, num_workers)
+    if isinstance(source, CanvasSource):
+        from flaxvision.data.buckets import CanvasEvalBatches
+
+        return CanvasEvalBatches(reading)
+    return EvalBatches(reading)
 
 
 class TrainBatches:

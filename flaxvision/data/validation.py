@@ -31,7 +31,9 @@ def validate(
     * `regression`: `label`, a finite number or numbers [D], equally many in every example.
     * `segmentation`: `label` [H, W], integers in [0, K), or 255 where the class is unknown.
     * `detection`: `boxes` [M, 4], xyxy within the image with x1 < x2 and y1 < y2, `labels` [M] in [0, K) and `valid`
-      [M], zeros and ones; rows with `valid` 0 are padding and may hold anything.
+      [M], zeros and ones; rows with `valid` 0 are padding and may hold anything. Optionally `crowd` and `difficult`
+      [M], zeros and ones; `masks` [M, h, w], zeros and ones with at least one 1; and `size` [2], the height and width
+      of the part of the image that holds the boxes.
 
     An `ArraySource` is checked completely. Of other sources, up to 64 evenly spaced examples are checked, all class
     indices if the source has an attribute `label`, and all files if it has a method `verify`.
@@ -179,15 +181,24 @@ def _check_segmentation(batch: Mapping[str, np.ndarray], name: str, num_classes:
 
 def _check_detection(batch: Mapping[str, np.ndarray], name: str, num_classes: int) -> None:
     (height, width), boxes = batch["image"].shape[1:3], batch["boxes"]
+    if "size" in batch:
+        size = batch["size"][0]
+        if size.shape != (2,) or not (1 <= size[0] <= height and 1 <= size[1] <= width):
+            raise ValueError(
+                f"size must be a height and a width of at most {height}x{width}; got {size.tolist()} in {name!r}"
+            )
+        height, width = size.tolist()
     if boxes.ndim != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes must be [M, 4]; got shape {list(boxes.shape[1:])} in {name!r}")
-    for key in ("labels", "valid"):
-        if batch[key].shape != boxes.shape[:2]:
+    for key in ("labels", "valid", "crowd", "difficult"):
+        if key in batch and batch[key].shape != boxes.shape[:2]:
             raise ValueError(
                 f"{key} must have one entry for each of the {boxes.shape[1]} boxes; got shape "
                 f"{list(batch[key].shape[1:])} in {name!r}"
             )
-    _check_zeros_and_ones("valid", batch["valid"], name)
+    for key in ("valid", "crowd", "difficult"):
+        if key in batch:
+            _check_zeros_and_ones(key, batch[key], name)
     real = batch["valid"].astype(bool)
     _check_range("labels", np.where(real, batch["labels"], batch["labels"].dtype.type(0)), name, num_classes)
     for box in boxes[real]:
@@ -197,6 +208,23 @@ def _check_detection(batch: Mapping[str, np.ndarray], name: str, num_classes: in
                 f"boxes must be xyxy with 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}; got {box.tolist()} in "
                 f"{name!r}"
             )
+    if "masks" in batch:
+        _check_masks(batch["masks"], real, name)
+
+
+def _check_masks(masks: np.ndarray, real: np.ndarray, name: str) -> None:
+    if masks.ndim != 4 or masks.shape[:2] != real.shape:
+        raise ValueError(
+            f"masks must be [M, h, w] with one for each of the {real.shape[1]} boxes; got shape "
+            f"{list(masks.shape[1:])} in {name!r}"
+        )
+    _check_zeros_and_ones("masks", masks, name)
+    empty = real & ~masks.astype(bool).any(axis=(2, 3))
+    if empty.any():
+        raise ValueError(
+            f"masks must have at least one pixel of each object; got none for object {int(np.argmax(empty[0]))} in "
+            f"{name!r}"
+        )
 
 
 _KEYS = {"detection": ("boxes", "labels", "valid")}

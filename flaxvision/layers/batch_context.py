@@ -1,4 +1,4 @@
-"""What a layer cannot see of a batch: which of its rows are padding, and which of them share a device."""
+"""What a layer cannot see of a batch: which rows are padding, which share a device, and the keys of the rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class BatchContext:
         axis_name: The mapped axis over which the rows of the batch are split, under `pmap` and `shard_map`.
         shards: Number of devices over which the N rows are split, under `jit` over a mesh. Each device has N / shards
             consecutive rows.
+        row_keys: Keys `[N]`, one for each row, which depend on its place in the global batch and not on the devices;
+            None outside of training.
     """
 
     mask: Any = None
     axis_name: str | None = None
     shards: int = 1
+    row_keys: Any = None
 
 
 _DEFAULT = BatchContext()
@@ -46,7 +49,8 @@ def batch_context(**changes: Any) -> Iterator[BatchContext]:
     """Describes the batch to the layers that are traced or called within the `with` block.
 
     `train_step` and `jit_step` enter it, so it is needed only in code that trains without them, and around a part of a
-    model whose rows are not those of the batch. It changes what `BatchNorm` computes in training, and nothing else.
+    model whose rows are not those of the batch. It changes what `BatchNorm` and the sampling of detectors compute in
+    training, and nothing else.
 
     Args:
         **changes: Fields of `BatchContext` to set. The others stay as they are.
@@ -60,11 +64,11 @@ def batch_context(**changes: Any) -> Iterator[BatchContext]:
     Example:
         >>> with batch_context(axis_name="data"), batch_context(shards=4) as batch:
         ...     batch
-        BatchContext(mask=None, axis_name='data', shards=4)
+        BatchContext(mask=None, axis_name='data', shards=4, row_keys=None)
     """
     batch = dataclasses.replace(_current.get(), **changes)
-    # A mask belongs to one trace, so each mask has a key of its own.
-    mask = None if batch.mask is None else next(_masks)
+    # A mask and the keys of the rows belong to one trace, so each of them has a key of its own.
+    mask = None if batch.mask is None and batch.row_keys is None else next(_masks)
     key = (batch.axis_name, batch.shards, mask)
     key = None if key == (None, 1, None) else key  # the default
     token = _current.set(batch)

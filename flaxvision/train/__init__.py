@@ -3,11 +3,20 @@
 from flaxvision.processes import initialize
 from flaxvision.train import stopping
 from flaxvision.train.callbacks import Profiler
-from flaxvision.train.evaluation import Evaluation, evaluate
+from flaxvision.train.evaluation import Evaluation, accumulate, evaluate
 from flaxvision.train.input import InputTimeoutError
 from flaxvision.train.lock import WorkdirInUseError
 from flaxvision.train.loop import FitResult, fit
-from flaxvision.train.objectives import Objective, binary, capsule, classification, multilabel, regression
+from flaxvision.train.objectives import (
+    Objective,
+    average_precision,
+    binary,
+    capsule,
+    classification,
+    detection,
+    multilabel,
+    regression,
+)
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
 from flaxvision.train.parallel import CompiledStep, compile_steps, jit_step, make_mesh, pmap_step, prefetch
 from flaxvision.train.range_test import LearningRateRange, learning_rate_range
@@ -47,12 +56,15 @@ __all__ = [
     "TensorBoardWriter",
     "TrainState",
     "WorkdirInUseError",
+    "accumulate",
+    "average_precision",
     "binary",
     "capsule",
     "classification",
     "collect",
     "compile_steps",
     "create_state",
+    "detection",
     "deterministic",
     "draw_samples",
     "eval_batch_size",

@@ -104,6 +104,32 @@ def evaluate(
         InputTimeoutError: `batches` did not give a batch in time.
         Interrupted: The current run of `fit` was asked to stop.
     """
+    return fm.compute(accumulate(state, eval_step, batches, input_timeout))
+
+
+def accumulate(
+    state: TrainState,
+    eval_step: Callable[..., dict[str, fm.Accumulator]],
+    batches: Iterable[Any],
+    input_timeout: float | None = input_lib.TIMEOUT,
+) -> dict[str, Any]:
+    """Merges the metrics of a whole data set and does not compute them.
+
+    The host forms have more to say than their values, such as the figures of each class in `DetectionRecords`.
+
+    Args:
+        state: See `evaluate`.
+        eval_step: See `evaluate`.
+        batches: See `evaluate`.
+        input_timeout: See `evaluate`.
+
+    Returns:
+        The host forms of the accumulators by name.
+
+    Raises:
+        ValueError: There are no batches.
+        InputTimeoutError: `batches` gave none in time.
+    """
     total = None
     pending: deque[dict[str, fm.Accumulator]] = deque()
     stop = stopping.current()
@@ -123,7 +149,7 @@ def evaluate(
     if total is None:
         once = " (a generator ends after one pass)" if isinstance(batches, Iterator) else ""
         raise ValueError(f"batches must hold at least one batch; got none{once}")
-    return fm.compute(total)
+    return total
 
 
 def check_batch_size(name: str, size: int | None, step: Callable[..., Any]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lamb", "lars")
 SCHEDULES = ("constant", "step", "cosine", "polynomial", "one_cycle")
@@ -30,6 +33,7 @@ def optimizer(
     rms_decay: float = 0.9,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    frozen: Sequence[str] = (),
 ) -> optax.GradientTransformation:
     """Makes an optimizer by name.
 
@@ -47,12 +51,15 @@ def optimizer(
         rms_decay: Decay of the average of squared gradients in `rmsprop`.
         weight_decay: Weight decay; `adam` has none.
         clip_norm: Largest global norm of the gradients; larger ones are scaled down first. None for no limit.
+        frozen: Shell patterns of the paths of parameters that stay as they are, such as `"backbone/stem*"`. They have
+            no part in the gradient's norm and no state in the optimizer.
 
     Returns:
         An Optax transformation.
 
     Raises:
-        ValueError: `name` is unknown, `adam` is given weight decay, or a number is out of range.
+        ValueError: `name` is unknown, `adam` is given weight decay, or a number is out of range. When initialized: a
+            pattern of `frozen` matches no parameter, or all parameters are frozen.
     """
     if name not in OPTIMIZERS:
         raise ValueError(_unknown("optimizer", name, OPTIMIZERS))
@@ -81,7 +88,25 @@ def optimizer(
         parts.append(optax.clip_by_global_norm(clip_norm))
     if weight_decay and name in ("sgd", "momentum", "nesterov", "rmsprop"):
         parts.append(optax.add_decayed_weights(weight_decay, decayed))
-    return optax.chain(*parts, base) if parts else base
+    tx = optax.chain(*parts, base) if parts else base
+    if not frozen:
+        return tx
+    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, partial(_labels, tuple(frozen)))
+
+
+def _labels(frozen: tuple[str, ...], params: Any) -> Any:
+    """Labels each parameter as "frozen" or "trained"."""
+    flat = flatten_dict(params, sep="/")
+    for pattern in frozen:
+        if not fnmatch.filter(flat, pattern):
+            near = difflib.get_close_matches(pattern, flat, n=3, cutoff=0.2) or list(flat)[:3]
+            raise ValueError(f"frozen must match a parameter, such as {', '.join(near)}; got {pattern!r}")
+    labels = {
+        path: "frozen" if any(fnmatch.fnmatchcase(path, pattern) for pattern in frozen) else "trained" for path in flat
+    }
+    if "trained" not in labels.values():
+        raise ValueError(f"frozen must leave a parameter to train; got {frozen}")
+    return unflatten_dict(labels, sep="/")
 
 
 def schedule(

@@ -58,6 +58,8 @@ class Recipe:
     """Decay per step of a moving average of the weights, which is then evaluated. Default: no average."""
     accumulate: int = 1
     """Number of parts into which a batch is split to save memory."""
+    frozen: tuple[str, ...] = ()
+    """Shell patterns of the parameters that stay as they are, such as 'backbone/stem*'."""
 
     def __post_init__(self):
         for field in ("epochs", "batch_size", "learning_rate", "factor", "power", "accumulate", "epsilon"):
@@ -112,4 +114,5 @@ class Recipe:
             rms_decay=self.rms_decay,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
+            frozen=self.frozen,
         )

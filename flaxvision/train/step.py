@@ -17,6 +17,7 @@ from flaxvision.train.state import TrainState
 
 Batch = dict[str, Any]
 Transform = Callable[[jax.Array, Batch], Batch]
+_ROWS = 0x726F7773
 
 
 def train_step(
@@ -33,7 +34,8 @@ def train_step(
     """Takes one optimizer step on one batch.
 
     All randomness comes from `fold_in(rng, state.step)`, and from the index of the device if `axis_name` is set, so no
-    random state needs to be saved.
+    random state needs to be saved. Detectors draw their samples from the `row_keys` of `layers.batch_context`, which
+    depend on the place of a row in the global batch and not on the devices.
 
     Gradients are weighted, accumulated and averaged in float32 or wider, and rounded once to the dtype of the
     parameters for the optimizer. `layers.BatchNorm` is told the batch's mask and the mapped axis, see
@@ -64,15 +66,16 @@ def train_step(
         raise ValueError(f"loss_scale must be positive and finite, or None; got {loss_scale}")
     _check_dtypes(state.params)
     rng = jax.random.fold_in(rng, state.step)
+    row_keys = _row_keys(rng, len(batch["image"]), axis_name)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
     transform_rng, model_rng = jax.random.split(rng)
     if transform is not None:
         batch = transform(transform_rng, batch)
 
-    def gradient(collections, part, key):
+    def gradient(collections, part, key, row_keys):
         def loss(params):
-            with batch_context(mask=part.get("mask"), axis_name=axis_name):
+            with batch_context(mask=part.get("mask"), axis_name=axis_name, row_keys=row_keys):
                 value, (metrics, updated) = objective(state.apply_fn, params, collections, part, key, True)
             check_loss(metrics)
             weight = metrics["loss"].weight
@@ -90,15 +93,15 @@ def train_step(
         return updated, jax.tree.map(lambda g: g * weight.astype(g.dtype), jax.tree.map(_wide, grads)), metrics
 
     if accumulate == 1:
-        collections, grads, metrics = gradient(state.collections, batch, model_rng)
+        collections, grads, metrics = gradient(state.collections, batch, model_rng, row_keys)
     else:
         rows = len(batch["image"])
         if rows % accumulate:
             each = "" if axis_name is None else " on each device"
             raise ValueError(f"accumulate must divide the {rows} rows of the batch{each}; got {accumulate}")
         # Part i takes rows i, i + accumulate, ..., so that the rows of a sharded batch stay on their devices.
-        parts = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape((rows // accumulate, accumulate, *x.shape[1:])), 0, 1), batch
+        parts, row_keys = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape((rows // accumulate, accumulate, *x.shape[1:])), 0, 1), (batch, row_keys)
         )
         keys = jax.random.split(model_rng, accumulate)
 
@@ -108,7 +111,7 @@ def train_step(
             return (collections, jax.tree.map(jnp.add, total, grads)), metrics
 
         start = (state.collections, jax.tree.map(lambda p: jnp.zeros_like(_wide(p)), state.params))
-        (collections, grads), stacked = jax.lax.scan(accumulate_part, start, (parts, keys))
+        (collections, grads), stacked = jax.lax.scan(accumulate_part, start, (parts, keys, row_keys))
         # Merged outside of the scan, since an accumulator may change its shape when it is merged.
         metrics = functools.reduce(fm.merge, [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(accumulate)])
 
@@ -134,6 +137,14 @@ def check_loss(metrics: Mapping[str, Any]) -> None:
     if not isinstance(metrics.get("loss"), fm.Mean):
         found = {name: type(metric).__name__ for name, metric in metrics.items()}
         raise ValueError(f"training metrics must include 'loss', a Mean; got {found}")
+
+
+def _row_keys(rng: jax.Array, rows: int, axis_name: str | None) -> jax.Array:
+    """Returns a key for each row of the batch [N], by its place in the global batch."""
+    first = 0 if axis_name is None else rows * jax.lax.axis_index(axis_name)
+    places = first + jnp.arange(rows)
+    # Apart from the keys of the transform and of dropout, which are split from the same key.
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(rng, _ROWS), places)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -195,5 +206,6 @@ def eval_step(
     if transform is not None:
         batch = transform(jax.random.key(0), batch)
     collections = {k: v for k, v in variables.items() if k != "params"}
-    _, (metrics, _) = objective(state.apply_fn, variables["params"], collections, batch, None, False)
+    with batch_context(mask=batch.get("mask"), axis_name=axis_name):
+        _, (metrics, _) = objective(state.apply_fn, variables["params"], collections, batch, None, False)
     return {name: m if axis_name is None else m.all_reduce(axis_name) for name, m in metrics.items()}

@@ -1,8 +1,4 @@
-"""Pictures: each function draws one matplotlib Figure and saves it if given a path.
-
-The functions use neither pyplot nor its global state, so they work without a display, in notebooks and in threads.
-Matplotlib is imported when the first picture is drawn. A file is written completely or not at all.
-"""
+"""Pictures of runs, of classifiers and of feature maps; see `flaxvision.plot`."""
 
 import math
 import os

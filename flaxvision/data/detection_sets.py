@@ -1,0 +1,228 @@
+"""Detection data sets by name: `load_detection`, and those of TFDS."""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxvision.data import annotation_files
+from flaxvision.data.annotations import Objects
+from flaxvision.data.arrays import Source
+from flaxvision.data.decode import decode_image
+from flaxvision.data.shapes import ShapesSource
+from flaxvision.data.workers import bounded_map
+
+NAMES = ("shapes", "voc_xml", "coco", "yolo")
+# Of the places where the files of COCO lie, those of the official archives and those of a folder made by hand.
+_COCO_JSON = ("annotations/instances_{split}.json", "annotations/{split}.json", "{split}.json")
+_COCO_BESIDE = "{split}/_annotations.coco.json"
+_COCO_IMAGES = ("{split}", "images/{split}", "images", ".")
+
+
+def load_detection(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    classes: Sequence[str] | None = None,
+    drop_empty: bool = False,
+    one_based: bool = True,
+) -> Source:
+    """Opens one split of a detection data set.
+
+    Examples are dicts with `image` uint8 [H, W, 3], `boxes` float32 [M, 4] xyxy in pixels, `labels` int32 [M], `valid`,
+    `crowd` and `difficult` bool [M].
+
+    Args:
+        name: One of
+
+            * "shapes": drawn discs, boxes and triangles, which need no file; see `ShapesSource`;
+            * "voc_xml": a folder in the layout of PASCAL VOC; see `load_voc`;
+            * "coco": a folder with `annotations/instances_SPLIT.json` and the images in `SPLIT`, as the official
+              archives make them, or a TFDS directory that has "coco" prepared;
+            * "yolo": a folder of YOLO text files; see `load_yolo`;
+            * the name of a prepared TFDS set with boxes, such as "voc/2007" or "coco/2017".
+        split: Name of the split.
+        data_dir: The folder; for a TFDS name the directory of prepared sets, None for the default of TFDS.
+        classes: Class names for "voc_xml" and "yolo"; None reads them from the files.
+        drop_empty: Whether to leave out boxes of zero width or height and list them in the attribute `dropped`,
+            instead of raising an error.
+        one_based: For "voc_xml"; see `load_voc`.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: There is no such set or split, a file is missing or damaged, a class is unknown or a box is faulty.
+    """
+    if classes is not None and name not in ("voc_xml", "yolo"):
+        raise ValueError(f"classes must be None for {name!r}, which has its own; got {list(classes)}")
+    if name == "shapes":
+        if data_dir is not None:
+            raise ValueError(f"data_dir must be None for 'shapes', which has no files; got {os.fspath(data_dir)!r}")
+        return ShapesSource(split)
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    if name in NAMES and folder is None:
+        raise ValueError(f"data_dir must be the folder of the data set for {name!r}; got None")
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"data_dir must be an existing folder; got {os.fspath(folder)!r}")
+    if name == "voc_xml":
+        options: Any = {"classes": classes, "drop_empty": drop_empty, "one_based": one_based}
+        return annotation_files.load_voc(folder, split, **options)  # pyright: ignore[reportArgumentType]
+    if name == "yolo":
+        return annotation_files.load_yolo(folder, split, classes=classes, drop_empty=drop_empty)  # pyright: ignore[reportArgumentType]
+    if name == "coco" and folder is not None and not any((folder / "coco").rglob("dataset_info.json")):
+        return _load_coco_folder(folder, split, drop_empty)
+    return load_tfds_detection(name, split, data_dir=folder, drop_empty=drop_empty)
+
+
+def _load_coco_folder(folder: Path, split: str, drop_empty: bool) -> Source:
+    files = [folder / pattern.format(split=split) for pattern in (*_COCO_JSON, _COCO_BESIDE)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} has no annotations of {split!r}: it must have {files[0].relative_to(folder)}")
+    places = [folder / pattern.format(split=split) for pattern in _COCO_IMAGES]
+    images = next(place for place in places if place.is_dir())
+    return annotation_files.load_coco(file, images, drop_empty=drop_empty, name=f"{folder.resolve().name}/{split}")
+
+
+class TfdsDetectionSource:
+    """A prepared TFDS split of images with boxes, decoded on access.
+
+    Args:
+        records: TFDS data source with encoded images.
+        classes: Class names.
+        name: Name of the source.
+        version: Full TFDS name of the set, with its version.
+        drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
+
+    Attributes:
+        sizes: Heights and widths of the images, int [N, 2].
+        counts: Numbers of objects of the images, int [N].
+        dropped: Descriptions of the boxes that were left out.
+    """
+
+    def __init__(self, records: Any, classes: Sequence[str], name: str, *, version: str, drop_empty: bool):
+        self._records, self._drop_empty = records, drop_empty
+        self.classes, self.name, self.version = tuple(classes), name, version
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        record = self._records[index]
+        image = decode_image(io.BytesIO(record["image"]), orient=False, name=f"{self.name}[{index}]")
+        objects = self._objects(record, index, (image.shape[0], image.shape[1]), [])
+        fields: dict[str, Any] = {"boxes": objects.boxes, "labels": objects.labels, "crowd": objects.crowd}
+        fields |= {"difficult": objects.difficult, "valid": np.ones(len(objects.boxes), bool)}
+        return {"image": image, **fields, **({} if objects.area is None else {"area": objects.area})}
+
+    def __repr__(self) -> str:
+        return f"TfdsDetectionSource({self.name!r}, {len(self)} images of {len(self.classes)} classes)"
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Heights and widths of the images, int [N, 2]; reads the headers of all images once."""
+        return self._overview[0]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Numbers of objects of the images, int [N]."""
+        return self._overview[1]
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Descriptions of the boxes that were left out."""
+        return self._overview[2]
+
+    @cached_property
+    def _overview(self) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+        from PIL import Image
+
+        def look(index: int) -> tuple[tuple[int, int], int, list[str]]:
+            record, dropped = self._records[index], []
+            with Image.open(io.BytesIO(record["image"])) as image:
+                size = image.height, image.width
+            return size, len(self._objects(record, index, size, dropped).boxes), dropped
+
+        found = [*bounded_map(look, range(len(self)))]
+        sizes = np.array([size for size, _, _ in found], np.int64).reshape(-1, 2)
+        counts = np.array([count for _, count, _ in found], np.int64)
+        return sizes, counts, tuple(text for _, _, texts in found for text in texts)
+
+    def _objects(self, record: dict[str, Any], index: int, size: tuple[int, int], dropped: list[str]) -> Any:
+        values, where = record["objects"], f"{self.name}[{index}]"
+        objects = Objects(where, size, self._drop_empty, dropped, with_area="area" in values)
+        height, width = size
+        for k, (y1, x1, y2, x2) in enumerate(np.asarray(values["bbox"], np.float64).reshape(-1, 4)):
+            label = int(values["label"][k])
+            if not 0 <= label < len(self.classes):
+                raise ValueError(f"the class in {where} must lie between 0 and {len(self.classes) - 1}; got {label}")
+            objects.add(
+                (x1 * width, y1 * height, x2 * width, y2 * height),
+                label,
+                name=self.classes[label],
+                crowd=bool(values["is_crowd"][k]) if "is_crowd" in values else False,
+                difficult=bool(values["is_difficult"][k]) if "is_difficult" in values else False,
+                area=float(values["area"][k]) if "area" in values else 0.0,
+            )
+        return objects.annotation(where)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the full TFDS name, the split and the length."""
+        identity = f"{self.version}/{self.name}/{len(self)}/{self._drop_empty}"
+        return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
+
+def load_tfds_detection(
+    name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None, drop_empty: bool = False
+) -> TfdsDetectionSource:
+    """Opens one split of a prepared TFDS set of images with boxes, such as "voc/2007" or "coco/2017".
+
+    Args:
+        name: TFDS name with an optional config or version.
+        split: TFDS split, such as "train", "validation" or "test[:100]".
+        data_dir: Directory of prepared sets; None for the default of TFDS.
+        drop_empty: As in `load_detection`.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: There is no such set or split, or its examples are not images with boxes.
+        RuntimeError: The set is not prepared.
+    """
+    from flaxvision.data.tfds import _builder, _quiet, is_known, names
+
+    if not is_known(name, data_dir):
+        import difflib
+
+        near = difflib.get_close_matches(name, [*NAMES, *names()], n=3, cutoff=0.5) or NAMES
+        raise ValueError(f"name must be a known detection set (nearest: {', '.join(near)}); got {name!r}")
+    with _quiet():
+        import tensorflow_datasets as tfds
+
+        builder = _builder(name, data_dir)
+        features = builder.info.features
+        boxes = features["objects"].feature if "objects" in features and "image" in features else {}
+        if "bbox" not in boxes or "label" not in boxes:
+            raise ValueError(f"name must be a TFDS set of images with boxes; got {name!r} with {sorted(features)}")
+        if not builder.is_prepared():
+            raise RuntimeError(
+                f"TFDS set {name!r} is not prepared in {builder.data_path}; prepare it once with TensorFlow "
+                f"(tfds.builder({name!r}, file_format='array_record').download_and_prepare()), or pass its data_dir"
+            )
+        try:
+            records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        except (KeyError, ValueError, AssertionError) as error:
+            known = ", ".join(map(repr, builder.info.splits)) or "none"
+            raise ValueError(f"split must name one or more of {known} for {name!r}; got {split!r} ({error})") from error
+    classes = boxes["label"].names
+    version = builder.info.full_name
+    return TfdsDetectionSource(records, classes, f"{name}/{split}", version=version, drop_empty=drop_empty)

@@ -1,0 +1,321 @@
+"""The arithmetic of `flaxvision.metrics.detection` on the host: matching, curves, COCO by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+COCO_NAMES = (
+    *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+    *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+)
+_RECALLS = np.linspace(0.0, 1.0, 101)
+KINDS = ("correct", "localization", "duplicate", "confusion", "background")
+Record = Mapping[str, Any]
+
+
+def coco_evaluation(records: Sequence[Record], num_classes: int) -> Any:
+    """Evaluates records with pycocotools.
+
+    Args:
+        records: As in `DetectionRecords`; images are numbered in this order.
+        num_classes: Number of classes K.
+
+    Returns:
+        The `COCOeval` after `summarize`; its `stats` are the twelve figures.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth, found = [], []
+    for image, record in enumerate(records, 1):
+        for box, label, crowd, area in zip(
+            record["boxes"], record["labels"], record["crowd"], record["area"], strict=True
+        ):
+            x1, y1, x2, y2 = (float(v) for v in box)
+            truth.append(
+                {
+                    "id": len(truth) + 1,
+                    "image_id": image,
+                    "category_id": int(label),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": float(area),
+                    "iscrowd": int(crowd),
+                }
+            )
+        for box, label, score in zip(
+            record["found_boxes"], record["found_labels"], record["found_scores"], strict=True
+        ):
+            x1, y1, x2, y2 = (float(v) for v in box)
+            found.append(
+                {
+                    "id": len(found) + 1,
+                    "image_id": image,
+                    "category_id": int(label),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                    "score": float(score),
+                }
+            )
+    images = [{"id": image} for image in range(1, len(records) + 1)]
+    categories = [{"id": k} for k in range(num_classes)]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress and a table
+        sets = []
+        for annotations in (truth, found):
+            one = COCO()
+            one.dataset = {"images": images, "annotations": annotations, "categories": categories}
+            one.createIndex()
+            sets.append(one)
+        evaluation = COCOeval(*sets, iouType="bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def class_table(records: Sequence[Record], num_classes: int, classes: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Returns the figures of each class; see `DetectionRecords.per_class`."""
+    precision = coco_evaluation(records, num_classes).eval["precision"]  # [threshold, recall, class, area, detections]
+    matched = match_classes(records, num_classes, 0.5)
+    table = []
+    for k in range(num_classes):
+        every, half = precision[:, :, k, 0, -1], precision[0, :, k, 0, -1]
+        positives = matched[k].positives
+        table.append(
+            {
+                "name": str(k) if classes is None else classes[k],
+                "objects": positives,
+                "ap": float(every[every > -1].mean()) if (every > -1).any() else float("nan"),
+                "ap50": float(half[half > -1].mean()) if (half > -1).any() else float("nan"),
+                "voc": voc_average_precision(*matched[k].curve()) if positives else float("nan"),
+            }
+        )
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What became of the detections of one class, by falling score.
+
+    Attributes:
+        scores: [D].
+        right: bool [D], whether the detection found an object.
+        ignored: bool [D], whether it found a difficult or crowd object, and does not count.
+        images: int [D], the image of each detection.
+        objects: int [N], the number of objects of each image that count.
+    """
+
+    scores: np.ndarray
+    right: np.ndarray
+    ignored: np.ndarray
+    images: np.ndarray
+    objects: np.ndarray
+
+    @property
+    def positives(self) -> int:
+        """Number of objects."""
+        return int(self.objects.sum())
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns recall and precision after each detection that counts."""
+        right = self.right[~self.ignored]
+        found = np.cumsum(right)
+        return found / self.positives, found / np.arange(1, len(right) + 1)
+
+
+def match_classes(records: Sequence[Record], num_classes: int, iou_threshold: float) -> list[Outcomes]:
+    """Matches the detections of every class by the rule of PASCAL VOC.
+
+    By falling score, a detection takes the object of its class and image with the largest IoU. It is right if the IoU
+    reaches the threshold and the object is not taken yet, and does not count if the object is difficult. A crowd box
+    takes any number of detections that lie in it and no object takes; it does not count either.
+
+    Returns:
+        The outcomes of each class.
+    """
+    return [_match_class(records, label, iou_threshold) for label in range(num_classes)]
+
+
+def _match_class(records: Sequence[Record], label: int, iou_threshold: float) -> Outcomes:
+    scores, right, ignored, images, objects = [], [], [], [], []
+    for image, record in enumerate(records):
+        mine, crowd = record["labels"] == label, np.asarray(record["crowd"], bool)
+        boxes = record["boxes"][mine & ~crowd]
+        difficult = np.asarray(record["difficult"], bool)[mine & ~crowd]
+        groups = record["boxes"][mine & crowd]
+        objects.append(int((~difficult).sum()))
+        chosen = record["found_labels"] == label
+        found, of = record["found_boxes"][chosen], record["found_scores"][chosen]
+        order = np.argsort(-of, kind="stable")
+        iou, inside = box_iou(found[order], boxes), _share_inside(found[order], groups)
+        taken = np.zeros(len(boxes), bool)
+        for d in range(len(order)):
+            best = int(np.argmax(iou[d])) if len(boxes) else -1
+            hit = best >= 0 and iou[d, best] >= iou_threshold
+            skip = bool(hit and difficult[best]) or bool(not hit and (inside[d] >= iou_threshold).any())
+            right.append(bool(hit and not difficult[best] and not taken[best]))
+            ignored.append(skip)
+            if right[-1]:
+                taken[best] = True
+        scores += of[order].tolist()
+        images += [image] * len(order)
+    order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
+    return Outcomes(
+        np.asarray(scores, np.float64)[order],
+        np.asarray(right, bool)[order],
+        np.asarray(ignored, bool)[order],
+        np.asarray(images, np.int64)[order],
+        np.asarray(objects, np.int64),
+    )
+
+
+def voc_average_precision(recall: np.ndarray, precision: np.ndarray, *, eleven_points: bool = False) -> float:
+    """Returns the average precision of a curve (Everingham 2010, section 4.2).
+
+    Args:
+        recall: [D], rising.
+        precision: [D].
+        eleven_points: The mean of the largest precision at or beyond the recalls 0, 0.1 to 1, instead of the area under
+            the precision that is made to fall.
+    """
+    if eleven_points:
+        # The recall 0.3 of 3 in 10 objects must reach the point 0.3, which binary fractions can miss.
+        points = [precision[recall >= point / 10 - 1e-12].max(initial=0.0) for point in range(11)]
+        return float(np.mean(points))
+    falling = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * falling))
+
+
+def coco_outcomes(evaluation: Any) -> list[list[Outcomes]]:
+    """Returns the matches of a `COCOeval` for objects of any size: the outcomes of each class, for each threshold."""
+    images, areas = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
+    empty = {"dtScores": [], "gtIgnore": np.zeros(0)}
+    result = []
+    for t in range(len(evaluation.params.iouThrs)):
+        classes = []
+        for k in range(len(evaluation.params.catIds)):
+            start = k * areas * images
+            per_image = [each or empty for each in evaluation.evalImgs[start : start + images]]
+            scores = np.array([score for each in per_image for score in each["dtScores"]], np.float64)
+            order = np.argsort(-scores, kind="stable")
+
+            def joined(key: str, per_image: list[Any] = per_image, t: int = t) -> np.ndarray:
+                return np.concatenate([np.asarray(each[key][t] if key in each else [], bool) for each in per_image])
+
+            right, ignored = joined("dtMatches")[order], joined("dtIgnore")[order]
+            of = np.repeat(np.arange(images), [len(each["dtScores"]) for each in per_image])[order]
+            objects = np.array([int((np.asarray(each["gtIgnore"]) == 0).sum()) for each in per_image], np.int64)
+            classes.append(Outcomes(scores[order], right & ~ignored, ignored, of, objects))
+        result.append(classes)
+    return result
+
+
+def resampled(matched: Sequence[Sequence[Outcomes]], resamples: int, seed: int, *, coco: bool) -> np.ndarray:
+    """Returns the mean average precision of samples of images, drawn with replacement.
+
+    Args:
+        matched: The outcomes of each class, for each IoU threshold.
+        resamples: Number of samples.
+        seed: Seed of the samples.
+        coco: Whether to use COCO's 101 points of recall instead of the area under the curve.
+
+    Returns:
+        [resamples], NaN for samples without objects.
+    """
+    images = len(matched[0][0].objects)
+    rng = np.random.Generator(np.random.Philox(seed))
+    values = np.empty(resamples)
+    for sample in range(resamples):
+        # How often each image is in the sample.
+        values[sample] = weighted_map(matched, np.bincount(rng.integers(0, images, images), minlength=images), coco)
+    return values
+
+
+def weighted_map(matched: Sequence[Sequence[Outcomes]], weights: np.ndarray, coco: bool) -> float:
+    """Returns the mean average precision with image `i` counted `weights[i]` times; NaN without objects."""
+    found = np.array([[_weighted_ap(outcomes, weights, coco) for outcomes in classes] for classes in matched])
+    return float("nan") if np.isnan(found).all() else float(np.nanmean(found))
+
+
+def _weighted_ap(outcomes: Outcomes, weights: np.ndarray, coco: bool) -> float:
+    positives = float((outcomes.objects * weights).sum())
+    if not positives:
+        return float("nan")
+    each = weights[outcomes.images] * ~outcomes.ignored
+    counted = each > 0
+    found, seen = np.cumsum(each * outcomes.right)[counted], np.cumsum(each)[counted]
+    recall, precision = found / positives, found / np.maximum(seen, 1)
+    if not coco:
+        return voc_average_precision(recall, precision)
+    falling = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    return float(np.mean(falling[np.searchsorted(recall, _RECALLS, side="left")]))
+
+
+def false_positive_kinds(records: Sequence[Record], num_classes: int) -> dict[str, np.ndarray]:
+    """Returns the number of detections of each kind and class; see `DetectionRecords.false_positives`."""
+    counts = {kind: np.zeros(num_classes, np.int64) for kind in KINDS}
+    for label in range(num_classes):
+        found: list[tuple[float, str]] = []
+        objects = 0
+        for record in records:
+            ignored = np.asarray(record["crowd"], bool) | np.asarray(record["difficult"], bool)
+            mine = record["labels"] == label
+            objects += int((mine & ~ignored).sum())
+            found += _kinds(record, label, mine, ignored)
+        found.sort(key=lambda pair: -pair[0])
+        for _, kind in found[:objects]:
+            counts[kind][label] += 1
+    return counts
+
+
+def _kinds(record: Record, label: int, mine: np.ndarray, ignored: np.ndarray) -> list[tuple[float, str]]:
+    """Returns score and kind of the detections of a class in an image."""
+    chosen = record["found_labels"] == label
+    scores = record["found_scores"][chosen]
+    order = np.argsort(-scores, kind="stable")
+    iou = box_iou(record["found_boxes"][chosen][order], record["boxes"])
+    taken = np.zeros(len(mine), bool)
+    kinds = []
+    for d, score in enumerate(scores[order]):
+        own, other = np.where(mine, iou[d], 0.0), np.where(mine, 0.0, iou[d])
+        best = int(np.argmax(own)) if len(own) else -1
+        overlap = own[best] if best >= 0 else 0.0
+        if overlap >= 0.5:
+            if ignored[best]:
+                continue
+            kinds.append((float(score), "duplicate" if taken[best] else "correct"))
+            taken[best] = True
+        elif overlap >= 0.1:
+            kinds.append((float(score), "localization"))
+        elif other.max(initial=0.0) >= 0.1:
+            kinds.append((float(score), "confusion"))
+        else:
+            kinds.append((float(score), "background"))
+    return kinds
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the IoU of boxes [A, 4] and [B, 4] as [A, B] float64; 0 where the union is empty."""
+    shared = _shared(a, b)
+    areas = [np.prod(np.asarray(x, np.float64)[:, 2:] - np.asarray(x, np.float64)[:, :2], axis=-1) for x in (a, b)]
+    union = areas[0][:, None] + areas[1][None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def _share_inside(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the share of the area of boxes [A, 4] that lies in boxes [B, 4], [A, B]."""
+    shared = _shared(a, b)
+    area = np.prod(np.asarray(a, np.float64)[:, 2:] - np.asarray(a, np.float64)[:, :2], axis=-1)[:, None]
+    return np.divide(shared, area, out=np.zeros_like(shared), where=area > 0)
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = (np.asarray(x, np.float64).reshape(-1, 4) for x in (a, b))
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    return np.prod(np.maximum(high - low, 0.0), axis=-1)

@@ -1,0 +1,121 @@
+"""`flaxvision predict` for detectors: from a file to boxes in its pixels."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxvision as fv
+from flaxvision import cli, predict
+
+SMALL = {
+    "convs": (((4, 3),), ((4, 3),), ((8, 3),), ((8, 3),), ((8, 3),)),
+    "stages": ("stage3", "stage4"),
+    "last_pool": False,
+    "necks": (((8, 1),), ()),
+    "head_features": (8, 8),
+    "lateral_features": (8,),
+    "anchors": ((20, 20), (40, 30)),
+    "num_classes": 2,
+}
+CARD = {"sizes": [[32, 48], [48, 32]], "shorter": None, "longer": None, "resize": True, "larger": "resize", "fill": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bundle of a detector that finds something everywhere, and two photographs."""
+    path = tmp_path_factory.mktemp("predict")
+    model = fv.create_model("yolo_v3_tiny", **SMALL)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+    variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
+    fv.weights.save(
+        path / "boxes.safetensors",
+        variables,
+        name="yolo_v3_tiny",
+        class_names=("cat", "dog"),
+        metadata={"canvases": CARD | {"mean": [0.0] * 3, "std": [1.0] * 3, "padding": 0.25}},
+        **SMALL,
+    )
+    for name, size in (("wide", (60, 90)), ("tall", (100, 40))):
+        pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(path / f"{name}.png")
+    return path
+
+
+def run(*arguments):
+    return cli.main([str(each) for each in arguments])
+
+
+def test_a_table_and_a_picture(folder, capsys):
+    flags = ("--score", "0.05", "--out", folder / "out.png")
+    assert run("predict", "yolo_v3_tiny", folder / "boxes.safetensors", folder / "wide.png", *flags) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) > 1
+    assert all("wide.png" in line and "%" in line and (" cat " in line or " dog " in line) for line in lines)
+    with Image.open(folder / "out.png") as image:
+        assert min(image.size) > 100
+
+
+def test_json_of_several_images(folder, capsys):
+    images = (folder / "wide.png", folder / "tall.png")
+    flags = ("--json", "--score", "0.05", "--out", folder / "pictures")
+    assert run("predict", "yolo_v3_tiny", folder / "boxes.safetensors", *images, *flags) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [(each["height"], each["width"]) for each in content] == [(60, 90), (100, 40)]
+    for each in content:
+        scores = [one["score"] for one in each["objects"]]
+        assert scores == sorted(scores, reverse=True)
+        assert scores[-1] > 0.04
+        for one in each["objects"]:
+            x1, y1, x2, y2 = one["box"]
+            assert 0 <= x1 < x2 <= each["width"]
+            assert 0 <= y1 < y2 <= each["height"]
+            assert one["name"] == ("cat", "dog")[one["label"]]
+        assert max(one["box"][3] for one in each["objects"]) > 0.7 * each["height"]  # in the pixels of the file
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["tall.png", "wide.png"]
+
+
+def test_nothing_found(folder, capsys):
+    bundle = folder / "boxes.safetensors"
+    assert run("predict", "yolo_v3_tiny", bundle, folder / "wide.png", "--score", "0.9999") == 0
+    assert "wide.png  nothing found" in capsys.readouterr().out
+
+
+def test_the_transform_of_a_bundle_of_a_tag_and_of_a_size(folder):
+    image = np.full((60, 90, 3), 255, np.uint8)
+    pixels, size = predict.detector_transform("yolo_v3_tiny", str(folder / "boxes.safetensors"))(image)
+    assert pixels.shape == (32, 48, 3)
+    assert size == (32, 48)
+    pixels, size = predict.detector_transform("yolo_v3_tiny", str(folder / "boxes.safetensors"), 64)(image)
+    assert pixels.shape == (64, 64, 3)
+    assert size == (43, 64)
+    assert pixels[42].min() == 1
+    assert pixels[43:].min() == pixels[43:].max() == 0.25
+    pixels, size = predict.detector_transform("yolo_v3_tiny", "darknet")(image)
+    assert pixels.shape == (416, 416, 3)
+    assert size == (277, 416)
+    pixels, size = predict.detector_transform("faster_rcnn_resnet50_fpn", "torchvision")(image)
+    assert size == (800, 1200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("wide.png", "tall.png", "--out", "x.png"), "--out must be a folder for 2 images; got the file x.png"),
+        (("none.png",), "none.png is not a readable image"),
+        ((), "IMAGE must be the path of at least one image; got none"),
+    ],
+)
+def test_errors(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    assert run("predict", "yolo_v3_tiny", "boxes.safetensors", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_flags_of_detectors_are_refused_for_classifiers(folder, capsys):
+    assert run("predict", "resnet18", "x.npz", folder / "wide.png", "--json") == 1
+    assert "--out and --json must be left out for a classifier; got resnet18" in capsys.readouterr().err
