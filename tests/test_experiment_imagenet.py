@@ -203,9 +203,10 @@ def test_a_run_continues_from_a_mended_folder_elsewhere(tmp_path, folder, tiny, 
         raise RuntimeError("the first evaluation fails")  # after the checkpoint
 
     config = config_of(tmp_path, "demo", folder)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the first evaluation fails"):
+    with monkeypatch.context() as patch:
         patch.setattr(imagenet, "evaluation", lambda *args: fail)
-        imagenet.main(config)
+        with pytest.raises(RuntimeError, match="the first evaluation fails"):
+            imagenet.main(config)
     moved = Path(folder).rename(tmp_path / "elsewhere")
     (moved / "train" / "dark" / "3.jpg").write_bytes(b"no picture")
     config = dataclasses.replace(config, dataset=str(moved), skip_broken=True)
