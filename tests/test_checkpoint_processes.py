@@ -324,11 +324,11 @@ check(restored.state, restored.step)
 
 TWO_RUNS = """
 def slow(checkpoints):
-    real = checkpoints._writer._check_space
-    def check_space(*args):
+    real = checkpoints._writer._plan
+    def plan(*args):
         time.sleep(1)
         return real(*args)
-    checkpoints._writer._check_space = check_space
+    checkpoints._writer._plan = plan
 
 runs = [Checkpoints(pathlib.Path(sys.argv[1]) / name / "checkpoints", timeout=60) for name in "ab"]
 with runs[0], runs[1]:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 TIMEOUT = 300.0  # seconds
 STALL_TIMEOUT = 1800.0  # seconds
 _NEVER = 1e8  # seconds; locks of Python do not take `inf`
-_POLL = 1.0  # seconds between two looks at a key, at most
+_POLL = 0.25  # seconds between two looks at a key, at most
 
 _calls: collections.Counter[str] = collections.Counter()
 _lock = threading.Lock()

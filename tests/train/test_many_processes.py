@@ -147,4 +147,5 @@ def test_processes_that_start_from_different_states_are_told(parallel):
         assert "in processes 0 and 1" in output
         assert "trained" not in output
     outputs = multiprocess.run(DIFFERENT, 2, arguments=["same", parallel])
-    assert all("trained" in output.splitlines() for output in outputs)
+    for output in outputs:
+        assert "trained" in output, output  # a line of Gloo may come between the word and the end of its line
