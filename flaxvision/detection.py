@@ -28,8 +28,7 @@ class Candidates(NamedTuple):
     valid: Array
 
 
-@struct.dataclass
-class Detections:
+class Detections(struct.PyTreeNode):
     """Detected objects, in order of falling score. What is not valid is 0.
 
     Attributes:
