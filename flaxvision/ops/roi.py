@@ -89,9 +89,7 @@ def multiscale_roi_align(
     for x in maps:
         _check_features("each of features", x)
     if not maps or len({(x.shape[-1], x.dtype) for x in maps}) > 1:
-        raise ValueError(
-            f"features must be at least one array, all with one C and dtype; got {[x.shape for x in maps]}"
-        )
+        raise ValueError(f"features must be one or more arrays with one C and dtype; got {[x.shape for x in maps]}")
     first = int(strides[0]).bit_length() - 1
     if list(strides) != [2 ** (first + i) for i in range(len(maps))]:
         raise ValueError(

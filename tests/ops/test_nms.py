@@ -9,7 +9,7 @@ from flaxvision import ops
 from parity import operators
 from tests.ops import loops
 
-SEEDS = range(60)
+SEEDS = range(24)
 
 
 def stacked(cases):
@@ -95,7 +95,7 @@ def test_soft_nms_is_a_loop(method):
         assert indices[i][kept[i]].tolist() == [index for index, _ in expected]
         np.testing.assert_allclose(scores[i][kept[i]], [score for _, score in expected], rtol=2e-6)
         lowered += sum(score < 0.999 * given[index] for index, score in expected)
-    assert lowered > 40
+    assert lowered > 15
 
 
 def test_top_k():
