@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import detect_report
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ import tyro
 
 import flaxvision as fv
 
-PICTURES = 8  # images that every evaluation draws
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +96,8 @@ RECIPES = {
     ),
     # For the drawn shapes and other small sets, from scratch.
     "small": Recipe(
-        epochs=20.0, batch_size=16, optimizer="adamw", learning_rate=2e-3, schedule="one_cycle", weight_decay=1e-4,
-        clip_norm=10.0, canvases=("128",), resize=False, padding=0.5, anchors=6, ema_decay=0.998,
+        epochs=24.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
+        weight_decay=1e-4, clip_norm=10.0, canvases=("96",), resize=False, padding=0.5, anchors=6, ema_decay=0.998,
     ),
 }  # fmt: skip
 # The first pattern that matches the name of a model gives its recipe.
@@ -247,20 +247,20 @@ class Run:
         self.train_source = fv.data.on_canvases(train, sizes, multiscale=config.multiscale, cache=cache)
         self.val, self.test = (fv.data.on_canvases(source, evaluated, cache=cache) for source in (val, test))
         self.name = "yolo_v3_tiny" if config.model == "small" else config.model
-        self.overrides = self._overrides(train)
+        self.overrides = self._overrides()
         self.info = fv.model_info(self.name)
         self.model, self.start = self._model()
         self.train_step, self.eval_step = self._steps()
         self.find = jax.jit(partial(self._find, **self._detect_options))
 
-    def _overrides(self, train) -> dict[str, Any]:
+    def _overrides(self) -> dict[str, Any]:
         config = self.config
         overrides: dict[str, Any] = dict(SMALL) if config.model == "small" else {}
         background = 1 if self.name.startswith("faster_rcnn") else 0
         fields = fv.model_fields(fv.create_model(self.name))
         overrides |= config.model_overrides(fields, len(self.classes) + background)
         if config.anchors:
-            overrides["anchors"] = anchors_of(train, self.train_source.canvases, config.anchors, config.seed)
+            overrides["anchors"] = detect_report.anchors_of(self.train_source, config.anchors, config.seed)
         return overrides
 
     def _model(self):
@@ -289,25 +289,20 @@ class Run:
 
     def _steps(self):
         config, a = self.config, fv.data.augment
-        ops = []
-        fill = np.asarray(self.info.mean) + config.padding * np.asarray(self.info.std)
-        if config.expand > 1:
-            ops.append(partial(a.random_expand, ratios=(1.0, config.expand), fill=tuple(fill)))
-        if config.iou_crop:
-            ops.append(partial(a.random_iou_crop, fill=tuple(fill)))
-        if config.zoom != (1.0, 1.0):
-            ops.append(partial(a.random_zoom, factors=config.zoom, fill=tuple(fill)))
-        if config.flip:
-            ops.append(a.random_flip)
-        if config.hue:
-            ops.append(partial(a.random_hue, max_delta=config.hue))
-        if config.saturation:
-            ops.append(partial(a.random_saturation, strength=config.saturation))
-        if config.brightness:
-            ops.append(partial(a.random_brightness, max_delta=config.brightness))
+        fill = tuple(np.asarray(self.info.mean) + config.padding * np.asarray(self.info.std))
+        chosen = (
+            (config.expand > 1, partial(a.random_expand, ratios=(1.0, config.expand), fill=fill)),
+            (config.iou_crop, partial(a.random_iou_crop, fill=fill)),
+            (config.zoom != (1.0, 1.0), partial(a.random_zoom, factors=config.zoom, fill=fill)),
+            (config.flip, a.random_flip),
+            (config.hue, partial(a.random_hue, max_delta=config.hue)),
+            (config.saturation, partial(a.random_saturation, strength=config.saturation)),
+            (config.brightness, partial(a.random_brightness, max_delta=config.brightness)),
+        )
+        ops = [op for wanted, op in chosen if wanted]
         objects = self.train_source.max_objects
-        mix = partial(a.mosaic, probability=config.mosaic, max_objects=objects, fill=tuple(fill))
-        mix = mix if config.mosaic else None
+        mosaic = partial(a.mosaic, probability=config.mosaic, max_objects=objects, fill=fill)
+        mix = mosaic if config.mosaic else None
         common: dict[str, Any] = {"mean": self.info.mean, "std": self.info.std, "padding": config.padding}
         self.eval_transform = a.make_transform(**common)
         self.view = a.make_transform(*ops, mix=mix)
@@ -344,7 +339,7 @@ class Run:
         init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
         rate = config.learning_rate_schedule(batches.steps_per_epoch)
         options = config.fit_options(config.model) | {"best_metric": "coco_ap50", "best_mode": "max"}
-        self.draw_samples(batches, run_rng)
+        detect_report.draw_samples(batches, self.view, run_rng, self.workdir / "samples.png")
         result = fv.train.fit_in_workdir(
             self.workdir,
             self.create_state(rate, init_rng),
@@ -357,7 +352,7 @@ class Run:
             evaluate=self.evaluation(self.val),
             eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
             learning_rate=rate,
-            callbacks=[Pictures(self)],
+            callbacks=[detect_report.Pictures(partial(self.draw, source=self.val), self.workdir / "detections")],
             **options,
         )
         if result.exit_status is not None:
@@ -388,56 +383,15 @@ class Run:
         evaluation = self.evaluation(self.test)
         metrics = fv.train.accumulate(state, self.eval_step, evaluation.batches, evaluation.input_timeout)
         figures = fv.metrics.compute(metrics)
-        self.draw(self.variables_of(state), self.test, self.workdir / "detections.png")
-        if jax.process_index() != 0:
-            return figures
-        found = metrics["coco"]
-        low, high = found.bootstrap("ap50", resamples=300)
-        print(f"{self.test.name}: {len(found)} images")
-        print(f"{'class':16} {'objects':>8} {'AP':>7} {'AP50':>7} {'VOC AP':>7}")
-        for row in found.per_class(self.classes):
-            print(f"{row['name'][:16]:16} {row['objects']:8} {row['ap']:7.3f} {row['ap50']:7.3f} {row['voc']:7.3f}")
-        print(
-            f"AP {figures['coco_ap']:.3f}, AP50 {figures['coco_ap50']:.3f} (95 % of bootstrap samples: {low:.3f} to "
-            f"{high:.3f}), VOC mAP {found.voc(eleven_points=False):.3f}"
-        )
-        curves = found.curves()
-        if any(curve is not None for curve in curves):
-            fv.plot.precision_recall(curves, self.classes, path=self.workdir / "precision_recall.png")
-            fv.plot.false_positives(found.false_positives(), self.classes, path=self.workdir / "false_positives.png")
-        (self.workdir / "results.json").write_text(json.dumps(figures | {"ap50_low": low, "ap50_high": high}) + "\n")
+        self.draw(state, self.test, self.workdir / "detections.png")
+        if jax.process_index() == 0:
+            figures |= detect_report.report(metrics["coco"], self.test.name, self.classes, figures, self.workdir)
         return figures
 
-    def draw(self, variables, source, path: Path) -> None:
-        """Draws detections beside the truth for the first images of one canvas."""
-        canvas = int(source.canvas[0])
-        rows = np.flatnonzero(source.canvas == canvas)[:PICTURES]
-        examples = [source[int(i)] for i in rows]
-        batch = {key: np.stack([example[key] for example in examples]) for key in ("image", "size")}
-        found = jax.device_get(self.find(fv.train.collect(variables), batch))
-        if jax.process_index() != 0:
-            return
-        images, drawn, truth = [], [], []
-        for i, example in enumerate(examples):
-            height, width = example["size"]
-            images.append(example["image"][:height, :width])
-            keep = found.valid[i] & (found.scores[i] >= 0.3)
-            names = {"boxes": found.boxes, "labels": found.labels, "scores": found.scores}
-            drawn.append({key: value[i][keep] for key, value in names.items()})
-            truth.append({key: example[key][example["valid"]] for key in ("boxes", "labels", "crowd", "difficult")})
-        fv.plot.detections(images, drawn, truth, self.classes, path=path)
-
-    def draw_samples(self, batches, rng) -> None:
-        """Draws augmented training images with their boxes."""
-        if jax.process_index() != 0:
-            return
-        with batches.from_step(0) as iterator:
-            first = {key: value[:PICTURES] for key, value in next(iterator).items()}
-        made = jax.device_get(jax.jit(self.view)(rng, first))
-        images = [image[:h, :w] for image, (h, w) in zip(made["image"], made["size"], strict=True)]
-        keys = ("boxes", "labels", "crowd", "difficult")
-        truth = [{key: made[key][i][made["valid"][i]] for key in keys} for i in range(len(images))]
-        fv.plot.detections(images, truth, None, self.classes, columns=4, path=self.workdir / "samples.png")
+    def draw(self, state, source, path: Path) -> None:
+        """Draws detections beside the truth for a few images."""
+        variables = fv.train.collect(self.variables_of(state))
+        detect_report.draw(partial(self.find, variables), source, self.classes, path)
 
     def save(self, variables, figures: dict[str, float]) -> None:
         """Writes the weights that were evaluated, with their canvases and class names."""
@@ -454,34 +408,6 @@ class Run:
             metadata={**figures, "canvases": stated},
             **{k: v for k, v in self.overrides.items() if k not in ("dtype", "ghost_size")},
         )
-
-
-class Pictures:
-    """Draws detections beside the truth at every evaluation."""
-
-    def __init__(self, run: Run):
-        self.run = run
-
-    def on_evaluation(self, step: int, state, values) -> None:
-        """Draws `detections/STEP.png`."""
-        folder = self.run.workdir / "detections"
-        folder.mkdir(exist_ok=True)
-        self.run.draw(self.run.variables_of(state), self.run.val, folder / f"{step:07}.png")
-
-
-def anchors_of(source, sizes: fv.data.Canvases, count: int, seed: int) -> tuple[tuple[int, int], ...]:
-    """Computes anchors from the boxes of up to 1,000 images on their canvases (Redmon 2017, section 2)."""
-    placed = fv.data.on_canvases(source, sizes)
-    sides = []
-    for index in np.unique(np.linspace(0, len(placed) - 1, 1000).astype(int)):
-        example = source.objects(int(index)) if hasattr(source, "objects") else source[int(index)]
-        size = np.array(sizes.placement(tuple(map(int, source.sizes[index])), int(placed.canvas[index])))
-        scale = (size / source.sizes[index])[::-1]
-        boxes = np.asarray(example["boxes"], np.float64)
-        sides.append((boxes[:, 2:] - boxes[:, :2]) * scale[None])
-    found = fv.ops.kmeans_anchors(np.concatenate(sides), count, seed)
-    found = found[np.argsort(found.prod(-1), kind="stable")]
-    return tuple((round(w), round(h)) for w, h in found.tolist())
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def test_multiscale_roi_align():
     side[:64] = 2.0 ** rng.integers(4, 10, (64, 1)) * 7 / 8  # at the limits of the levels
     rois = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
     pool = MultiScaleRoIAlign(list("0123"), 7, 2)
-    maps = {str(i): torch.tensor(f).permute(2, 0, 1)[None].contiguous().requires_grad_() for i, f in enumerate(features)}
+    maps = {
+        str(i): torch.tensor(f).permute(2, 0, 1)[None].contiguous().requires_grad_() for i, f in enumerate(features)
+    }
     theirs = pool(maps, [torch.tensor(rois)], [size])
     cotangent = operators.cotangent((1000, 7, 7, 5))
     gradients = torch.autograd.grad(theirs, list(maps.values()), torch.tensor(cotangent).permute(0, 3, 1, 2))
@@ -152,7 +154,10 @@ def test_anchors():
 
     for seed in range(CASES):
         rng = np.random.default_rng([seed, 7])
-        sizes, ratios = rng.uniform(4, 600, rng.integers(1, 4)).tolist(), rng.uniform(0.2, 5, rng.integers(1, 4)).tolist()
+        sizes, ratios = (
+            rng.uniform(4, 600, rng.integers(1, 4)).tolist(),
+            rng.uniform(0.2, 5, rng.integers(1, 4)).tolist(),
+        )
         if seed % 2:
             sizes, ratios = np.round(sizes).tolist(), [0.5, 1.0, 2.0]
         height, width, stride = (int(rng.integers(1, 9)) for _ in range(3))
