@@ -28,95 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from detect_recipes import FAMILIES, RECIPES, SMALL, SPLITS, Recipe
 
 import flaxvision as fv
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe(fv.train.Recipe):
-    """A recipe with its canvases and augmentations. Threads read and resize the images, the device does the rest."""
-
-    canvases: tuple[str, ...] = ("416",)
-    """Sizes to which images are resized and padded: a side, or HEIGHTxWIDTH. The steps compile once for each."""
-    eval_canvases: tuple[str, ...] = ()
-    """Sizes in evaluation. Default: those of training, or the largest with --multiscale."""
-    shorter: int | None = None
-    """Length of the shorter side of an image. Default: images fill their canvas."""
-    longer: int | None = None
-    """Largest length of the longer side, with --shorter."""
-    resize: bool = True
-    """Resize images. If not, only those that no canvas holds are resized."""
-    multiscale: int | None = None
-    """Steps between two canvases, drawn at random for all images. Default: each image has its own canvas."""
-    flip: bool = True
-    """Augmentation: mirror left and right."""
-    zoom: tuple[float, float] = (1.0, 1.0)
-    """Augmentation: lowest and highest factor of the size."""
-    iou_crop: bool = False
-    """Augmentation: crop around an object."""
-    expand: float = 1.0
-    """Augmentation: largest ratio by which the surroundings grow, for half of the images."""
-    mosaic: float = 0.0
-    """Augmentation: probability that an image is made of four."""
-    hue: float = 0.0
-    """Augmentation: largest shift of the hue, as a share of the circle."""
-    saturation: float = 0.0
-    """Augmentation: largest relative change of the saturation."""
-    brightness: float = 0.0
-    """Augmentation: largest change of the brightness."""
-    padding: float = 0.0
-    """Value of the padding after normalization."""
-    anchors: int = 0
-    """Number of anchors to compute from the boxes by k-means, for YOLO. Default: those of the model."""
-    score_threshold: float = 0.01
-    """Least score of a detection in evaluation."""
-    iou_threshold: float = 0.5
-    """IoU above which a detection suppresses others of its class."""
-
-
-RECIPES = {
-    # darknet's yolov3.cfg: 500,200 steps of 64 images are 273 epochs of COCO.
-    "yolo_v3": Recipe(
-        epochs=273.0, batch_size=64, learning_rate=1e-3, boundaries=(0.8, 0.9), warmup_epochs=0.55, weight_decay=5e-4,
-        canvases=tuple(str(side) for side in range(320, 609, 32)), eval_canvases=("416",), multiscale=10,
-        zoom=(0.7, 1.4), hue=0.1, saturation=0.5, brightness=0.2, padding=0.5,
-    ),
-    # Redmon 2017, section 2: 160 epochs; the learning rate falls at 60 and 90.
-    "yolo_v2": Recipe(
-        epochs=160.0, batch_size=64, learning_rate=1e-3, boundaries=(60 / 160, 90 / 160), warmup_epochs=1.0,
-        weight_decay=5e-4, canvases=tuple(str(side) for side in range(320, 609, 32)), eval_canvases=("416",),
-        multiscale=10, zoom=(0.7, 1.4), hue=0.1, saturation=0.5, brightness=0.2, padding=0.5,
-    ),
-    # torchvision's recipe for Faster R-CNN on COCO: 26 epochs of 16 images, with 1,000 steps of warm-up.
-    "faster_rcnn": Recipe(
-        epochs=26.0, batch_size=16, learning_rate=0.02, boundaries=(16 / 26, 22 / 26), warmup_epochs=0.14,
-        weight_decay=1e-4, canvases=("800x1344", "1344x800"), shorter=800, longer=1333, score_threshold=0.05,
-    ),
-    # For the drawn shapes and other small sets, from scratch.
-    "small": Recipe(
-        epochs=24.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
-        weight_decay=1e-4, clip_norm=10.0, canvases=("96",), resize=False, padding=0.5, anchors=6, ema_decay=0.998,
-    ),
-}  # fmt: skip
-# The first pattern that matches the name of a model gives its recipe.
-FAMILIES = {"faster_rcnn*": "faster_rcnn", "yolo_v2*": "yolo_v2", "*": "yolo_v3"}
-# The default model: YOLOv3 with heads of stride 8 and 16, narrow and shallow.
-SMALL = {
-    "convs": (((8, 3),), ((16, 3),), ((32, 3),), ((64, 3), (32, 1), (64, 3)), ((96, 3), (48, 1), (96, 3))),
-    "stages": ("stage3", "stage4"),
-    "last_pool": False,
-    "necks": (((64, 1),), ()),
-    "head_features": (128, 96),
-    "lateral_features": (48,),
-}
-SPLITS = {
-    "shapes": ("train", "val", "test"),
-    "voc_xml": ("train", "val", "test"),
-    "yolo": ("train", "val", None),
-    "coco": ("train2017", "val2017", None),
-}
+from flaxvision.weights.load import load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +64,11 @@ class Config(Recipe, fv.train.RunSettings):
     weights: str | None = None
     """Weights to start from: a published tag or a file; layers that depend on the number of classes start anew."""
     source: str | None = None
-    """Library that wrote the file of --weights. Default: flaxvision."""
+    """Library that wrote the file of --weights or --backbone-weights. Default: flaxvision."""
+    backbone_model: str | None = None
+    """A registered classifier with the detector's backbone, such as resnet50; with --backbone-weights."""
+    backbone_weights: str | None = None
+    """Weights of --backbone-model to start the backbone from: a published tag or a file."""
     eval_only: bool = False
     """Only evaluate --weights."""
     eval_batch_size: int = 32
@@ -193,6 +112,11 @@ def check(config: Config) -> None:
     """Raises ValueError for settings that are out of range or do not go together."""
     if config.eval_only and not config.weights:
         raise ValueError("--weights FILE-OR-TAG must be given with --eval-only; got none")
+    if bool(config.backbone_model) != bool(config.backbone_weights):
+        raise ValueError(
+            "--backbone-model and --backbone-weights must be given together; got "
+            f"{config.backbone_model} and {config.backbone_weights}"
+        )
     if config.model != "small" and fv.model_info(config.model).task != "detection":
         known = ", ".join(fv.list_models(task="detection"))
         raise ValueError(f"--model must be small or a detector ({known}); got {config.model!r}")
@@ -256,7 +180,7 @@ class Run:
     def _overrides(self) -> dict[str, Any]:
         config = self.config
         overrides: dict[str, Any] = dict(SMALL) if config.model == "small" else {}
-        background = 1 if self.name.startswith("faster_rcnn") else 0
+        background = int(self.name.startswith("faster_rcnn"))
         fields = fv.model_fields(fv.create_model(self.name))
         overrides |= config.model_overrides(fields, len(self.classes) + background)
         if config.anchors:
@@ -267,15 +191,17 @@ class Run:
         config = self.config
         if config.weights is None:
             return fv.create_model(self.name, **self.overrides), None
-        overrides = {k: v for k, v in self.overrides.items() if k != "num_classes"}
-        return fv.weights.load_model(
-            self.name,
-            config.weights,
-            source=config.source,
-            num_classes=self.overrides["num_classes"],
-            rng=jax.random.key(config.seed),
-            **overrides,
-        )
+        options: dict[str, Any] = {"source": config.source, "rng": jax.random.key(config.seed)}
+        if not config.eval_only:  # else the network of the weights as it is
+            options |= self.overrides
+        loaded = load_weights(self.name, config.weights, **options)
+        self.overrides = {**loaded.fields, "dtype": self.overrides["dtype"]}
+        model = loaded.model()
+        if model.num_labels != len(self.classes):
+            raise ValueError(
+                f"--weights must be for the {len(self.classes)} classes of {self.test.name}; got {model.num_labels}"
+            )
+        return model, loaded.variables
 
     @property
     def _detect_options(self) -> dict[str, Any]:
@@ -321,8 +247,12 @@ class Run:
         height, width = self.train_source.canvases.sizes[0]
         sample = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
         tx = self.config.make_optimizer(learning_rate)
-        decay = self.config.ema_decay
-        return fv.train.create_state(self.model, tx, rng, sample, variables=self.start, ema_decay=decay)
+        start = self.start
+        if start is None and self.config.backbone_weights:
+            names = {"model": self.config.backbone_model, "weights": self.config.backbone_weights}
+            start = jax.jit(lambda: self.model.init(rng, jnp.zeros(sample.shape)))()
+            start = detect_report.with_backbone(start, **names, source=self.config.source)
+        return fv.train.create_state(self.model, tx, rng, sample, variables=start, ema_decay=self.config.ema_decay)
 
     def evaluation(self, source) -> fv.train.Evaluation:
         """Returns the evaluation on a source."""
@@ -338,7 +268,7 @@ class Run:
         )
         init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
         rate = config.learning_rate_schedule(batches.steps_per_epoch)
-        options = config.fit_options(config.model) | {"best_metric": "coco_ap50", "best_mode": "max"}
+        options: dict[str, Any] = config.fit_options(config.model) | {"best_metric": "coco_ap50", "best_mode": "max"}
         detect_report.draw_samples(batches, self.view, run_rng, self.workdir / "samples.png")
         result = fv.train.fit_in_workdir(
             self.workdir,
@@ -395,17 +325,13 @@ class Run:
 
     def save(self, variables, figures: dict[str, float]) -> None:
         """Writes the weights that were evaluated, with their canvases and class names."""
-        stated = dataclasses.asdict(self.canvases) | {
-            "mean": self.info.mean,
-            "std": self.info.std,
-            "padding": self.config.padding,
-        }
+        pixels = {"mean": self.info.mean, "std": self.info.std, "padding": self.config.padding}
         fv.weights.save(
             self.workdir / "weights.safetensors",
             variables,
             name=self.name,
             class_names=self.classes,
-            metadata={**figures, "canvases": stated},
+            metadata={**figures, "canvases": dataclasses.asdict(self.canvases) | pixels},
             **{k: v for k, v in self.overrides.items() if k not in ("dtype", "ghost_size")},
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import flaxvision as fv
 from flaxvision.data.canvas import image_sizes
@@ -111,6 +112,36 @@ def report(
     return more
 
 
+def with_backbone(variables: Any, model: str, weights: str, source: str | None) -> Any:
+    """Replaces the backbone of a detector by that of a classifier.
+
+    Args:
+        variables: Variables of the detector.
+        model: Registry name of the classifier.
+        weights: A published tag or a file.
+        source: Library that wrote the file.
+
+    Returns:
+        The variables.
+
+    Raises:
+        ValueError: The classifier lacks a variable of the backbone, or has another shape of it.
+    """
+    _, donor = fv.weights.load_model(model, weights, source=source)
+    result = {}
+    for name, collection in variables.items():
+        flat = flatten_dict(collection, sep="/")
+        theirs = flatten_dict(donor.get(name, {}), sep="/")
+        for path, leaf in flat.items():
+            if path.startswith("backbone/"):
+                if path not in theirs or theirs[path].shape != leaf.shape:
+                    got = "none" if path not in theirs else list(theirs[path].shape)
+                    raise ValueError(f"--backbone-model must have {path} {list(leaf.shape)}; got {got} in {model}")
+                flat[path] = theirs[path]
+        result[name] = unflatten_dict(flat, sep="/")
+    return result
+
+
 def anchors_of(placed: fv.data.CanvasSource, count: int, seed: int) -> tuple[tuple[int, int], ...]:
     """Computes anchors from the boxes of up to 1,000 images on their canvases (Redmon 2017, section 2).
 
@@ -126,7 +157,7 @@ def anchors_of(placed: fv.data.CanvasSource, count: int, seed: int) -> tuple[tup
     sizes, sides = image_sizes(source), []
     for index in np.unique(np.linspace(0, len(placed) - 1, 1000).astype(int)):
         example = source.objects(int(index)) if hasattr(source, "objects") else source[int(index)]
-        size = placed.canvases.placement(tuple(map(int, sizes[index])), int(placed.canvas[index]))
+        size = placed.canvases.placement((int(sizes[index][0]), int(sizes[index][1])), int(placed.canvas[index]))
         boxes = np.asarray(example["boxes"], np.float64)
         sides.append((boxes[:, 2:] - boxes[:, :2]) * (np.array(size) / sizes[index])[None, ::-1])
     found = fv.ops.kmeans_anchors(np.concatenate(sides), count, seed)

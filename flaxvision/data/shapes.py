@@ -72,7 +72,7 @@ class ShapesSource:
         ValueError: `split` is none of the three, or `length` is below 1.
     """
 
-    classes = CLASSES
+    classes: tuple[str, ...] = CLASSES
 
     def __init__(self, split: str, *, masks: bool = False, length: int | None = None):
         check_split("shapes", split, tuple(_SPLITS))
@@ -110,7 +110,7 @@ class ShapesSource:
             left = [np.count_nonzero((owner == k + 1) & ~mask) for k in range(len(labels))]
             if mask.any() and all(n >= _VISIBLE * full for n, full in zip(left, whole, strict=True)):
                 labels.append(label)
-                whole.append(np.count_nonzero(mask))
+                whole.append(int(np.count_nonzero(mask)))
                 owner[mask] = len(labels)
                 mean = texture[mask].mean(0)
                 if np.abs(mean - image[mask].mean(0)).max() < _CONTRAST:

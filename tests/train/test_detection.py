@@ -207,10 +207,13 @@ def test_a_step_compiles_once_for_each_canvas(model):
     assert set(source.canvas) == {0, 1, 2}
     transform = fv.data.augment.make_transform(fv.data.augment.random_flip)
     measure = average_precision(model, 2, score_threshold=0.01, max_detections=5)
-    options = {"objective": fv.train.detection(measure=measure), "transform": transform}
+    options = {"objective": fv.train.detection(measure=measure)}
     chex.clear_trace_counter()
-    train = fv.train.jit_step(partial(chex.assert_max_traces(fv.train.train_step, n=3), **options))
-    evaluate = fv.train.jit_step(partial(chex.assert_max_traces(fv.train.eval_step, n=3), **options))
+    traced = chex.assert_max_traces(fv.train.train_step, n=3)
+    train = fv.train.jit_step(partial(traced, transform=transform, **options))
+    traced = chex.assert_max_traces(fv.train.eval_step, n=3)
+    standardized = fv.data.augment.make_transform()
+    evaluate = fv.train.jit_step(partial(traced, transform=standardized, **options))
     state, found = state_of(model), set()
     with fv.data.train_batches(source, 8, seed=0).from_step(0) as batches:
         for _ in range(20):
