@@ -78,7 +78,7 @@ RECIPES = {
 FAMILIES = {"faster_rcnn*": "faster_rcnn", "yolo_v2*": "yolo_v2", "*": "yolo_v3"}
 # The default model: YOLOv3 with heads of stride 8 and 16, narrow and shallow.
 SMALL = {
-    "convs": (((8, 3),), ((16, 3),), ((32, 3),), ((64, 3), (32, 1), (64, 3)), ((96, 3), (48, 1), (96, 3))),
+    "convs": (((12, 3),), ((24, 3),), ((32, 3), (32, 3)), ((64, 3), (64, 3)), ((96, 3), (96, 3))),
     "stages": ("stage3", "stage4"),
     "last_pool": False,
     "necks": (((64, 1),), ()),
@@ -86,6 +86,7 @@ SMALL = {
     "lateral_features": (48,),
     "ignore_threshold": 0.7,
     "iou_threshold": 0.6,
+    "class_weight": 2.0,
 }
 _USUAL = ("train", "val", "test")
 SPLITS = {"shapes": _USUAL, "voc_xml": _USUAL, "yolo": ("train", "val", None), "coco": ("train2017", "val2017", None)}

@@ -130,8 +130,8 @@ def with_backbone(variables: Any, model: str, weights: str, source: str | None) 
     _, donor = fv.weights.load_model(model, weights, source=source)
     result = {}
     for name, collection in variables.items():
-        flat = flatten_dict(collection, sep="/")
-        theirs = flatten_dict(donor.get(name, {}), sep="/")
+        flat: dict[str, Any] = dict(flatten_dict(collection, sep="/"))
+        theirs: dict[str, Any] = dict(flatten_dict(donor.get(name, {}), sep="/"))
         for path, leaf in flat.items():
             if path.startswith("backbone/"):
                 if path not in theirs or theirs[path].shape != leaf.shape:

@@ -117,7 +117,7 @@ class ShapesSource:
                     texture = texture + np.where(mean < 0.5, 0.4, -0.4)
                 image = np.where(mask[..., None], texture, image)
         noise = draw.uniform(-1, 1, (height, width, 3)) + draw.uniform(-1, 1, (height, width, 3))
-        image = image + draw.number(0.01, 0.06) * noise
+        image = image + draw.number(0.01, 0.05) * noise
         masks = owner[None] == np.arange(1, len(labels) + 1)[:, None, None]
         flags = np.zeros(len(labels), bool)
         return {
@@ -155,7 +155,7 @@ def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(height)[:, None] + 0.5, np.arange(width)[None] + 0.5
 
 
-def _texture(draw: _Draw, height: int, width: int, contrast: float = 0.25) -> np.ndarray:
+def _texture(draw: _Draw, height: int, width: int, contrast: float = 0.12) -> np.ndarray:
     """Returns a plain colour, or a colour with stripes or checks, [H, W, 3]."""
     colour, other = draw.uniform(0, 1, (3,)), draw.uniform(-contrast, contrast, (3,))
     kind, (cos, sin), period = draw.integer(0, 3), draw.direction(), draw.number(3, 11)
@@ -185,7 +185,7 @@ def _background(draw: _Draw, height: int, width: int) -> np.ndarray:
 
 def _shape(draw: _Draw, height: int, width: int) -> tuple[int, np.ndarray]:
     """Draws the class, and the pixels of a shape that lies in the image, [H, W]."""
-    label, radius = draw.integer(0, len(CLASSES)), draw.number(0.13, 0.28) * min(height, width)
+    label, radius = draw.integer(0, len(CLASSES)), draw.number(0.15, 0.28) * min(height, width)
     place, (cos, sin) = draw.uniform(0, 1, (2,)), draw.direction()
     y, x = _grid(height, width)
     y = y - (radius + place[0] * (height - 2 * radius))
