@@ -17,6 +17,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Distributions that are imported under other names than their own (with "-" for "_").
 MODULES = {
     "huggingface-hub": "huggingface_hub",
+    "opencv-python-headless": "cv2",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
     "scikit-learn": "sklearn",

@@ -287,6 +287,31 @@ class CfgDetector(CfgModule, GridDetector):
             )
         return grids
 
+    def with_classes(self, num_classes: int) -> CfgDetector:
+        """Returns the network for another number of classes: the last convolution before each head is another one.
+
+        Args:
+            num_classes: Number of classes.
+
+        Returns:
+            A copy; its other layers have the same variables.
+
+        Raises:
+            ValueError: A head does not follow a convolution directly, or `num_classes` is not positive.
+        """
+        layers, heads = list(self.layers), self.heads
+        for name, grid in heads.items():
+            number = int(name.removeprefix("layer").partition("_")[0])
+            before = layers[number - 1]
+            if not isinstance(before, Convolution):
+                raise ValueError(f"layer before {name} must be a convolution; got {before.kind}")
+            anchors = before.features // (5 + grid.num_classes)
+            layers[number - 1] = dataclasses.replace(before, features=anchors * (5 + num_classes))
+            layers[number] = dataclasses.replace(
+                layers[number], grid=dataclasses.replace(grid, num_classes=num_classes)
+            )
+        return self.clone(layers=tuple(layers))
+
     @nn.compact
     def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
         """Maps images to the inputs of the heads.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from flaxvision.models import darknet_cfg as net
 from flaxvision.models.yolo_heads import BOX_LOSSES, RegionHead, YoloHead
 from flaxvision.weights.cfg_sections import Section, sections_of
-from flaxvision.weights.convert import Variables
+from flaxvision.weights.convert import Variables, flat, nested
 from flaxvision.weights.darknet import FORK, load_darknet, read_darknet
 
 Shape = tuple[int, ...]
+_log = logging.getLogger(__name__)
 
 
 def read_cfg(path: str | os.PathLike[str], **overrides: Any) -> net.CfgDetector | net.CfgNetwork:
@@ -42,13 +48,21 @@ def read_cfg(path: str | os.PathLike[str], **overrides: Any) -> net.CfgDetector 
 
 
 def load_cfg(
-    cfg: str | os.PathLike[str], weights: str | os.PathLike[str], **overrides: Any
+    cfg: str | os.PathLike[str],
+    weights: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    rng: jax.Array | None = None,
+    **overrides: Any,
 ) -> tuple[net.CfgDetector | net.CfgNetwork, Variables]:
     """Reads a network that was trained with darknet.
 
     Args:
         cfg: The `.cfg` file.
         weights: The `.weights` file.
+        num_classes: Number of classes of a detector. If it is not that of the file, the last convolution before each
+            head is initialized anew; None keeps it.
+        rng: Key for newly initialized layers; None for `jax.random.key(0)`.
         **overrides: As for `read_cfg`. `epsilon` is 1e-5 by default if the header of the weights is that of the fork of
             A. Bochkovskiy.
 
@@ -56,12 +70,28 @@ def load_cfg(
         The model and its variables.
 
     Raises:
-        ValueError, FileNotFoundError, TypeError: As `read_cfg` and `load_darknet`.
+        ValueError, FileNotFoundError, TypeError: As `read_cfg`, `load_darknet` and `CfgDetector.with_classes`.
     """
     if read_darknet(weights).version == FORK:
         overrides = {"epsilon": 1e-5, **overrides}
     model = read_cfg(cfg, **overrides)
-    return model, load_darknet(model, weights)
+    variables = load_darknet(model, weights)
+    if num_classes is None or getattr(model, "num_labels", num_classes) == num_classes:
+        return model, variables
+    wide = model.with_classes(num_classes)
+    image = jnp.zeros((1, *wide.input_size, wide.channels))
+    shapes = flat(jax.eval_shape(wide.init, jax.random.key(0), image))
+    leaves = flat(variables)
+    fresh = [path for path, leaf in shapes.items() if leaf.shape != leaves[path].shape]
+    _log.warning("%s: newly initialized for %d classes: %s", cfg, num_classes, ", ".join(fresh))
+
+    @jax.jit
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        made = flat(wide.init(key, image))
+        return {path: made[path] for path in fresh}  # the compiler removes the computation of the others
+
+    new = init(jax.random.key(0) if rng is None else rng)
+    return wide, nested({path: np.asarray(new.get(path, leaves[path])) for path in leaves})
 
 
 def parse_cfg(text: str, name: str = "cfg", **overrides: Any) -> net.CfgDetector | net.CfgNetwork:

@@ -11,7 +11,7 @@ import pytest
 
 import flaxvision as fv
 from flaxvision.models import CfgDetector, CfgNetwork
-from flaxvision.models.darknet_cfg import ACTIVATIONS
+from flaxvision.models.darknet_cfg import ACTIVATIONS, Head
 from flaxvision.weights import DarknetFile, parse_cfg, read_darknet, write_darknet
 from flaxvision.weights.darknet import split, values_of
 from tests.models.darknet_loops import ACTIVATE, run_loops, text_of
@@ -195,6 +195,29 @@ def test_the_header_of_the_fork_sets_epsilon(tmp_path):
         assert fv.weights.load_cfg(tmp_path / "x.cfg", tmp_path / "x.weights")[0].epsilon == epsilon
     model, _ = fv.weights.load_cfg(tmp_path / "x.cfg", tmp_path / "x.weights", epsilon=0.1, dtype=jnp.bfloat16)
     assert (model.epsilon, model.dtype) == (0.1, jnp.bfloat16)
+
+
+def test_another_number_of_classes(tmp_path, caplog):
+    """The last convolution before each head is new, and the others keep their values."""
+    sections = narrow_tiny("yolo_v3_tiny")[2]
+    (tmp_path / "x.cfg").write_text(text_of(sections, 64, 64))
+    old = parse_cfg(text_of(sections, 64, 64))
+    write_darknet(tmp_path / "x.weights", DarknetFile(drawn(values_of(old)), 0, (0, 2, 5)))
+    kept, variables = fv.weights.load_cfg(tmp_path / "x.cfg", tmp_path / "x.weights", num_classes=2)
+    assert (kept.num_labels, kept.epsilon, caplog.text) == (2, 1e-5, "")
+    model, anew = fv.weights.load_cfg(tmp_path / "x.cfg", tmp_path / "x.weights", num_classes=5)
+    assert "newly initialized for 5 classes: " in caplog.text
+    assert model.num_labels == 5
+    changed = []
+    for name, tree in anew["params"].items():
+        if not all(np.array_equal(tree[leaf], variables["params"][name][leaf]) for leaf in tree):
+            changed.append(name)
+    assert changed == [f"layer{i - 1}_conv" for i, layer in enumerate(model.layers) if isinstance(layer, Head)]
+    assert anew["params"][changed[0]]["kernel"].shape[-1] == 2 * (5 + 5)
+    outputs = jax.eval_shape(model.apply, anew, jnp.zeros((1, 64, 64, 3)))
+    assert {x.shape[-1] for x in outputs.values()} == {20}
+    with pytest.raises(ValueError, match="num_classes must be at least 1"):
+        model.with_classes(0)
 
 
 NET = "[net]\nheight=32\nwidth=32\nchannels=3\n"

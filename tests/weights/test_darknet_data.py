@@ -232,7 +232,7 @@ def test_our_networks_are_the_official_ones(name, cfg, fields, tmp_path):
 @pytest.mark.reference
 @pytest.mark.parametrize("name", [*(n for n in OFFICIAL if "yolov1" not in n and "9000" not in n), *TRAINED])
 def test_against_opencv(name, tmp_path):
-    """OpenCV reads the cfg and the weights. It decodes its heads, so the convolutions before them are compared."""
+    """OpenCV reads the cfg and the weights: the convolutions before the heads, and the decoded boxes of real ones."""
     import cv2
 
     size = 64
@@ -249,6 +249,7 @@ def test_against_opencv(name, tmp_path):
     fv.weights.save_darknet(tmp_path / "x.weights", model, variables)
     net = cv2.dnn.readNetFromDarknet(str(tmp_path / "x.cfg"), str(tmp_path / "x.weights"))
     x = np.random.default_rng(0).uniform(size=(1, size, size, 3)).astype(np.float32)
+    x = photo("dog")[None, 100 : 100 + size, 100 : 100 + size] if name in TRAINED else x
     net.setInput(x.transpose(0, 3, 1, 2))
     found = compiled(model)(variables, x)
     if not isinstance(found, dict):
@@ -259,3 +260,13 @@ def test_against_opencv(name, tmp_path):
         before = int(re.match(r"layer(\d+)_", head)[1]) - 1
         theirs = net.forward(f"conv_{before}").transpose(0, 2, 3, 1)
         assert relative(np.asarray(output), theirs) < 1e-4
+        if name in TRAINED:
+            # Its own decoding: x, y, width, height as a share of the image, objectness, scores of at least 0.2.
+            boxes, scores = model.heads[head].decode(output)
+            decoded = net.forward(f"yolo_{before + 1}").reshape(-1, 5 + model.num_labels)
+            expected = fv.ops.from_centers(decoded[:, :4]) * size
+            np.testing.assert_allclose(boxes.reshape(-1, 4), expected, rtol=1e-4, atol=1e-2)
+            scores = np.asarray(scores).reshape(len(decoded), -1)
+            sure = scores > 0.201
+            np.testing.assert_allclose(scores[sure], decoded[:, 5:][sure], rtol=0, atol=1e-4)
+            assert sure.any()

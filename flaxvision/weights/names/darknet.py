@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flaxvision.data.preprocessing import Preprocessing
 from flaxvision.weights.layout import Layout
 
 
@@ -10,9 +11,15 @@ def same(path: str) -> str:
     return path
 
 
+def resized(size: int) -> Preprocessing:
+    """Returns darknet's transform for classifiers: the shorter side becomes `size`, and pixels are in [0, 1]."""
+    return Preprocessing(crop=size, resize=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
 LAYOUTS = (
-    Layout("darknet", ("darknet19", "tiny_darknet"), same, first="backbone/stem_conv1/conv"),
-    Layout("darknet", ("darknet53",), same, first="backbone/stem_conv/conv"),
+    Layout("darknet", ("darknet19",), same, first="backbone/stem_conv1/conv", preprocessing=resized(256)),
+    Layout("darknet", ("tiny_darknet",), same, first="backbone/stem_conv1/conv", preprocessing=resized(224)),
+    Layout("darknet", ("darknet53",), same, first="backbone/stem_conv/conv", preprocessing=resized(256)),
     Layout("darknet", ("yolo_v2", "yolo_v2_tiny"), same, head=("head_out",), first="backbone/stem_conv1/conv"),
     Layout(
         "darknet",
