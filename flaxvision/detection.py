@@ -28,8 +28,7 @@ class Candidates(NamedTuple):
     valid: Array
 
 
-@struct.dataclass
-class Detections:
+class Detections(struct.PyTreeNode):
     """Detected objects, in order of falling score. What is not valid is 0.
 
     Attributes:
@@ -125,7 +124,7 @@ def select_detections(
     Raises:
         ValueError: The shapes do not fit, `max_detections` is below 1, or `soft_sigma` is not positive.
     """
-    boxes, scores, valid = (jnp.asarray(x) for x in candidates)
+    boxes, scores, valid = map(jnp.asarray, candidates)
     if scores.ndim != 3 or valid.shape != scores.shape[:2]:
         raise ValueError(f"scores must be [N, A, K] and valid [N, A]; got {scores.shape} and {valid.shape}")
     if boxes.shape not in ((*valid.shape, 4), (*scores.shape, 4)):
@@ -154,9 +153,12 @@ def select_detections(
     exists = found > -jnp.inf
     chosen = jax.vmap(lambda b, p, k: b[p] if b.ndim == 2 else b[k, p])(boxes, place, label)
     label = label if names is None else jnp.take_along_axis(names, place, axis=1)
-    return Detections(
-        jnp.where(exists[..., None], chosen, 0), jnp.where(exists, found, 0), jnp.where(exists, label, 0), exists
+    chosen, found, label = (
+        jnp.where(exists[..., None], chosen, 0),
+        jnp.where(exists, found, 0),
+        jnp.where(exists, label, 0),
     )
+    return Detections(boxes=chosen, scores=found, labels=label, valid=exists)
 
 
 def _lowered(row, iou, threshold, soft_sigma, score_threshold):

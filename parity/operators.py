@@ -94,7 +94,7 @@ def torch_nms(case: dict[str, np.ndarray], threshold: float, classwise: bool) ->
 
 
 def torch_roi(name: str, case: dict[str, np.ndarray], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the result `[R, h, w, C]` of torchvision's `roi_align` or `roi_pool`, and the gradient of the features."""
+    """Returns the result `[R, h, w, C]` of torchvision's `roi_align` or `roi_pool`, and the features' gradient."""
     import torch
     from torchvision import ops
 

@@ -59,6 +59,7 @@ def test_importing_starts_no_device():
         fv.losses,
         fv.metrics,
         fv.models,
+        fv.ops,
         fv.plot,
         fv.train,
         fv.checkpoint,

@@ -158,13 +158,13 @@ def clip_boxes(boxes: ArrayLike, size: ArrayLike | Sequence[float]) -> Array:
         ValueError: The last dimension of `boxes` is not 4, or `size` does not fit.
     """
     x1, y1, x2, y2 = _corners("boxes", boxes)
-    size = jnp.asarray(size, x1.dtype)
-    if not size.ndim or size.shape[-1] != 2 or size.shape[:-1] != x1.shape[: size.ndim - 1]:
+    limit: Array = jnp.asarray(size, x1.dtype)
+    if not limit.ndim or limit.shape[-1] != 2 or limit.shape[:-1] != x1.shape[: limit.ndim - 1]:
         raise ValueError(
-            f"size must be [2] or have one row for each leading index of boxes {jnp.shape(boxes)}; got {size.shape}"
+            f"size must be [2] or have one row for each leading index of boxes {jnp.shape(boxes)}; got {limit.shape}"
         )
-    size = size.reshape(size.shape[:-1] + (1,) * (x1.ndim + 1 - size.ndim) + (2,))
-    height, width = size[..., 0], size[..., 1]
+    limit = limit.reshape(limit.shape[:-1] + (1,) * (x1.ndim + 1 - limit.ndim) + (2,))
+    height, width = limit[..., 0], limit[..., 1]
     clip = lambda x, high: jnp.minimum(jnp.maximum(x, 0), high)
     return jnp.stack([clip(x1, width), clip(y1, height), clip(x2, width), clip(y2, height)], axis=-1)
 
@@ -287,8 +287,14 @@ def _area(width: Array, height: Array) -> Array:
 def rounded(product: Array) -> Array:
     """Returns a finite product as it is, rounded before what follows.
 
-    A compiler may contract a product and the sum that follows it to one operation, with one rounding. It does so through
-    a selection, but not through a maximum of two values. So an IoU is rounded as in NumPy, and ties are exact.
+    A compiler may contract a product and the sum that follows it to one operation, with one rounding. It does so
+    through a selection, but not through a maximum of two values. So an IoU is rounded as in NumPy, and ties are exact.
+
+    Args:
+        product: Any finite array.
+
+    Returns:
+        The same array.
     """
     return jnp.maximum(product, jnp.finfo(product.dtype).min)
 

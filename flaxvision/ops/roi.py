@@ -89,9 +89,7 @@ def multiscale_roi_align(
     for x in maps:
         _check_features("each of features", x)
     if not maps or len({(x.shape[-1], x.dtype) for x in maps}) > 1:
-        raise ValueError(
-            f"features must be at least one array, all with one C and dtype; got {[x.shape for x in maps]}"
-        )
+        raise ValueError(f"features must be one or more arrays with one C and dtype; got {[x.shape for x in maps]}")
     first = int(strides[0]).bit_length() - 1
     if list(strides) != [2 ** (first + i) for i in range(len(maps))]:
         raise ValueError(
@@ -139,9 +137,7 @@ def _align(maps, rois, level, output_size, scales, sampling_ratio, aligned) -> A
     """RoIAlign; `level [R]` is the index of the map and the scale of each roi."""
     rows, columns = _pair(output_size)
     if sampling_ratio < 1:
-        raise ValueError(
-            f"sampling_ratio must be at least 1 (the adaptive number is not supported); got {sampling_ratio}"
-        )
+        raise ValueError(f"sampling_ratio must be at least 1, since no adaptive number exists; got {sampling_ratio}")
     # One gather serves all levels: their pixels are the rows of one table.
     heights, widths = (jnp.asarray([x.shape[axis] for x in maps], jnp.int32)[level] for axis in (0, 1))
     starts = jnp.asarray(np.cumsum([0] + [x.shape[0] * x.shape[1] for x in maps[:-1]]), jnp.int32)[level]

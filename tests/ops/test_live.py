@@ -98,7 +98,7 @@ def test_multiscale_roi_align():
 
 @pytest.mark.parametrize("kind", operators.KINDS)
 def test_overlaps(kind):
-    """Pairs with a box that is inverted or a point have a definition of their own; see test_boxes.py."""
+    """For points and empty unions torchvision gives NaN; test_boxes.py has what flaxvision gives."""
     ours = {"iou": ops.box_iou, "giou": ops.box_giou, "diou": ops.box_diou, "ciou": ops.box_ciou}[kind]
     ours, loss = jax.jit(ours), jax.jit(lambda a, b: 1 - ops.paired_iou(a, b, kind))
     gradient = jax.jit(jax.grad(lambda a, b: jnp.sum(loss(a, b)), (0, 1)))
@@ -113,8 +113,11 @@ def test_overlaps(kind):
         known = ~np.isnan(value)
         compared += known.sum()
         np.testing.assert_allclose(np.asarray(loss(a, b))[known], value[known], atol=1e-6, rtol=1e-6)
+        # torchvision adds 1e-7 to the divisors, which shows in the gradients of tiny boxes.
+        outer = np.maximum(a, b)[:, 2:] - np.minimum(a, b)[:, :2]
         for mine, other in zip(gradient(a, b), gradients, strict=True):
-            known = np.isfinite(other).all(1)
+            assert np.isfinite(mine).all()
+            known = np.isfinite(other).all(1) & (outer.min(1) > 0.1)
             np.testing.assert_allclose(np.asarray(mine)[known], other[known], atol=1e-6, rtol=1e-5)
     assert compared > 0.8 * CASES * 16
 
@@ -154,13 +157,10 @@ def test_anchors():
 
     for seed in range(CASES):
         rng = np.random.default_rng([seed, 7])
-        sizes, ratios = (
-            rng.uniform(4, 600, rng.integers(1, 4)).tolist(),
-            rng.uniform(0.2, 5, rng.integers(1, 4)).tolist(),
-        )
+        sizes, ratios = rng.uniform(4, 600, 1 + seed % 3).tolist(), rng.uniform(0.2, 5, 3).tolist()
         if seed % 2:
             sizes, ratios = np.round(sizes).tolist(), [0.5, 1.0, 2.0]
-        height, width, stride = (int(rng.integers(1, 9)) for _ in range(3))
+        (height, width), stride = ((3, 5), (1, 1), (6, 2))[seed % 3], int(rng.integers(1, 65))
         generator = AnchorGenerator((tuple(sizes),), (tuple(ratios),))
         shape = (height * stride, width * stride)
         images = ImageList(torch.zeros(1, 3, *shape), [shape])

@@ -1,0 +1,193 @@
+"""Times the operators of detection beside torchvision's, and the selection of `fv.detect`.
+
+    pip install -e ".[reference]"
+    python -m benchmarks.detection                                                # a few minutes on 2 cores
+    python -m benchmarks.detection --output benchmarks/results/detection.jsonl    # appends one JSON line per case
+    python -m benchmarks.detection --quick --only nms
+
+The two libraries take turns, so other load on the machine affects both. The figures are medians with quartiles. A ratio
+is torchvision's time divided by ours: above 1, flaxvision is faster. The results of the two are compared first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import flaxvision as fv
+from benchmarks import machine, timing
+from benchmarks.timing import Contender
+from flaxvision import ops
+
+STRIDES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time the operators of detection."""
+
+    quick: bool = False
+    """Small arrays and three repetitions, to check that everything runs."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """File of JSON lines that the records are appended to, one per case."""
+    only: str = ""
+    """Only time the cases with this text in their name."""
+    seconds: float = 8.0
+    """Time to spend on the repetitions of a case; there are at least three, unless one takes longer than that."""
+    steps: int = 100
+    """Most repetitions of a case."""
+    threads: int = 2
+    """Threads of torch."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        name: Name of the case.
+        ours: Runs flaxvision; the arrays are on the device.
+        theirs: Runs torchvision, or None.
+        same: Whether the two results are the same.
+    """
+
+    name: str
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any] | None = None
+    same: Callable[[Any, Any], bool] = lambda ours, theirs: True
+
+
+def uniform_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Boxes of 10 to 300 pixels anywhere in 800x800."""
+    corner = rng.uniform(0, 800, (count, 2))
+    return np.concatenate([corner, corner + rng.uniform(10, 300, (count, 2))], axis=1).astype(np.float32)
+
+
+def clustered_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Boxes of about 100 pixels around 40 objects, as a detector proposes them."""
+    corner = rng.uniform(0, 800, (40, 2))[rng.integers(0, 40, count)] + rng.normal(0, 8, (count, 2))
+    return np.concatenate([corner, corner + 100 + rng.normal(0, 10, (count, 2))], axis=1).astype(np.float32)
+
+
+def nms_cases(count: int) -> Iterator[Case]:
+    """Non-maximum suppression of boxes that overlap little and much."""
+    import torch
+    from torchvision.ops import nms
+
+    rng = np.random.default_rng(0)
+    scores = rng.random(count, np.float32)
+    for name, draw in (("uniform", uniform_boxes), ("clustered", clustered_boxes)):
+        boxes = draw(rng, count)
+        arrays, tensors = (jnp.asarray(boxes), jnp.asarray(scores)), (torch.tensor(boxes), torch.tensor(scores))
+        for threshold in (0.5, 0.7):
+            run = jax.jit(partial(ops.nms, iou_threshold=threshold, max_outputs=count))
+            yield Case(
+                f"nms {count} {name} boxes, threshold {threshold}",
+                partial(run, *arrays),
+                partial(nms, *tensors, threshold),
+                lambda ours, theirs: ours[0][ours[1]].tolist() == theirs.tolist(),
+            )
+
+
+def roi_cases(count: int, size: tuple[int, int], channels: int) -> Iterator[Case]:
+    """RoIAlign over four levels, forward and with the gradient of the features; RoI max-pooling of one level."""
+    import torch
+    from torchvision.ops import MultiScaleRoIAlign, roi_pool
+
+    rng = np.random.default_rng(1)
+    maps = [rng.standard_normal((size[0] // s, size[1] // s, channels), np.float32) for s in STRIDES]
+    corner = rng.uniform(0, 0.85, (count, 2)) * size[::-1]
+    side = np.exp(rng.uniform(np.log(16), np.log(500), (count, 2)))
+    boxes = np.concatenate([corner, np.minimum(corner + side, size[::-1])], axis=1).astype(np.float32)
+    features, rois = [jnp.asarray(x) for x in maps], jnp.asarray(boxes)
+    tensors = {str(i): torch.tensor(x).permute(2, 0, 1)[None].contiguous() for i, x in enumerate(maps)}
+    pool, rows = MultiScaleRoIAlign(list(tensors), 7, 2), [torch.tensor(boxes)]
+
+    def close(ours, theirs):
+        return np.allclose(ours, theirs.detach().permute(0, 2, 3, 1), atol=1e-4)
+
+    def both(ours, theirs):
+        pairs = zip(ours, theirs, strict=True)
+        return all(np.allclose(a, b[0].permute(1, 2, 0), atol=1e-3 * float(b.abs().max())) for a, b in pairs)
+
+    def run(features, rois):
+        return ops.multiscale_roi_align(features, STRIDES, rois, 7)
+
+    name = f"{count} rois, {channels} channels, {size[0]}x{size[1]}"
+    forward, pooled = jax.jit(run), jax.jit(partial(ops.roi_max_pool, output_size=7, spatial_scale=1 / 16))
+    gradient = jax.jit(jax.grad(lambda features, rois: jnp.sum(jnp.square(run(features, rois)))))
+    leaves = {key: x.clone().requires_grad_() for key, x in tensors.items()}
+
+    def their_gradient():
+        return torch.autograd.grad(pool(leaves, rows, [size]).square().sum(), list(leaves.values()))
+
+    yield Case(f"roi_align {name}", partial(forward, features, rois), lambda: pool(tensors, rows, [size]), close)
+    yield Case(f"roi_align gradient {name}", partial(gradient, features, rois), their_gradient, both)
+    theirs = partial(roi_pool, tensors["2"], rows, 7, 1 / 16)
+    yield Case(f"roi_max_pool {name} stride 16", partial(pooled, features[2], rois), theirs, close)
+
+
+def select_cases(quick: bool) -> Iterator[Case]:
+    """The selection of Faster R-CNN (boxes for each class) and of YOLOv3 (shared boxes), many and few candidates."""
+    rng = np.random.default_rng(2)
+    for images, count, classes, per_class in (
+        (1, 1000, 90, True),
+        (2, 1000, 90, True),
+        (1, 10647, 80, False),
+        (2, 10647, 80, False),
+    ):
+        count = 50 if quick else count
+        shape = (images, count, classes) if per_class else (images, count)
+        boxes = jnp.asarray(uniform_boxes(rng, int(np.prod(shape))).reshape(*shape, 4))
+        scores = jnp.asarray(rng.random((images, count, classes), np.float32) ** 3)
+        candidates = fv.Candidates(boxes, scores, jnp.ones((images, count), bool))
+        name = f"select_detections of {images} x {count} candidates x {classes} classes"
+        yield Case(name, partial(jax.jit(fv.select_detections), candidates))
+
+
+def main(config: Config) -> None:
+    """Times every case and prints a line for each."""
+    import torch
+
+    machine.check_output(config.output)
+    torch.set_num_threads(config.threads)
+    quick = config.quick
+    size, channels = ((64, 96), 8) if quick else ((800, 1088), 256)
+    groups = (nms_cases(100 if quick else 2000), roi_cases(20 if quick else 1000, size, channels), select_cases(quick))
+    for case in (case for group in groups for case in group):
+        if config.only not in case.name:
+            continue
+        record = machine.describe(jax.devices()[0]) | {"torch_threads": config.threads}
+        contenders = {"flaxvision": Contender(case.ours)}
+        if case.theirs is not None:
+            contenders["torchvision"] = Contender(case.theirs, wait=lambda result: result)
+            if not case.same(case.ours(), case.theirs()):
+                sys.exit(f"{case.name}: the results differ")
+        for contender in contenders.values():
+            contender.warm_up(2)
+        timing.take_turns(list(contenders.values()), 3 if quick else config.steps, seconds=config.seconds)
+        found = timing.summary(contenders)
+        line = "  ".join(f"{name} {found[name]['ms']:.2f} ms" for name in contenders)
+        ratios = "".join(
+            f"  ratio {r['ratio']:.2f} ({r['q1']:.2f} to {r['q3']:.2f})" for r in found["speedup"].values()
+        )
+        print(f"{case.name}: {line}{ratios}", flush=True)
+        if config.output is not None:
+            import torchvision
+
+            libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+            record = {"benchmark": "detection", "case": case.name, "quick": quick, **found, **record, **libraries}
+            machine.append(config.output, machine.rounded(record))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
