@@ -70,7 +70,7 @@ RECIPES = {
     ),
     # For the drawn shapes and other small sets, from scratch.
     "small": Recipe(
-        epochs=24.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
+        epochs=16.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
         weight_decay=1e-4, clip_norm=10.0, canvases=("96",), resize=False, padding=0.5, anchors=2, ema_decay=0.998,
     ),
 }  # fmt: skip
