@@ -48,7 +48,7 @@ def detector_transform(name: str, stated: str, size: int | None = None) -> Trans
     known = known_preprocessing(name, stated) if stated in (*weights.tags(name), *weights.sources(name)) else None
     if isinstance(known, DetectionPreprocessing) and size is None:
         return known
-    side = info.input_size if size is None else (size, size)
+    side = (info.input_size[0], info.input_size[1]) if size is None else (size, size)
     return partial(_on_canvas, canvases=Canvases((side,)), **values)
 
 

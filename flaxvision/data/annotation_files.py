@@ -44,7 +44,7 @@ def load_voc(
     """
     folder = Path(folder)
     if not (folder / "Annotations").is_dir():
-        raise ValueError(f"{folder} is not a folder of PASCAL VOC: it must have a folder Annotations")
+        raise ValueError(f"{folder} is not a folder of PASCAL VOC: it has no folder Annotations")
     stems = _voc_stems(folder, split)
     if classes is None:
         every = sorted((folder / "Annotations").glob("*.xml"))
@@ -107,7 +107,7 @@ def _numbers(path: Path, element: ElementTree.Element | None, tags: Sequence[str
     try:
         return [float(value) for value in values]  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):
-        raise ValueError(f"{path} is damaged: it must have numbers {', '.join(tags)}; got {values}") from None
+        raise ValueError(f"{path} must have numbers for {', '.join(tags)}; got {values}") from None
 
 
 def _class_index(name: str, classes: Sequence[str], path: Path) -> int:
@@ -141,7 +141,7 @@ def load_coco(annotations: Path, images: Path, *, drop_empty: bool = False, name
         raise ValueError(f"{path} is not a readable JSON file: {error}") from error
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
     if missing:
-        raise ValueError(f"{path} is not a file of COCO instances: it must have images, annotations and categories")
+        raise ValueError(f"{path} must have images, annotations and categories; got {', '.join(content) or 'nothing'}")
     categories = sorted(content["categories"], key=lambda category: category["id"])
     labels = {category["id"]: label for label, category in enumerate(categories)}
     classes = [category["name"] for category in categories]
@@ -265,7 +265,7 @@ def _yolo_classes(folder: Path) -> list[str]:
     file = folder / "data.yaml"
     if file.is_file() and (names := _names_of_yaml(file.read_text())):
         return names
-    raise ValueError(f"{folder} has no class names: it must have one of {', '.join(_NAME_FILES)} or a data.yaml")
+    raise ValueError(f"{folder} must have class names in {', '.join(_NAME_FILES)} or data.yaml; got none")
 
 
 def _names_of_yaml(text: str) -> list[str]:

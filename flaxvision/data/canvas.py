@@ -276,7 +276,7 @@ def _object_count(source: Source, wanted: int | None) -> int | None:
             counts = [*bounded_map(lambda i: len(source[i]["boxes"]), range(len(source)))]
     if wanted is not None and wanted < 1:
         raise ValueError(f"max_objects must be at least 1; got {wanted}")
-    return int(wanted if wanted is not None else max(1, np.max(counts, initial=0)))
+    return int(max(1, np.max(np.asarray(counts), initial=0)) if wanted is None else wanted)
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -286,7 +286,7 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == size:
         return image
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    resized = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     return resized.reshape(*size, image.shape[2])
 
 

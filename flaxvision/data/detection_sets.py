@@ -85,7 +85,7 @@ def _load_coco_folder(folder: Path, split: str, drop_empty: bool) -> Source:
     files = [folder / pattern.format(split=split) for pattern in (*_COCO_JSON, _COCO_BESIDE)]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise ValueError(f"{folder} has no annotations of {split!r}: it must have {files[0].relative_to(folder)}")
+        raise ValueError(f"{folder} must have annotations of {split!r} in {files[0].relative_to(folder)}; got none")
     places = [folder / pattern.format(split=split) for pattern in _COCO_IMAGES]
     images = next(place for place in places if place.is_dir())
     return annotation_files.load_coco(file, images, drop_empty=drop_empty, name=f"{folder.resolve().name}/{split}")

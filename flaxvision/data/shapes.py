@@ -16,9 +16,10 @@ from flaxvision.data.arrays import check_split
 CLASSES = ("disc", "box", "triangle")
 MAX_OBJECTS = 6
 _SPLITS = {"train": 2000, "val": 200, "test": 500}
-_SIDES = (96, 129)  # shortest, and longest plus one
-_VISIBLE = 0.4  # least share of an object that must stay visible
+_SIDES = (72, 97)  # shortest, and longest plus one
+_VISIBLE = 0.55  # least share of an object that must stay visible
 _EMPTY = 0.05  # share of the images without objects
+_CONTRAST = 0.2  # least difference of an object's mean colour from what it covers, in one channel
 _VERSION = 1
 
 
@@ -53,7 +54,7 @@ class _Draw:
 class ShapesSource:
     """Discs, boxes and triangles that overlap on textured, noisy backgrounds.
 
-    An image is 96 to 128 pixels high and wide and has 0 to 6 objects: filled shapes of any rotation, colour and
+    An image is 72 to 96 pixels high and wide and has 0 to 6 objects: filled shapes of any rotation, colour and
     texture, with lines across the background as distractors. `source[i]` is a dict with `image` uint8 [H, W, 3],
     `boxes` float32 [M, 4] xyxy in pixels, `labels` int32 [M], `valid`, `crowd` and `difficult` bool [M] and, on
     request, `masks` bool [M, H, W]. Masks are exact: the pixels in which an object is visible. Boxes enclose them.
@@ -71,7 +72,7 @@ class ShapesSource:
         ValueError: `split` is none of the three, or `length` is below 1.
     """
 
-    classes = CLASSES
+    classes: tuple[str, ...] = CLASSES
 
     def __init__(self, split: str, *, masks: bool = False, length: int | None = None):
         check_split("shapes", split, tuple(_SPLITS))
@@ -109,11 +110,14 @@ class ShapesSource:
             left = [np.count_nonzero((owner == k + 1) & ~mask) for k in range(len(labels))]
             if mask.any() and all(n >= _VISIBLE * full for n, full in zip(left, whole, strict=True)):
                 labels.append(label)
-                whole.append(np.count_nonzero(mask))
+                whole.append(int(np.count_nonzero(mask)))
                 owner[mask] = len(labels)
+                mean = texture[mask].mean(0)
+                if np.abs(mean - image[mask].mean(0)).max() < _CONTRAST:
+                    texture = texture + np.where(mean < 0.5, 0.4, -0.4)
                 image = np.where(mask[..., None], texture, image)
         noise = draw.uniform(-1, 1, (height, width, 3)) + draw.uniform(-1, 1, (height, width, 3))
-        image = image + draw.number(0.01, 0.06) * noise
+        image = image + draw.number(0.01, 0.05) * noise
         masks = owner[None] == np.arange(1, len(labels) + 1)[:, None, None]
         flags = np.zeros(len(labels), bool)
         return {
@@ -151,10 +155,10 @@ def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(height)[:, None] + 0.5, np.arange(width)[None] + 0.5
 
 
-def _texture(draw: _Draw, height: int, width: int, contrast: float = 0.25) -> np.ndarray:
+def _texture(draw: _Draw, height: int, width: int, contrast: float = 0.12) -> np.ndarray:
     """Returns a plain colour, or a colour with stripes or checks, [H, W, 3]."""
     colour, other = draw.uniform(0, 1, (3,)), draw.uniform(-contrast, contrast, (3,))
-    kind, (cos, sin), period = draw.integer(0, 3), draw.direction(), draw.number(4, 14)
+    kind, (cos, sin), period = draw.integer(0, 3), draw.direction(), draw.number(3, 11)
     y, x = _grid(height, width)
     along, across = (cos * x + sin * y) / period, (cos * y - sin * x) / period
     if kind == 0:
@@ -181,7 +185,7 @@ def _background(draw: _Draw, height: int, width: int) -> np.ndarray:
 
 def _shape(draw: _Draw, height: int, width: int) -> tuple[int, np.ndarray]:
     """Draws the class, and the pixels of a shape that lies in the image, [H, W]."""
-    label, radius = draw.integer(0, len(CLASSES)), draw.number(0.09, 0.26) * min(height, width)
+    label, radius = draw.integer(0, len(CLASSES)), draw.number(0.15, 0.28) * min(height, width)
     place, (cos, sin) = draw.uniform(0, 1, (2,)), draw.direction()
     y, x = _grid(height, width)
     y = y - (radius + place[0] * (height - 2 * radius))

@@ -18,8 +18,6 @@ from flax import struct
 from flaxvision.metrics import average_precision as ap
 from flaxvision.metrics.accumulator import Accumulator
 
-Protocol = Literal["coco", "voc_11", "voc_area"]
-
 
 @struct.dataclass
 class DetectionAP(Accumulator):
@@ -29,12 +27,12 @@ class DetectionAP(Accumulator):
 
     Attributes:
         rows: Arrays with a row for each image, by name.
-        protocol: How the average precision is computed.
+        protocol: How the average precision is computed: "coco", "voc_11" or "voc_area".
         num_classes: Number of classes K.
     """
 
     rows: Any
-    protocol: Protocol = struct.field(pytree_node=False, default="coco")
+    protocol: str = struct.field(pytree_node=False, default="coco")
     num_classes: int = struct.field(pytree_node=False, default=1)
 
     @classmethod
@@ -140,7 +138,7 @@ class DetectionRecords:
         num_classes: Number of classes K.
     """
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], protocol: Protocol, num_classes: int):
+    def __init__(self, records: Sequence[Mapping[str, Any]], protocol: str, num_classes: int):
         self._records, self.protocol, self.num_classes = list(records), protocol, num_classes
 
     def __len__(self) -> int:

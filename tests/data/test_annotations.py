@@ -53,7 +53,7 @@ def test_voc(tmp_path):
         ([("cat", 12, 4, 4, 9)], r"box 1 \(cat\) in .*a.xml must have its first corner at the top left; got \[12.0"),
         ([("cat", "nan", 4, 4, 9)], r"box 1 \(cat\) in .*a.xml must be finite; got \[nan"),
         ([("cat", 4, 4, 4, 9)], r"box 1 \(cat\) in .*a.xml must have an area above 0 .*; got \[4.0, 4.0, 4.0, 9.0\]"),
-        ([("cat", "x", 4, 4, 9)], r"a.xml is damaged: it must have numbers xmin, ymin, xmax, ymax; got \['x'"),
+        ([("cat", "x", 4, 4, 9)], r"a.xml must have numbers for xmin, ymin, xmax, ymax; got \['x'"),
         ([("cow", 1, 1, 4, 9)], r"every class in .*a.xml must be a known one \(such as cat, dog\); got 'cow'"),
     ],
 )
@@ -64,7 +64,7 @@ def test_faults_of_voc(tmp_path, objects, message):
 
 
 def test_missing_files_of_voc(tmp_path):
-    with pytest.raises(ValueError, match="it must have a folder Annotations"):
+    with pytest.raises(ValueError, match="it has no folder Annotations"):
         data.load_voc(tmp_path, "train")
     files.voc(tmp_path, [CAT])
     with pytest.raises(ValueError, match=r"split must be one of train, all for .*; got 'tset'"):
@@ -140,7 +140,7 @@ def test_faults_of_coco(tmp_path, annotation, message):
 def test_missing_files_of_coco(tmp_path):
     files.coco(tmp_path, [note()])
     with pytest.raises(
-        ValueError, match=r"has no annotations of 'train': it must have annotations/instances_train.json"
+        ValueError, match=r"must have annotations of 'train' in annotations/instances_train.json; got none"
     ):
         data.load_detection("coco", "train", data_dir=tmp_path)
     (tmp_path / "val" / "3.png").unlink()
@@ -148,7 +148,7 @@ def test_missing_files_of_coco(tmp_path):
         data.load_detection("coco", "val", data_dir=tmp_path)
     path = tmp_path / "annotations" / "instances_val.json"
     path.write_text(json.dumps({"images": []}))
-    with pytest.raises(ValueError, match="it must have images, annotations and categories"):
+    with pytest.raises(ValueError, match="must have images, annotations and categories; got images"):
         data.load_detection("coco", "val", data_dir=tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="is not a readable JSON file"):
@@ -196,7 +196,7 @@ def test_missing_files_of_yolo(tmp_path):
     with pytest.raises(ValueError, match=r"split must be a folder images/SPLIT or a list SPLIT.txt in .* got 'val'"):
         data.load_yolo(tmp_path, "val")
     (tmp_path / "classes.txt").unlink()
-    with pytest.raises(ValueError, match=r"has no class names: it must have one of classes\.txt"):
+    with pytest.raises(ValueError, match=r"must have class names in classes\.txt, .*; got none"):
         data.load_yolo(tmp_path, "train")
     (tmp_path / "mine.txt").write_text("images/train/z.png\n")
     with pytest.raises(ValueError, match=r"mine.txt has no image: .*z.png is missing"):

@@ -71,14 +71,14 @@ def test_boxes_stay_on_their_objects(name, size):
 def test_a_crop_keeps_the_overlap_that_was_drawn():
     """With a least IoU of 0.5, one of the objects fills at least half of the union with the window."""
     op = partial(augment.random_iou_crop, min_ious=(0.5,), tries=400)
-    found = jax.vmap(op, (0, None))(jax.random.split(jax.random.key(0), 32), scene((30, 40)))
+    found = jax.jit(jax.vmap(op, (0, None)))(jax.random.split(jax.random.key(0), 32), scene((30, 40)))
     area = (found["boxes"][..., 2] - found["boxes"][..., 0]) * (found["boxes"][..., 3] - found["boxes"][..., 1])
     whole = found["size"][:, 0] * found["size"][:, 1]
     share = jnp.where(found["valid"], area, 0).max(1) / whole
     cropped = np.asarray(jnp.any(found["boxes"][:, 0] != scene()["boxes"][0][None], -1))
     assert cropped.sum() > 16
     assert np.all(np.asarray(share)[cropped] >= 0.45)  # the size is rounded to pixels
-    kept = jax.vmap(partial(augment.random_iou_crop, min_ious=(1.0,)), (0, None))(
+    kept = jax.jit(jax.vmap(partial(augment.random_iou_crop, min_ious=(1.0,)), (0, None)))(
         jax.random.split(jax.random.key(0), 8), scene((30, 40))
     )
     np.testing.assert_allclose(kept["image"], jnp.stack([scene()["image"]] * 8), atol=1e-6)
@@ -87,16 +87,17 @@ def test_a_crop_keeps_the_overlap_that_was_drawn():
 
 def test_images_without_objects_are_not_cropped():
     example = {**scene((30, 40)), "valid": jnp.zeros(3, bool)}
-    found = augment.random_iou_crop(jax.random.key(0), example)
+    crop = jax.jit(augment.random_iou_crop)
+    found = crop(jax.random.key(0), example)
     assert found["size"].tolist() == [30, 40]
     assert not found["valid"].any()
     crowd = {**scene((30, 40)), "crowd": jnp.asarray([True, True, False])}
-    assert augment.random_iou_crop(jax.random.key(0), crowd)["size"].tolist() == [30, 40]
+    assert crop(jax.random.key(0), crowd)["size"].tolist() == [30, 40]
 
 
 def test_objects_of_which_little_is_left_are_dropped():
     op = partial(augment.random_zoom, factors=(2.5, 2.5), min_visible=0.9)
-    found = jax.vmap(op, (0, None))(jax.random.split(jax.random.key(0), 32), scene())
+    found = jax.jit(jax.vmap(op, (0, None)))(jax.random.split(jax.random.key(0), 32), scene())
     area = np.prod(np.asarray(found["boxes"][..., 2:] - found["boxes"][..., :2]), -1) / 2.5**2
     shares = area[:, :2] / np.array([144, 256])[None]
     np.testing.assert_array_equal(np.asarray(found["valid"][:, :2]), shares >= 0.9)
@@ -143,12 +144,12 @@ def test_mosaic():
 
 
 def test_mosaic_of_some_rows_and_a_limit_of_objects():
-    few = augment.mosaic(jax.random.key(0), batch(), probability=0.0, max_objects=3)
+    few = jax.jit(partial(augment.mosaic, probability=0.0, max_objects=3))(jax.random.key(0), batch())
     before = batch()
     for key in ("boxes", "labels", "valid", "size"):
         np.testing.assert_array_equal(few[key], before[key])
     np.testing.assert_allclose(few["image"], before["image"], atol=1e-6)
-    limited = augment.mosaic(jax.random.key(0), batch(), max_objects=4, min_visible=0.1)
+    limited = jax.jit(partial(augment.mosaic, max_objects=4, min_visible=0.1))(jax.random.key(0), batch())
     assert limited["boxes"].shape == (5, 4, 4)
     assert limited["valid"].sum(1).max() <= 4
     for rows, key in (("masks", "masks"), ("label", "label")):

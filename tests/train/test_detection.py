@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +182,51 @@ def test_a_detector_learns(model):
     assert last < 0.3 * first
     found = evaluate(ToyDetector(features=24, sampled=16), state, data, 8, fv.train.jit_step)
     assert found["coco_ap50"] > 0.5
+
+
+def test_a_step_compiles_once_for_each_canvas(model):
+    """Fifty photographs of fifty sizes: as many traces as canvases, in training and in evaluation."""
+
+    class Photos:
+        name, classes, fingerprint = "photos", ("a", "b"), "photos"
+        sizes = np.array([[20 + i, 20 + (7 * i) % 50] for i in range(50)])
+        counts = np.arange(50) % 3
+
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index, /):
+            height, width = self.sizes[index]
+            count = self.counts[index]
+            objects = {"labels": np.zeros(count, np.int32), "valid": np.ones(count, bool)}
+            boxes = np.tile(np.array([[1, 2, width - 3, height - 4]], np.float32), (count, 1))
+            return {"image": np.full((height, width, 3), index, np.uint8), "boxes": boxes, **objects}
+
+    source = fv.data.on_canvases(Photos(), ((32, 48), (48, 32), (48, 48)))
+    assert len({tuple(size) for size in Photos.sizes}) == 50
+    assert set(source.canvas) == {0, 1, 2}
+    transform = fv.data.augment.make_transform(fv.data.augment.random_flip)
+    measure = average_precision(model, 2, score_threshold=0.01, max_detections=5)
+    options = {"objective": fv.train.detection(measure=measure)}
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(fv.train.train_step, n=3)
+    train = fv.train.jit_step(partial(traced, transform=transform, **options))
+    traced = chex.assert_max_traces(fv.train.eval_step, n=3)
+    standardized = fv.data.augment.make_transform()
+    evaluate = fv.train.jit_step(partial(traced, transform=standardized, **options))
+    state, found = state_of(model), set()
+    with fv.data.train_batches(source, 8, seed=0).from_step(0) as batches:
+        for _ in range(20):
+            batch = next(batches)
+            found.add(batch["image"].shape)
+            state, _ = train(state, batch, jax.random.key(0))
+    assert len(found) == 3
+    records = fv.train.accumulate(state, evaluate, fv.data.eval_batches(source, 8))["coco"].records
+    assert [record["index"] for record in records] == list(range(50))
+    for record, size in zip(records, Photos.sizes, strict=True):
+        np.testing.assert_allclose(
+            record["boxes"][:, 2:], np.tile(size[None, ::-1] - [3, 4], (len(record["boxes"]), 1)), atol=1e-3
+        )
 
 
 def test_frozen_parameters_stay(model):

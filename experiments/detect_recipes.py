@@ -1,0 +1,92 @@
+"""The recipes of `detect.py`, one for each family of detectors, and the splits of the data sets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flaxvision as fv
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(fv.train.Recipe):
+    """A recipe with its canvases and augmentations. Threads read and resize the images, the device does the rest."""
+
+    canvases: tuple[str, ...] = ("416",)
+    """Sizes to which images are resized and padded: a side, or HEIGHTxWIDTH. The steps compile once for each."""
+    eval_canvases: tuple[str, ...] = ()
+    """Sizes in evaluation. Default: those of training, or the largest with --multiscale."""
+    shorter: int | None = None
+    """Length of the shorter side of an image. Default: images fill their canvas."""
+    longer: int | None = None
+    """Largest length of the longer side, with --shorter."""
+    resize: bool = True
+    """Resize images. If not, only those that no canvas holds are resized."""
+    multiscale: int | None = None
+    """Steps between two canvases, drawn at random for all images. Default: each image has its own canvas."""
+    flip: bool = True
+    """Augmentation: mirror left and right."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Augmentation: lowest and highest factor of the size."""
+    iou_crop: bool = False
+    """Augmentation: crop around an object."""
+    expand: float = 1.0
+    """Augmentation: largest ratio by which the surroundings grow, for half of the images."""
+    mosaic: float = 0.0
+    """Augmentation: probability that an image is made of four."""
+    hue: float = 0.0
+    """Augmentation: largest shift of the hue, as a share of the circle."""
+    saturation: float = 0.0
+    """Augmentation: largest relative change of the saturation."""
+    brightness: float = 0.0
+    """Augmentation: largest change of the brightness."""
+    padding: float = 0.0
+    """Value of the padding after normalization."""
+    anchors: int = 0
+    """Number of anchors to compute from the boxes by k-means, for YOLO. Default: those of the model."""
+    score_threshold: float = 0.01
+    """Least score of a detection in evaluation."""
+    iou_threshold: float = 0.5
+    """IoU above which a detection suppresses others of its class."""
+
+
+_SIDES = tuple(str(side) for side in range(320, 609, 32))
+RECIPES = {
+    # darknet's yolov3.cfg: 500,200 steps of 64 images are 273 epochs of COCO.
+    "yolo_v3": Recipe(
+        epochs=273.0, batch_size=64, learning_rate=1e-3, boundaries=(0.8, 0.9), warmup_epochs=0.55, weight_decay=5e-4,
+        canvases=_SIDES, eval_canvases=("416",), multiscale=10, zoom=(0.7, 1.4), hue=0.1, saturation=0.5,
+        brightness=0.2, padding=0.5,
+    ),
+    # Redmon 2017, section 2: 160 epochs; the learning rate falls at 60 and 90.
+    "yolo_v2": Recipe(
+        epochs=160.0, batch_size=64, learning_rate=1e-3, boundaries=(60 / 160, 90 / 160), warmup_epochs=1.0,
+        weight_decay=5e-4, canvases=_SIDES, eval_canvases=("416",), multiscale=10, zoom=(0.7, 1.4), hue=0.1,
+        saturation=0.5, brightness=0.2, padding=0.5,
+    ),
+    # torchvision's recipe for Faster R-CNN on COCO: 26 epochs of 16 images, with 1,000 steps of warm-up.
+    "faster_rcnn": Recipe(
+        epochs=26.0, batch_size=16, learning_rate=0.02, boundaries=(16 / 26, 22 / 26), warmup_epochs=0.14,
+        weight_decay=1e-4, canvases=("800x1344", "1344x800"), shorter=800, longer=1333, score_threshold=0.05,
+    ),
+    # For the drawn shapes and other small sets, from scratch.
+    "small": Recipe(
+        epochs=16.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
+        weight_decay=1e-4, clip_norm=10.0, canvases=("96",), resize=False, padding=0.5, anchors=2, ema_decay=0.998,
+    ),
+}  # fmt: skip
+# The first pattern that matches the name of a model gives its recipe.
+FAMILIES = {"faster_rcnn*": "faster_rcnn", "yolo_v2*": "yolo_v2", "*": "yolo_v3"}
+# The default model: YOLOv3 with heads of stride 8 and 16, narrow and shallow.
+SMALL = {
+    "convs": (((12, 3),), ((24, 3),), ((32, 3), (32, 3)), ((64, 3), (64, 3)), ((96, 3), (96, 3))),
+    "stages": ("stage3", "stage4"),
+    "last_pool": False,
+    "necks": (((64, 1),), ()),
+    "head_features": (128, 96),
+    "lateral_features": (48,),
+    "ignore_threshold": 0.7,
+    "iou_threshold": 0.6,
+    "class_weight": 2.0,
+}
+_USUAL = ("train", "val", "test")
+SPLITS = {"shapes": _USUAL, "voc_xml": _USUAL, "yolo": ("train", "val", None), "coco": ("train2017", "val2017", None)}

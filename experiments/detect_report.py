@@ -1,0 +1,165 @@
+"""What `detect.py` draws and prints: samples, detections beside the truth, and the figures of each class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import flaxvision as fv
+from flaxvision.data.canvas import image_sizes
+
+PICTURES = 8  # images in a picture
+_SHOWN = 0.3  # least score of a detection that is drawn
+_TRUTH = ("boxes", "labels", "crowd", "difficult")
+
+
+class Pictures:
+    """A callback that draws `FOLDER/STEP.png` at every evaluation.
+
+    Args:
+        draw: `(state, path=...)`.
+        folder: The folder.
+    """
+
+    def __init__(self, draw: Callable[..., None], folder: Path):
+        self.draw, self.folder = draw, folder
+
+    def on_evaluation(self, step: int, state: Any, values: dict[str, float]) -> None:
+        """Draws the picture."""
+        self.draw(state, path=self.folder / f"{step:07}.png")
+
+
+def draw(find: Callable[..., Any], source: fv.data.CanvasSource, classes: tuple[str, ...], path: Path) -> None:
+    """Draws detections beside the truth for the first images on one canvas.
+
+    Args:
+        find: `batch -> Detections`.
+        source: The images.
+        classes: Names of the classes.
+        path: The picture.
+    """
+    examples = [source[int(i)] for i in np.flatnonzero(source.canvas == source.canvas[0])[:PICTURES]]
+    found = jax.device_get(find({key: np.stack([each[key] for each in examples]) for key in ("image", "size")}))
+    if jax.process_index() != 0:
+        return
+    images, drawn, truth = [], [], []
+    for i, example in enumerate(examples):
+        height, width = example["size"]
+        images.append(example["image"][:height, :width])
+        kept = found.valid[i] & (found.scores[i] >= _SHOWN)
+        drawn.append({key: getattr(found, key)[i][kept] for key in ("boxes", "labels", "scores")})
+        truth.append({key: example[key][example["valid"]] for key in _TRUTH})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fv.plot.detections(images, drawn, truth, classes, path=path)
+
+
+def draw_samples(batches: Any, transform: Callable[..., dict[str, Any]], rng: jax.Array, path: Path) -> None:
+    """Draws augmented training images with their boxes.
+
+    Args:
+        batches: The training batches.
+        transform: `(rng, batch) -> batch` with images in [0, 1].
+        rng: The key of the transform.
+        path: The picture.
+    """
+    if jax.process_index() != 0:
+        return
+    with batches.from_step(0) as iterator:
+        first = {key: value[:PICTURES] for key, value in next(iterator).items()}
+    made = jax.device_get(jax.jit(transform)(rng, first))
+    images = [image[:h, :w] for image, (h, w) in zip(made["image"], made["size"], strict=True)]
+    truth = [{key: made[key][i][made["valid"][i]] for key in _TRUTH} for i in range(len(images))]
+    fv.plot.detections(images, truth, None, batches.source.classes, columns=4, path=path)
+
+
+def report(
+    found: fv.metrics.DetectionRecords, name: str, classes: tuple[str, ...], figures: dict[str, float], folder: Path
+) -> dict[str, float]:
+    """Prints the figures of each class and a bootstrap interval, and draws curves and false positives.
+
+    Args:
+        found: The detections of all images.
+        name: Name of the data.
+        classes: Names of the classes.
+        figures: The figures of the evaluation.
+        folder: Gets `precision_recall.png`, `false_positives.png` and `results.json`.
+
+    Returns:
+        Further figures.
+    """
+    low, high = found.bootstrap("ap50", resamples=300)
+    more = {"ap50_low": low, "ap50_high": high, "voc_map": found.voc(eleven_points=False)}
+    print(f"{name}: {len(found)} images")
+    print(f"{'class':16} {'objects':>8} {'AP':>7} {'AP50':>7} {'VOC AP':>7}")
+    table = found.per_class(classes)
+    for row in table:
+        print(f"{row['name'][:16]:16} {row['objects']:8} {row['ap']:7.3f} {row['ap50']:7.3f} {row['voc']:7.3f}")
+    print(
+        f"AP {figures['coco_ap']:.3f}, AP50 {figures['coco_ap50']:.3f} (95 % bootstrap interval {low:.3f} to "
+        f"{high:.3f}), VOC mAP {more['voc_map']:.3f}"
+    )
+    curves = found.curves()
+    if any(curve is not None for curve in curves):
+        fv.plot.precision_recall(curves, classes, path=folder / "precision_recall.png")
+        fv.plot.false_positives(found.false_positives(), classes, path=folder / "false_positives.png")
+    (folder / "results.json").write_text(json.dumps({**figures, **more, "classes": table}, indent=1) + "\n")
+    return more
+
+
+def with_backbone(variables: Any, model: str, weights: str, source: str | None) -> Any:
+    """Replaces the backbone of a detector by that of a classifier.
+
+    Args:
+        variables: Variables of the detector.
+        model: Registry name of the classifier.
+        weights: A published tag or a file.
+        source: Library that wrote the file.
+
+    Returns:
+        The variables.
+
+    Raises:
+        ValueError: The classifier lacks a variable of the backbone, or has another shape of it.
+    """
+    _, donor = fv.weights.load_model(model, weights, source=source)
+    result = {}
+    for name, collection in variables.items():
+        flat: dict[str, Any] = dict(flatten_dict(collection, sep="/"))
+        theirs: dict[str, Any] = dict(flatten_dict(donor.get(name, {}), sep="/"))
+        for path, leaf in flat.items():
+            if path.startswith("backbone/"):
+                if path not in theirs or theirs[path].shape != leaf.shape:
+                    got = "none" if path not in theirs else list(theirs[path].shape)
+                    raise ValueError(f"--backbone-model must have {path} {list(leaf.shape)}; got {got} in {model}")
+                flat[path] = theirs[path]
+        result[name] = unflatten_dict(flat, sep="/")
+    return result
+
+
+def anchors_of(placed: fv.data.CanvasSource, count: int, seed: int) -> tuple[tuple[int, int], ...]:
+    """Computes anchors from the boxes of up to 1,000 images on their canvases (Redmon 2017, section 2).
+
+    Args:
+        placed: The training images.
+        count: Number of anchors.
+        seed: Seed of k-means.
+
+    Returns:
+        Width and height of each anchor in pixels, smallest area first.
+    """
+    source: Any = placed.source
+    sizes, sides = image_sizes(source), []
+    for index in np.unique(np.linspace(0, len(placed) - 1, 1000).astype(int)):
+        example = source.objects(int(index)) if hasattr(source, "objects") else source[int(index)]
+        size = placed.canvases.placement((int(sizes[index][0]), int(sizes[index][1])), int(placed.canvas[index]))
+        boxes = np.asarray(example["boxes"], np.float64)
+        sides.append((boxes[:, 2:] - boxes[:, :2]) * (np.array(size) / sizes[index])[None, ::-1])
+    found = fv.ops.kmeans_anchors(np.concatenate(sides), count, seed)
+    found = found[np.argsort(found.prod(-1), kind="stable")]
+    return tuple((max(1, round(w)), max(1, round(h))) for w, h in found.tolist())

@@ -1,0 +1,170 @@
+"""experiments/detect.py: recipes, a run on two canvases that resumes exactly, and what it leaves behind."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flaxvision as fv
+from flaxvision import cli
+from flaxvision.data import shapes
+from tests.data import detection_files as files
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def load_script():
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        found = importlib.util.spec_from_file_location("detect_experiment", EXPERIMENTS / "detect.py")
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module
+        found.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+    return module
+
+
+detect = load_script()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A few images, and a network that compiles quickly."""
+    monkeypatch.setattr(shapes, "_SPLITS", {"train": 24, "val": 8, "test": 11})
+    monkeypatch.setattr(
+        detect,
+        "SMALL",
+        {
+            "convs": (((4, 3),), ((4, 3),), ((8, 3),), ((8, 3),), ((8, 3),)),
+            "stages": ("stage3", "stage4"),
+            "last_pool": False,
+            "necks": (((8, 1),), ()),
+            "head_features": (8, 8),
+            "lateral_features": (8,),
+        },
+    )
+
+
+def run(*flags):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert detect.main(detect.parse([str(flag) for flag in flags])) == 0
+    return printed.getvalue()
+
+
+FLAGS = ("--epochs", 2, "--batch-size", 8, "--eval-every", 1, "--eval-batch-size", 8, "--no-progress", "--log-every", 1)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_canvases(tiny, tmp_path, monkeypatch):
+    traced = {"train": [], "eval": []}
+    for name in traced:
+        step = getattr(fv.train.step, f"{name}_step")
+
+        def counted(state, batch, *rest, name=name, step=step, **options):
+            traced[name].append(batch["image"].shape)
+            return step(state, batch, *rest, **options)
+
+        monkeypatch.setattr(fv.train.parallel, f"{name}_step", counted)
+    flags = (*FLAGS, "--canvases", "96x80", "96", "--mosaic", 0.5, "--zoom", 0.8, 1.2)
+    printed = run(*flags, "--workdir", tmp_path / "a")
+    # Each step is traced once for each canvas.
+    assert sorted(traced["train"]) == [(8, 96, 80, 3), (8, 96, 96, 3)]
+    assert sorted(traced["eval"]) == [(8, 96, 80, 3), (8, 96, 96, 3)]
+    assert "shapes/test: 11 images" in printed
+    assert "triangle" in printed
+    names = {path.name for path in (tmp_path / "a").rglob("*.png")}
+    assert {"samples.png", "detections.png", "curves.png", "0000003.png", "0000006.png"} <= names
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["ap50_low"] <= results["coco_ap50"] <= results["ap50_high"]
+    assert [row["name"] for row in results["classes"]] == list(shapes.CLASSES)
+    records = fv.train.read_records(tmp_path / "a" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["split"] == "validation"] == [3, 6]
+
+    # A run that lost its last steps takes them again, and ends with the same bits.
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    newest = max((tmp_path / "b" / "checkpoints").iterdir(), key=lambda path: (path.is_dir(), path.name))
+    assert "6" in newest.name
+    shutil.rmtree(newest)
+    run(*flags, "--workdir", tmp_path / "b")
+    a, b = (fv.weights.read(tmp_path / name / "weights.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+    # The weights know their canvases and their classes.
+    from PIL import Image
+
+    Image.fromarray(fv.data.ShapesSource("test")[0]["image"]).save(tmp_path / "x.png")
+    bundle = str(tmp_path / "a" / "weights.safetensors")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        arguments = ["predict", "yolo_v3_tiny", bundle, str(tmp_path / "x.png"), "--json", "--score", "0.0001"]
+        assert cli.main(arguments) == 0
+    (found,) = json.loads(out.getvalue())
+    assert {one["name"] for one in found["objects"]} <= set(shapes.CLASSES)
+    assert found["objects"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_voc_from_given_weights(tiny, tmp_path):
+    run(*FLAGS, "--workdir", tmp_path / "a")
+    for i in range(8):
+        files.voc(tmp_path / "voc", [("cat", 3, 5, 30 + i, 35), ("cat", 4, 4, 4, 9)], size=(64, 90), stem=f"t{i}")
+    for split in ("val", "test"):
+        files.voc(tmp_path / "voc", [("dog", 3, 5, 30, 35, 1)], size=(90, 64), stem=split, split=split)
+    data = ("--dataset", "voc_xml", "--data-dir", tmp_path / "voc", "--no-progress", "--batch-size", 8)
+    weights = ("--weights", tmp_path / "a" / "weights.safetensors", "--anchors", 2)
+    printed = run(*data, *weights, "--epochs", 1, "--workdir", tmp_path / "b", "--eval-batch-size", 8)
+    assert "left out of voc/train: box 2 (cat)" in printed
+    assert "cat" in printed
+    again = ("--eval-only", "--weights", tmp_path / "b" / "weights.safetensors")
+    printed = run(*data, *again, "--workdir", tmp_path / "c", "--eval-batch-size", 8)
+    stored = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert json.loads((tmp_path / "c" / "results.json").read_text())["coco_ap50"] == pytest.approx(stored["coco_ap50"])
+    with pytest.raises(ValueError, match=r"box 2 \(cat\) in .* must have an area above 0"):
+        run(*data, "--faulty-boxes", "refuse", "--workdir", tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "resnet18"), "--model must be small or a detector .*; got 'resnet18'"),
+        (("--eval-only",), "--weights FILE-OR-TAG must be given with --eval-only; got none"),
+        (("--canvases", "big"), "--canvases must be sides or HEIGHTxWIDTH; got big"),
+        (("--dataset", "yolo"), "data_dir must be the folder of the data set for 'yolo'; got None"),
+        (("--max-detections", "0"), "--max-detections must be positive; got 0"),
+    ],
+)
+def test_settings_that_cannot_be(tiny, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(*flags, "--workdir", tmp_path / "x")
+
+
+def test_every_recipe_can_be_chosen():
+    for name, recipe in detect.RECIPES.items():
+        config = detect.parse(["--recipe", name])
+        assert config.recipe == name
+        assert config.learning_rate == recipe.learning_rate
+        assert detect.canvases(config, config.canvases).sizes
+        assert recipe.num_steps(1000) >= 1
+        recipe.learning_rate_schedule(1000)(0)
+    for model in fv.list_models(task="detection"):
+        assert detect.parse(["--model", model]).recipe == model.removesuffix("_tiny").removesuffix("_spp").replace(
+            "_resnet50_fpn", ""
+        )
+
+
+def test_anchors_are_those_of_the_boxes_on_their_canvases(tiny):
+    source = fv.data.on_canvases(fv.data.ShapesSource("train"), fv.data.Canvases(((256, 256),)))
+    anchors = detect.detect_report.anchors_of(source, 4, 0)
+    areas = [w * h for w, h in anchors]
+    assert areas == sorted(areas)
+    sides = np.concatenate([source[i]["boxes"][source[i]["valid"]] for i in range(len(source))])
+    sides = sides[:, 2:] - sides[:, :2]
+    assert np.prod(sides, -1).min() < areas[0] < np.median(np.prod(sides, -1)) < areas[-1] < np.prod(sides, -1).max()
