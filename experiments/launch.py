@@ -31,7 +31,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Starts the processes, waits for them and returns the exit status."""
     options = parse(arguments)
     address = f"127.0.0.1:{options.port or free_port()}"
-    processes = [start(options, address, index) for index in range(options.num_processes)]
+    processes: list[subprocess.Popen[str]] = []
+    asked: list[int] = []
+
+    def send(number: int) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def forward(number, frame):
+        asked.append(number)
+        send(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # before the start, or a signal would leave processes behind
+        signal.signal(number, forward)
+    for index in range(options.num_processes):
+        processes.append(start(options, address, index))
+    for number in tuple(asked):  # for those that started after the signal
+        send(number)
     printers = [
         threading.Thread(target=prefix, args=(stream, index, sink), daemon=True)
         for index, process in enumerate(processes)
@@ -41,13 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
     for printer in printers:
         printer.start()
 
-    def forward(number, frame):
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
     try:
         status = wait(processes, options.grace)
     finally:

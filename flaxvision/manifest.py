@@ -272,7 +272,9 @@ def check_manifest(
         say = (describe or {}).get(key)
         said = say(stored[key], value) if say and differences and stored.get(key) else ()
         if said and key not in allow:
-            raise ValueError(f"{key} must be as in {named}, which belongs to another run; {'; '.join(said)}")
+            raise ValueError(
+                f"{key} must be as in {named}, which belongs to another run; got differences: {'; '.join(said)}"
+            )
         if said:
             allowed += said
             continue

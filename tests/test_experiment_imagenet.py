@@ -210,7 +210,9 @@ def test_a_run_continues_from_a_mended_folder_elsewhere(tmp_path, folder, tiny, 
     moved = Path(folder).rename(tmp_path / "elsewhere")
     (moved / "train" / "dark" / "3.jpg").write_bytes(b"no picture")
     config = dataclasses.replace(config, dataset=str(moved), skip_broken=True)
-    with pytest.raises(ValueError, match=r"data must be as in checkpoint 3 .*; length was 48, is 47; class 'dark'"):
+    with pytest.raises(
+        ValueError, match=r"data must be as in checkpoint 3 .*; got differences: length was 48, is 47; class 'dark'"
+    ):
         imagenet.main(config)
     assert imagenet.main(dataclasses.replace(config, allow_changes=True)) == 0
     assert "class 'dark' had 24 images, has 23; a run that resumes from it differs" in caplog.text
