@@ -178,7 +178,8 @@ def _bins(start, end, count, size) -> tuple[Array, Array]:
     length = jnp.maximum(end - start + 1, 1)
     edges = _product(np.arange(count + 1, dtype=length.dtype)[None], _quotient(length, count)[:, None])
     low, high = jnp.floor(edges[:, :-1]), jnp.ceil(edges[:, 1:])
-    return tuple(jnp.clip(x + start[:, None], 0, size).astype(jnp.int32) for x in (low, high))
+    low, high = (jnp.clip(x + start[:, None], 0, size).astype(jnp.int32) for x in (low, high))
+    return low, high
 
 
 def _first_maximum(table, top, bottom, left, right, width) -> Array:
@@ -211,7 +212,7 @@ def _quotient(x: Array, divisor: int) -> Array:
 
 
 def _product(factor: ArrayLike, x: Array) -> Array:
-    return rounded(factor * x)
+    return rounded(jnp.asarray(factor * x))
 
 
 def _round(x: Array) -> Array:
