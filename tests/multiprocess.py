@@ -18,7 +18,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
 from flaxvision import processes
 if {count} > 1:
-    timeouts = dict(start_timeout=120, heartbeat_timeout=20, stall_timeout={stall})
+    timeouts = dict(start_timeout={start_timeout}, heartbeat_timeout=20, stall_timeout={stall})
     processes.initialize({coordinator!r}, {count}, {index}, **timeouts)
 """
 
@@ -31,13 +31,19 @@ def start(
     arguments: Sequence[str] = (),
     stall_timeout: float = 600,
     environment: dict[str, str] | None = None,
+    start_timeout: int = 120,
 ) -> list[subprocess.Popen]:
     """Starts `count` processes with `devices` virtual CPU devices each; the program follows `PRELUDE`."""
     coordinator = f"127.0.0.1:{free_port()}"
     started = []
     for index in range(count):
         prelude = PRELUDE.format(
-            cache=str(CACHE), coordinator=coordinator, count=count, index=index, stall=stall_timeout
+            cache=str(CACHE),
+            coordinator=coordinator,
+            count=count,
+            index=index,
+            stall=stall_timeout,
+            start_timeout=start_timeout,
         )
         started.append(
             subprocess.Popen(

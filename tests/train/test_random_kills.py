@@ -61,7 +61,7 @@ def test_random_kills(tmp_path):
     multiprocess.run(PROGRAM, 2, arguments=[tmp_path / "whole", steps])
     starts = []
     for number in range(kills):
-        processes = multiprocess.start(PROGRAM, 2, arguments=[tmp_path / "killed", steps])
+        processes = multiprocess.start(PROGRAM, 2, arguments=[tmp_path / "killed", steps], start_timeout=40)
         if number % 4 == 3:  # while it starts, restores or compiles
             time.sleep(chance.uniform(0, 8))
         else:
