@@ -1,6 +1,5 @@
 """Readers of VOC, COCO and YOLO annotations, and of TFDS sets with boxes."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -304,7 +303,6 @@ def test_tfds(tfds_objects):
         data.load_detection("tiny_objects", "val", data_dir=tfds_objects)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow_datasets") is None, reason="needs TFDS")
 def test_a_set_that_is_not_prepared(tmp_path):
     with pytest.raises(RuntimeError, match="TFDS set 'voc' is not prepared in"):
         data.load_detection("voc", "train", data_dir=tmp_path)
