@@ -4,6 +4,7 @@ r"""Trains and evaluates detectors, each by the recipe of its family.
     python experiments/detect.py --dataset voc_xml --data-dir FOLDER --model yolo_v3_tiny
     python experiments/detect.py --dataset coco --data-dir FOLDER --model faster_rcnn_resnet50_fpn
     python experiments/detect.py --dataset yolo --data-dir FOLDER --model yolo_v2 --weights FILE --source darknet
+    python experiments/detect.py --dataset yolo --data-dir FOLDER --model NAME.cfg --weights NAME.weights
 
 The first command needs no files and no GPU; it takes 6 minutes on 2 CPU cores, which were shared with other work, and
 reaches an AP at an IoU of 0.5 of 0.923 on the 500 test images (seed 0).
@@ -23,16 +24,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import detect_models
 import detect_report
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from detect_recipes import FAMILIES, RECIPES, SMALL, SPLITS, Recipe
+from detect_recipes import FAMILIES, RECIPES, SPLITS, Recipe
 
 import flaxvision as fv
-from flaxvision.weights.load import load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Config(Recipe, fv.train.RunSettings):
     recipe: Literal[tuple(RECIPES)] = "small"  # type: ignore[valid-type]
     """Recipe that gives the other defaults. Default: that of the model's family."""
     model: str = "small"
-    """A registered detector, or small: YOLOv3 with a narrow backbone."""
+    """A registered detector, the .cfg file of one that darknet describes, or small: YOLOv3 with a narrow backbone."""
     dataset: str = "shapes"
     """shapes (embedded), voc_xml, coco, yolo, or a TFDS name such as voc/2007."""
     train_split: str | None = None
@@ -99,7 +100,9 @@ def main(config: Config) -> int:
     config.start()
     check(config)
     train, val, test = load(config)
-    workdir = Path(config.workdir or f"runs/{Path(config.dataset).name}-{config.model}-{config.recipe}-{config.seed}")
+    workdir = Path(
+        config.workdir or f"runs/{Path(config.dataset).name}-{Path(config.model).stem}-{config.recipe}-{config.seed}"
+    )
     if config.eval_only:
         workdir.mkdir(parents=True, exist_ok=True)
     else:
@@ -111,16 +114,7 @@ def main(config: Config) -> int:
 
 def check(config: Config) -> None:
     """Raises ValueError for settings that are out of range or do not go together."""
-    if config.eval_only and not config.weights:
-        raise ValueError("--weights FILE-OR-TAG must be given with --eval-only; got none")
-    if bool(config.backbone_model) != bool(config.backbone_weights):
-        raise ValueError(
-            "--backbone-model and --backbone-weights must be given together; got "
-            f"{config.backbone_model} and {config.backbone_weights}"
-        )
-    if config.model != "small" and fv.model_info(config.model).task != "detection":
-        known = ", ".join(fv.list_models(task="detection"))
-        raise ValueError(f"--model must be small or a detector ({known}); got {config.model!r}")
+    detect_models.check(config)
     for field in ("eval_every", "log_every", "eval_batch_size", "max_detections"):
         if not getattr(config, field) > 0:
             raise ValueError(f"--{field.replace('_', '-')} must be positive; got {getattr(config, field)}")
@@ -171,38 +165,11 @@ class Run:
         self.canvases = evaluated
         self.train_source = fv.data.on_canvases(train, sizes, multiscale=config.multiscale, cache=cache)
         self.val, self.test = (fv.data.on_canvases(source, evaluated, cache=cache) for source in (val, test))
-        self.name = "yolo_v3_tiny" if config.model == "small" else config.model
-        self.overrides = self._overrides()
-        self.info = fv.model_info(self.name)
-        self.model, self.start = self._model()
+        find_anchors = partial(detect_report.anchors_of, self.train_source, seed=config.seed)
+        self.built = detect_models.build(config, len(self.classes), find_anchors)
+        self.model = self.built.model
         self.train_step, self.eval_step = self._steps()
         self.find = jax.jit(partial(self._find, **self._detect_options))
-
-    def _overrides(self) -> dict[str, Any]:
-        config = self.config
-        overrides: dict[str, Any] = dict(SMALL) if config.model == "small" else {}
-        background = int(self.name.startswith("faster_rcnn"))
-        fields = fv.model_fields(fv.create_model(self.name))
-        overrides |= config.model_overrides(fields, len(self.classes) + background)
-        if config.anchors:
-            overrides["anchors"] = detect_report.anchors_of(self.train_source, config.anchors, config.seed)
-        return overrides
-
-    def _model(self):
-        config = self.config
-        if config.weights is None:
-            return fv.create_model(self.name, **self.overrides), None
-        options: dict[str, Any] = {"source": config.source, "rng": jax.random.key(config.seed)}
-        if not config.eval_only:  # else the network of the weights as it is
-            options |= self.overrides
-        loaded = load_weights(self.name, config.weights, **options)
-        self.overrides = {**loaded.fields, "dtype": self.overrides["dtype"]}
-        model = loaded.model()
-        if model.num_labels != len(self.classes):
-            raise ValueError(
-                f"--weights must be for the {len(self.classes)} classes of {self.test.name}; got {model.num_labels}"
-            )
-        return model, loaded.variables
 
     @property
     def _detect_options(self) -> dict[str, Any]:
@@ -216,12 +183,13 @@ class Run:
 
     def _steps(self):
         config, a = self.config, fv.data.augment
-        fill = tuple(np.asarray(self.info.mean) + config.padding * np.asarray(self.info.std))
+        fill = tuple(np.asarray(self.built.mean) + config.padding * np.asarray(self.built.std))
         chosen = (
             (config.expand > 1, partial(a.random_expand, ratios=(1.0, config.expand), fill=fill)),
             (config.iou_crop, partial(a.random_iou_crop, fill=fill)),
             (config.zoom != (1.0, 1.0), partial(a.random_zoom, factors=config.zoom, fill=fill)),
             (config.flip, a.random_flip),
+            (config.vertical_flip, partial(a.random_flip, vertical=True)),
             (config.hue, partial(a.random_hue, max_delta=config.hue)),
             (config.saturation, partial(a.random_saturation, strength=config.saturation)),
             (config.brightness, partial(a.random_brightness, max_delta=config.brightness)),
@@ -230,7 +198,7 @@ class Run:
         objects = self.train_source.max_objects
         mosaic = partial(a.mosaic, probability=config.mosaic, max_objects=objects, fill=fill)
         mix = mosaic if config.mosaic else None
-        common: dict[str, Any] = {"mean": self.info.mean, "std": self.info.std, "padding": config.padding}
+        common: dict[str, Any] = {"mean": self.built.mean, "std": self.built.std, "padding": config.padding}
         self.eval_transform = a.make_transform(**common)
         self.view = a.make_transform(*ops, mix=mix)
         measure = fv.train.average_precision(self.model, len(self.classes), **self._detect_options)
@@ -248,11 +216,7 @@ class Run:
         height, width = self.train_source.canvases.sizes[0]
         sample = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
         tx = self.config.make_optimizer(learning_rate)
-        start = self.start
-        if start is None and self.config.backbone_weights:
-            names = {"model": self.config.backbone_model, "weights": self.config.backbone_weights}
-            start = jax.jit(lambda: self.model.init(rng, jnp.zeros(sample.shape)))()
-            start = detect_report.with_backbone(start, **names, source=self.config.source)
+        start = detect_models.start(self.built, self.config, rng, sample)
         return fv.train.create_state(self.model, tx, rng, sample, variables=start, ema_decay=self.config.ema_decay)
 
     def evaluation(self, source) -> fv.train.Evaluation:
@@ -276,8 +240,8 @@ class Run:
             self.create_state(rate, init_rng),
             self.train_step,
             batches,
-            model=self.name,
-            overrides=self.overrides,
+            model=self.built.name,
+            overrides=self.built.overrides,
             num_steps=config.num_steps(batches.steps_per_epoch),
             rng=run_rng,
             evaluate=self.evaluation(self.val),
@@ -295,7 +259,9 @@ class Run:
             names = ["loss", "coco_ap50", "coco_ap"]
             path = self.workdir / "curves.png"
             fv.plot.curves(records, path=path, steps_per_epoch=batches.steps_per_epoch, metrics=names)
-            self.save(variables, figures)
+            detect_models.save(
+                self.workdir, self.built, variables, self.canvases, self.classes, config.padding, figures
+            )
             print(f"see {path.parent}; tensorboard --logdir {self.workdir / 'tensorboard'}")
         return 0
 
@@ -323,18 +289,6 @@ class Run:
         """Draws detections beside the truth for a few images."""
         variables = fv.train.collect(self.variables_of(state))
         detect_report.draw(partial(self.find, variables), source, self.classes, path)
-
-    def save(self, variables, figures: dict[str, float]) -> None:
-        """Writes the weights that were evaluated, with their canvases and class names."""
-        pixels = {"mean": self.info.mean, "std": self.info.std, "padding": self.config.padding}
-        fv.weights.save(
-            self.workdir / "weights.safetensors",
-            variables,
-            name=self.name,
-            class_names=self.classes,
-            metadata={**figures, "canvases": dataclasses.asdict(self.canvases) | pixels},
-            **{k: v for k, v in self.overrides.items() if k not in ("dtype", "ghost_size")},
-        )
 
 
 if __name__ == "__main__":

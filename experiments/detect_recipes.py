@@ -25,6 +25,8 @@ class Recipe(fv.train.Recipe):
     """Steps between two canvases, drawn at random for all images. Default: each image has its own canvas."""
     flip: bool = True
     """Augmentation: mirror left and right."""
+    vertical_flip: bool = False
+    """Augmentation: mirror top and bottom."""
     zoom: tuple[float, float] = (1.0, 1.0)
     """Augmentation: lowest and highest factor of the size."""
     iou_crop: bool = False
@@ -68,6 +70,12 @@ RECIPES = {
         epochs=26.0, batch_size=16, learning_rate=0.02, boundaries=(16 / 26, 22 / 26), warmup_epochs=0.14,
         weight_decay=1e-4, canvases=("800x1344", "1344x800"), shorter=800, longer=1333, score_threshold=0.05,
     ),
+    # For small sets, from a trained network.
+    "finetune": Recipe(
+        epochs=80.0, batch_size=16, optimizer="adamw", learning_rate=1e-3, schedule="cosine", warmup_epochs=2.0,
+        weight_decay=5e-4, clip_norm=10.0, canvases=("416",), zoom=(0.7, 1.4), hue=0.02, saturation=0.3,
+        brightness=0.15, padding=0.5, ema_decay=0.995,
+    ),
     # For the drawn shapes and other small sets, from scratch.
     "small": Recipe(
         epochs=16.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
@@ -75,7 +83,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 # The first pattern that matches the name of a model gives its recipe.
-FAMILIES = {"faster_rcnn*": "faster_rcnn", "yolo_v2*": "yolo_v2", "*": "yolo_v3"}
+FAMILIES = {"*.cfg": "finetune", "faster_rcnn*": "faster_rcnn", "yolo_v2*": "yolo_v2", "*": "yolo_v3"}
 # The default model: YOLOv3 with heads of stride 8 and 16, narrow and shallow.
 SMALL = {
     "convs": (((12, 3),), ((24, 3),), ((32, 3), (32, 3)), ((64, 3), (64, 3)), ((96, 3), (96, 3))),

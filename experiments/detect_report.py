@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 import flaxvision as fv
 from flaxvision.data.canvas import image_sizes
@@ -110,36 +109,6 @@ def report(
         fv.plot.false_positives(found.false_positives(), classes, path=folder / "false_positives.png")
     (folder / "results.json").write_text(json.dumps({**figures, **more, "classes": table}, indent=1) + "\n")
     return more
-
-
-def with_backbone(variables: Any, model: str, weights: str, source: str | None) -> Any:
-    """Replaces the backbone of a detector by that of a classifier.
-
-    Args:
-        variables: Variables of the detector.
-        model: Registry name of the classifier.
-        weights: A published tag or a file.
-        source: Library that wrote the file.
-
-    Returns:
-        The variables.
-
-    Raises:
-        ValueError: The classifier lacks a variable of the backbone, or has another shape of it.
-    """
-    _, donor = fv.weights.load_model(model, weights, source=source)
-    result = {}
-    for name, collection in variables.items():
-        flat: dict[str, Any] = dict(flatten_dict(collection, sep="/"))
-        theirs: dict[str, Any] = dict(flatten_dict(donor.get(name, {}), sep="/"))
-        for path, leaf in flat.items():
-            if path.startswith("backbone/"):
-                if path not in theirs or theirs[path].shape != leaf.shape:
-                    got = "none" if path not in theirs else list(theirs[path].shape)
-                    raise ValueError(f"--backbone-model must have {path} {list(leaf.shape)}; got {got} in {model}")
-                flat[path] = theirs[path]
-        result[name] = unflatten_dict(flat, sep="/")
-    return result
 
 
 def anchors_of(placed: fv.data.CanvasSource, count: int, seed: int) -> tuple[tuple[int, int], ...]:

@@ -2,7 +2,8 @@
 
     flaxvision list 'resnet*'
     flaxvision predict resnet50 torchvision/IMAGENET1K_V2 photo.jpg
-    flaxvision predict yolo_v3 darknet/coco street.jpg --out boxes.png
+    flaxvision predict yolo_v3 yolov3.weights street.jpg --source darknet --out boxes.png
+    flaxvision predict yolov4-tiny.cfg yolov4-tiny.weights street.jpg --classes coco.names --out boxes.png
     flaxvision convert resnet20_cifar resnet20.npz resnet20.safetensors --source akamaster
 
 `flaxvision COMMAND --help` shows the options of a command.
@@ -58,7 +59,7 @@ class Predict:
     """Print the most probable classes of images, or the objects in them, with the transform of the weights."""
 
     model: Name
-    """Name of a model, see `flaxvision list`."""
+    """Name of a model, see `flaxvision list`; or a detector's .cfg file of darknet."""
     weights: Weights
     """Published tag, see `flaxvision list`; or a file: a bundle, .safetensors, .npz, .h5, .pth or darknet's .weights.
     The file of a tag is downloaded once."""
@@ -89,11 +90,18 @@ class Predict:
             raise ValueError(f"--top must be at least 1; got {self.top}")
         if not self.images:
             raise ValueError("IMAGE must be the path of at least one image; got none")
-        detector = fv.model_info(self.model).task == "detection"
+        described = self.model.endswith(".cfg")
+        detector = described or fv.model_info(self.model).task == "detection"
         if not detector and (self.out is not None or self.json):
             raise ValueError(f"--out and --json must be left out for a classifier; got {self.model}")
-        loaded = load_weights(self.model, self.weights, source=self.source)
-        model, names = loaded.model(), loaded.class_names
+        if described:
+            model, variables = fv.weights.load_cfg(self.model, self.weights)
+            if not isinstance(model, fv.models.CfgDetector):
+                raise ValueError(f"MODEL must have heads, [yolo] or [region], to find objects; got {self.model}")
+            names = None
+        else:
+            loaded = load_weights(self.model, self.weights, source=self.source)
+            model, variables, names = loaded.model(), loaded.variables, loaded.class_names
         count = getattr(model, "num_labels", None) or getattr(model, "num_classes", 0)
         if not count:
             raise ValueError(f"WEIGHTS must include a classifier head; got {self.weights}, which gives features")
@@ -102,14 +110,18 @@ class Predict:
             if len(names) != count:
                 raise ValueError(f"--classes must have one name for each of {count} classes; got {len(names)} names")
         if detector:
-            self._detect(model, loaded.variables, names)
+            self._detect(model, variables, names)
         else:
-            self._classify(model, loaded.variables, names)
+            self._classify(model, variables, names)
 
     def _detect(self, model: Any, variables: Any, names: Sequence[str] | None) -> None:
         from flaxvision import predict
 
-        transform = predict.detector_transform(self.model, self.preprocessing or self.source or self.weights, self.size)
+        if isinstance(model, fv.models.CfgDetector):
+            transform = predict.cfg_transform(model, self.size)
+        else:
+            stated = self.preprocessing or self.source or self.weights
+            transform = predict.detector_transform(self.model, stated, self.size)
         if len(self.images) > 1 and self.out is not None and self.out.suffix:
             raise ValueError(f"--out must be a folder for {len(self.images)} images; got the file {self.out}")
         options = {"score_threshold": self.score, "iou_threshold": self.iou}

@@ -15,6 +15,7 @@ from flaxvision import plot, weights
 from flaxvision.data.canvas import Canvases
 from flaxvision.data.preprocessing import DetectionPreprocessing
 from flaxvision.detection import detect
+from flaxvision.models.darknet_cfg import CfgDetector
 from flaxvision.registry import model_info
 from flaxvision.weights.bundle import is_bundle
 from flaxvision.weights.preprocessing import known_preprocessing
@@ -50,6 +51,23 @@ def detector_transform(name: str, stated: str, size: int | None = None) -> Trans
         return known
     side = (info.input_size[0], info.input_size[1]) if size is None else (size, size)
     return partial(_on_canvas, canvases=Canvases((side,)), **values)
+
+
+def cfg_transform(model: CfgDetector, size: int | None = None) -> Transform:
+    """Returns the evaluation transform of a detector that a `.cfg` file describes.
+
+    Args:
+        model: The detector.
+        size: Side of a square canvas; None for the `input_size` of the model.
+
+    Returns:
+        The transform; images fill the canvas as far as their aspect ratio allows (darknet's "letterbox").
+
+    Raises:
+        ValueError: `size` is below 1.
+    """
+    side = model.input_size if size is None else (size, size)
+    return partial(_on_canvas, canvases=Canvases((side,)), mean=(0.0,) * 3, std=(1.0,) * 3, padding=0.5)
 
 
 def _on_canvas(

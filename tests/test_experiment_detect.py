@@ -39,7 +39,7 @@ def tiny(monkeypatch):
     """A few images, and a network that compiles quickly."""
     monkeypatch.setattr(shapes, "_SPLITS", {"train": 24, "val": 8, "test": 11})
     monkeypatch.setattr(
-        detect,
+        detect.detect_models,
         "SMALL",
         {
             "convs": (((4, 3),), ((4, 3),), ((8, 3),), ((8, 3),), ((8, 3),)),

@@ -116,6 +116,30 @@ def test_errors(folder, capsys, monkeypatch, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_cfg_file(folder, capsys, tmp_path):
+    """A network that darknet describes, on a canvas of its own size, which is not square."""
+    head = "[yolo]\nmask=0\nanchors=20,20\nnum=1\nclasses=2\n"
+    conv = "[convolutional]\nfilters={}\nsize=3\npad=1\nstride={}\nactivation=linear\n"
+    net = "[net]\nheight=32\nwidth=48\nchannels=3\n"
+    (tmp_path / "x.cfg").write_text(net + conv.format(4, 8) + conv.format(7, 1) + head)
+    model = fv.weights.read_cfg(tmp_path / "x.cfg")
+    values = np.random.default_rng(0).normal(0, 0.3, fv.weights.darknet.values_of(model)).astype(np.float32)
+    fv.weights.write_darknet(tmp_path / "x.weights", fv.weights.DarknetFile(values))
+    (tmp_path / "x.names").write_text("cat\ndog\n")
+    files = (tmp_path / "x.cfg", tmp_path / "x.weights", folder / "wide.png")
+    assert run("predict", *files, "--classes", tmp_path / "x.names", "--score", "0.1", "--json") == 0
+    found = json.loads(capsys.readouterr().out)[0]
+    assert (found["height"], found["width"]) == (60, 90)
+    assert {each["name"] for each in found["objects"]} <= {"cat", "dog"}
+    assert max(each["box"][2] for each in found["objects"]) > 60  # pixels of the file
+    pixels, size = predict.cfg_transform(model)(np.zeros((60, 90, 3), np.uint8))
+    assert (pixels.shape, size) == ((32, 48, 3), (32, 48))
+    (tmp_path / "x.cfg").write_text(net + conv.format(4, 8))
+    fv.weights.write_darknet(tmp_path / "x.weights", fv.weights.DarknetFile(values[:112]))
+    assert run("predict", *files) == 1
+    assert "MODEL must have heads, [yolo] or [region], to find objects; got" in capsys.readouterr().err
+
+
 def test_flags_of_detectors_are_refused_for_classifiers(folder, capsys):
     assert run("predict", "resnet18", "x.npz", folder / "wide.png", "--json") == 1
     assert "--out and --json must be left out for a classifier; got resnet18" in capsys.readouterr().err

@@ -163,20 +163,24 @@ def _affine(scale_x, shift_x, scale_y, shift_y):
 # Flip
 
 
-def random_flip(key: Array, example: Mapping[str, Any], *, probability: float = 0.5) -> dict[str, Any]:
-    """Flips the image horizontally with probability `probability`.
+def random_flip(
+    key: Array, example: Mapping[str, Any], *, probability: float = 0.5, vertical: bool = False
+) -> dict[str, Any]:
+    """Flips the image with probability `probability`: left and right, or with `vertical` top and bottom.
 
     If the example holds `size` [2], the height and width of its valid part at the top left, only that part is mirrored.
     """
     image, size = example["image"], example.get("size")
-    width = image.shape[1] if size is None else jnp.asarray(size)[1]
+    axis = 0 if vertical else 1
+    extent = image.shape[axis] if size is None else jnp.asarray(size)[axis]
     if size is None:
-        mirrored = image[:, ::-1]
+        mirrored = jnp.flip(image, axis)
     else:
-        columns = jnp.arange(image.shape[1])
-        mirrored = image[:, jnp.where(columns < width, width - 1 - columns, columns)]
+        places = jnp.arange(image.shape[axis])
+        mirrored = jnp.take(image, jnp.where(places < extent, extent - 1 - places, places), axis)
     flipped = jax.random.bernoulli(key, probability)
-    matrix = jnp.where(flipped, _affine(-1, width, 1, 0), _affine(1, 0, 1, 0))
+    mirror = _affine(1, 0, -1, extent) if vertical else _affine(-1, extent, 1, 0)
+    matrix = jnp.where(flipped, mirror, _affine(1, 0, 1, 0))
     return move("random_flip", example, jnp.where(flipped, mirrored, image), matrix, size=size)
 
 

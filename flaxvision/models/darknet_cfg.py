@@ -287,17 +287,19 @@ class CfgDetector(CfgModule, GridDetector):
             )
         return grids
 
-    def with_classes(self, num_classes: int) -> CfgDetector:
+    def with_classes(self, num_classes: int, anchors: tuple[tuple[float, float], ...] | None = None) -> CfgDetector:
         """Returns the network for another number of classes: the last convolution before each head is another one.
 
         Args:
             num_classes: Number of classes.
+            anchors: Width and height in pixels of the anchors of all heads, as many as before; None keeps them.
 
         Returns:
             A copy; its other layers have the same variables.
 
         Raises:
-            ValueError: A head does not follow a convolution directly, or `num_classes` is not positive.
+            ValueError: A head does not follow a convolution directly, `num_classes` is not positive, or there are
+                more or fewer anchors than before.
         """
         layers, heads = list(self.layers), self.heads
         for name, grid in heads.items():
@@ -305,11 +307,15 @@ class CfgDetector(CfgModule, GridDetector):
             before = layers[number - 1]
             if not isinstance(before, Convolution):
                 raise ValueError(f"layer before {name} must be a convolution; got {before.kind}")
-            anchors = before.features // (5 + grid.num_classes)
-            layers[number - 1] = dataclasses.replace(before, features=anchors * (5 + num_classes))
-            layers[number] = dataclasses.replace(
-                layers[number], grid=dataclasses.replace(grid, num_classes=num_classes)
-            )
+            per_cell = before.features // (5 + grid.num_classes)
+            changes: dict[str, Any] = {"num_classes": num_classes}
+            if anchors is not None:
+                if len(anchors) != len(grid.anchors):
+                    raise ValueError(f"anchors must be {len(grid.anchors)} widths and heights; got {len(anchors)}")
+                unit = grid.stride if isinstance(grid, RegionHead) else 1
+                changes["anchors"] = tuple((width / unit, height / unit) for width, height in anchors)
+            layers[number - 1] = dataclasses.replace(before, features=per_cell * (5 + num_classes))
+            layers[number] = dataclasses.replace(layers[number], grid=dataclasses.replace(grid, **changes))
         return self.clone(layers=tuple(layers))
 
     @nn.compact

@@ -5,6 +5,7 @@ Importing this package loads no file format and no other library. The functions 
 
 from flaxvision.weights.bundle import read_bundle, read_card, save
 from flaxvision.weights.cfg import load_cfg, parse_cfg, read_cfg
+from flaxvision.weights.cfg_writer import save_cfg
 from flaxvision.weights.class_names import class_names_for
 from flaxvision.weights.convert import convert, export, fields, sources
 from flaxvision.weights.darknet import DarknetFile, load_darknet, read_darknet, save_darknet, write_darknet
@@ -35,6 +36,7 @@ __all__ = [
     "read_cfg",
     "read_darknet",
     "save",
+    "save_cfg",
     "save_darknet",
     "sources",
     "tag_of",

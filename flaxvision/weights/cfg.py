@@ -52,6 +52,7 @@ def load_cfg(
     weights: str | os.PathLike[str],
     *,
     num_classes: int | None = None,
+    anchors: tuple[tuple[float, float], ...] | None = None,
     rng: jax.Array | None = None,
     **overrides: Any,
 ) -> tuple[net.CfgDetector | net.CfgNetwork, Variables]:
@@ -62,6 +63,8 @@ def load_cfg(
         weights: The `.weights` file.
         num_classes: Number of classes of a detector. If it is not that of the file, the last convolution before each
             head is initialized anew; None keeps it.
+        anchors: Width and height in pixels of other anchors, see `CfgDetector.with_classes`; None keeps those of the
+            file. The last convolutions before the heads are kept unless the number of classes changes.
         rng: Key for newly initialized layers; None for `jax.random.key(0)`.
         **overrides: As for `read_cfg`. `epsilon` is 1e-5 by default if the header of the weights is that of the fork of
             A. Bochkovskiy.
@@ -76,9 +79,15 @@ def load_cfg(
         overrides = {"epsilon": 1e-5, **overrides}
     model = read_cfg(cfg, **overrides)
     variables = load_darknet(model, weights)
-    if num_classes is None or getattr(model, "num_labels", num_classes) == num_classes:
+    if num_classes is None and anchors is None:
         return model, variables
-    wide = model.with_classes(num_classes)
+    if not isinstance(model, net.CfgDetector):
+        raise ValueError(
+            f"num_classes and anchors must be None for a network without heads; got {num_classes}, {anchors}"
+        )
+    wide = model.with_classes(num_classes or model.num_labels, anchors)
+    if wide.num_labels == model.num_labels:
+        return wide, variables
     image = jnp.zeros((1, *wide.input_size, wide.channels))
     shapes = flat(jax.eval_shape(wide.init, jax.random.key(0), image))
     leaves = flat(variables)

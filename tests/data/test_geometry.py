@@ -20,6 +20,7 @@ VALID = np.array([1, 1, 0], np.float32)
 
 OPS = {
     "flip": partial(augment.random_flip, probability=1.0),
+    "vertical_flip": partial(augment.random_flip, probability=1.0, vertical=True),
     "no_flip": partial(augment.random_flip, probability=0.0),
     "crop": partial(augment.random_crop, padding=5),
     "crop_to_size": partial(augment.random_crop, padding=0, size=(16, 20)),
@@ -144,6 +145,16 @@ def test_a_flip_with_a_size_mirrors_the_valid_part():
     np.testing.assert_array_equal(flipped["boxes"][:2], [[17, 6, 26, 17], [0, 3, 10, 10]])
     np.testing.assert_array_equal(bounds(flipped["masks"][0]), flipped["boxes"][0])
     np.testing.assert_array_equal(flipped["size"], example["size"])
+
+
+def test_a_vertical_flip_is_a_horizontal_one_of_the_transpose():
+    example = {"image": scene()["image"], "boxes": BOXES, "valid": VALID, "size": np.array([20, 32])}
+    turned = {"image": example["image"].swapaxes(0, 1), "boxes": BOXES[:, [1, 0, 3, 2]], "valid": VALID}
+    down = augment.random_flip(jax.random.key(0), example, probability=1.0, vertical=True)
+    across = augment.random_flip(jax.random.key(0), turned | {"size": example["size"][::-1]}, probability=1.0)
+    np.testing.assert_array_equal(down["image"], np.swapaxes(across["image"], 0, 1))
+    np.testing.assert_array_equal(down["boxes"], np.asarray(across["boxes"])[:, [1, 0, 3, 2]])
+    assert not np.array_equal(down["image"], example["image"])
 
 
 @pytest.mark.parametrize(("change", "message"), [
