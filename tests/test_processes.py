@@ -137,9 +137,11 @@ def test_sigterm_outside_of_the_training_loop_ends_all_within_seconds(index):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_signal_while_the_other_process_has_not_started(number, status):
+    # A shell starts a job in the background with SIGINT ignored, and Python keeps it so.
     program = """
-import jax, sys
+import jax, signal, sys
 import flaxvision as fv
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def main(config):
     print("ready", flush=True)
     fv.train.initialize(sys.argv[1], 2, 0)
