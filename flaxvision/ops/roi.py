@@ -139,7 +139,9 @@ def _align(maps, rois, level, output_size, scales, sampling_ratio, aligned) -> A
     """Computes RoIAlign; `level [R]` is the index of the feature map, and of its scale, for each RoI."""
     rows, columns = _pair(output_size)
     if sampling_ratio < 1:
-        raise ValueError(f"sampling_ratio must be at least 1 (adaptive sampling is not supported); got {sampling_ratio}")
+        raise ValueError(
+            f"sampling_ratio must be at least 1 (adaptive sampling is not supported); got {sampling_ratio}"
+        )
     # One gather serves all levels: their pixels are the rows of one table.
     heights, widths = (jnp.asarray([x.shape[axis] for x in maps], jnp.int32)[level] for axis in (0, 1))
     starts = jnp.asarray(np.cumsum([0] + [x.shape[0] * x.shape[1] for x in maps[:-1]]), jnp.int32)[level]

@@ -68,9 +68,7 @@ def read_darknet(path: str | os.PathLike[str]) -> DarknetFile:
         raise ValueError(f"{path} is not a .weights file of darknet: its header is {data[:12].hex(' ') or 'empty'}")
     header = _header_size(version)
     if len(data) < header or (len(data) - header) % 4:
-        raise ValueError(
-            f"{path} must have a header of {header} bytes and 4 bytes per value; got {len(data)} bytes"
-        )
+        raise ValueError(f"{path} must have a header of {header} bytes and 4 bytes per value; got {len(data)} bytes")
     (seen,) = struct.unpack_from("<Q" if header == 20 else "<I", data, 12)
     return DarknetFile(np.frombuffer(data, "<f4", offset=header).astype(np.float32), seen, version)
 
