@@ -11,9 +11,13 @@ The first command needs no files and no GPU. With seed 0 it took 6 minutes on 2 
 
 FOLDER has the layout of PASCAL VOC, COCO or YOLO. For `--dataset coco` it can also be a TFDS directory; then add
 `--train-split train --eval-split validation`. Batch sizes and learning rates are those of the papers. If you change
---batch-size, scale --learning-rate too. At the end, a run prints the metrics of each class and draws pictures in its
-work directory. It writes `weights.safetensors`, or for a .cfg file `model.cfg` and `model.weights`, which
-`flaxvision predict` reads. `--help --model NAME --dataset NAME` shows the defaults of a recipe.
+--batch-size, scale --learning-rate too.
+
+At the end, a run prints the metrics of each class and draws pictures in its work directory. For
+`flaxvision predict`, it writes `weights.safetensors`, or with a .cfg file `model.cfg`, `model.weights` and
+`classes.names`.
+
+`--help --model NAME --dataset NAME` shows the defaults of a recipe.
 """
 
 from __future__ import annotations

@@ -167,10 +167,12 @@ def load_coco(annotations: Path, images: Path, *, drop_empty: bool = False, name
     for annotation in content["annotations"]:
         where = f"annotation {annotation.get('id')} in {path}"
         if annotation.get("image_id") not in objects:
-            raise ValueError(f"{where} must be of an image in the file; got the image id {annotation.get('image_id')}")
+            raise ValueError(
+                f"{where} must refer to an image in the file; got the image id {annotation.get('image_id')}"
+            )
         if annotation.get("category_id") not in labels:
             raise ValueError(
-                f"{where} must be of a category in the file; got the category id {annotation.get('category_id')}"
+                f"{where} must refer to a category in the file; got the category id {annotation.get('category_id')}"
             )
         try:
             x, y, width, height = (float(value) for value in annotation["bbox"])

@@ -144,8 +144,7 @@ class FasterRCNN(Detector):
         sizes = self.anchor_sizes
         if len(sizes) != len(levels) or len({len(shapes) for shapes in sizes}) != 1 or not sizes[0]:
             raise ValueError(
-                f"anchor_sizes must have one tuple of equal length for each of the levels {', '.join(levels)};"
-                f" got {sizes}"
+                f"anchor_sizes must have one tuple per level ({', '.join(levels)}), all of the same length; got {sizes}"
             )
 
     def setup(self):

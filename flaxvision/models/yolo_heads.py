@@ -168,7 +168,7 @@ class RegionHead:
 
     def __post_init__(self):
         if not self.anchors:
-            raise ValueError(f"anchors must hold a (width, height) or more; got {self.anchors}")
+            raise ValueError(f"anchors must have at least one (width, height); got {self.anchors}")
         _check_classes(self.num_classes)
 
     @property

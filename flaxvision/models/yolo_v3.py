@@ -89,8 +89,8 @@ class YoloV3(GridDetector):
         lengths = (len(self.necks), len(self.head_features), len(self.lateral_features) + 1)
         if set(lengths) != {count} or not self.anchors or len(self.anchors) % count:
             raise ValueError(
-                f"necks and head_features must have {count} entries, one for each stage of the backbone,"
-                f" lateral_features one less, and anchors a multiple; got {lengths[0]}, {lengths[1]},"
+                f"necks, head_features, lateral_features and anchors must have {count}, {count}, {count - 1} and a"
+                f" multiple of {count} entries for a backbone with {count} stages; got {lengths[0]}, {lengths[1]},"
                 f" {len(self.lateral_features)} and {len(self.anchors)}"
             )
 

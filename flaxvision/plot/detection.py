@@ -96,7 +96,7 @@ def precision_recall(
         raise ValueError(f"classes must have {len(curves)} names; got {len(classes)}")
     known = [(k, *curve) for k, curve in enumerate(curves) if curve is not None]
     if not known:
-        raise ValueError(f"curves must have a class with objects; got {len(curves)} without")
+        raise ValueError(f"curves must have a class with objects; got {len(curves)} without objects")
     figure = _figure(6.2, 4.6)
     axes = figure.subplots()
     for k, recall, precision in known:

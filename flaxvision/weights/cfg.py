@@ -278,8 +278,8 @@ def _grid(section: Section, shape: Shape, size: Shape, anchors: int, classes: in
     h, w, c = _image(section, shape)
     if c != anchors * (5 + classes):
         section.fail(
-            f"filters of the layer before must be {anchors * (5 + classes)}, {anchors} anchors times 5 + {classes}"
-            " classes",
+            f"filters of the layer before must be {anchors * (5 + classes)}, {anchors} anchors times"
+            f" (5 + {classes} classes)",
             c,
         )
     stride = size[0] // h

@@ -58,7 +58,7 @@ def detection(
         else:
             named = apply_fn(variables, batch, keys, train=False, method="losses")
         if unknown := sorted(set(weights or ()) - set(named)):
-            raise ValueError(f"weights must be of the losses {', '.join(sorted(named))}; got {unknown[0]!r}")
+            raise ValueError(f"weights must be for the losses {', '.join(sorted(named))}; got {unknown[0]!r}")
         mask = jnp.ones(rows, jnp.float32) if mask is None else mask.astype(jnp.float32)
         total = sum(value * (weights or {}).get(name, 1.0) for name, value in named.items())
         metrics = {name: fm.Mean.of(value, mask) for name, value in {"loss": total, **named}.items()}
