@@ -60,6 +60,8 @@ class Config(Recipe, fv.train.RunSettings):
     """A registered detector, a .cfg file of darknet, or small: a YOLOv3 with a narrow backbone."""
     dataset: str = "shapes"
     """shapes (drawn, needs no files), voc_xml, coco, yolo, or a TFDS name such as voc/2007."""
+    data_dir: str | None = None
+    """Folder of the data set. For a TFDS name, the directory of prepared sets; default: that of TFDS."""
     train_split: str | None = None
     """Split to train on. Default: train; for coco, train2017."""
     eval_split: str | None = None
