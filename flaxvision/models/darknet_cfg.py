@@ -1,7 +1,7 @@
 """Networks that are defined by a list of layers, as in darknet's `.cfg` files.
 
-`flaxvision.weights.read_cfg` builds these modules from a file. Every section is a `Layer`. Layers are numbered from 0, as
-darknet prints them, and their variables are named after the number: `layer12_conv/kernel`, `layer12_bn/scale`.
+`flaxvision.weights.read_cfg` builds these modules from a file. Every section is a `Layer`. Layers are numbered from 0,
+as darknet prints them, and their variables are named after the number: `layer12_conv/kernel`, `layer12_bn/scale`.
 """
 
 from __future__ import annotations
