@@ -1,12 +1,13 @@
-"""Times the operators of detection beside torchvision's, and the selection of `fv.detect`.
+"""Times the detection operators against torchvision's, and the selection of detections in `fv.detect`.
 
     pip install -e ".[reference]"
     python -m benchmarks.detection                                                # a few minutes on 2 cores
     python -m benchmarks.detection --output benchmarks/results/detection.jsonl    # appends one JSON line per case
     python -m benchmarks.detection --quick --only nms
 
-The two libraries take turns, so other load on the machine affects both. The figures are medians with quartiles. A ratio
-is torchvision's time divided by ours: above 1, flaxvision is faster. The results of the two are compared first.
+The two libraries are interleaved, so other load on the machine affects both. Times are medians; ratios have quartiles.
+A ratio is torchvision's time divided by ours: above 1, flaxvision is faster. Before the timing, the benchmark checks
+that both give the same result.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ STRIDES = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Config:
-    """Time the operators of detection."""
+    """Time the detection operators."""
 
     quick: bool = False
     """Small arrays and three repetitions, to check that everything runs."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """File of JSON lines that the records are appended to, one per case."""
+    """File to which one JSON line per case is appended."""
     only: str = ""
-    """Only time the cases with this text in their name."""
+    """Only time the cases whose name contains this text."""
     seconds: float = 8.0
-    """Time to spend on the repetitions of a case; there are at least three, unless one takes longer than that."""
+    """Seconds for the repetitions of a case. At least three are run, unless one takes longer than that."""
     steps: int = 100
-    """Most repetitions of a case."""
+    """Maximum number of repetitions of a case."""
     threads: int = 2
-    """Threads of torch."""
+    """Number of threads of torch."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Case:
 
     Attributes:
         name: Name of the case.
-        ours: Runs flaxvision; the arrays are on the device.
-        theirs: Runs torchvision, or None.
-        same: Whether the two results are the same.
+        ours: Runs flaxvision, on arrays that are on the device.
+        theirs: Runs torchvision; None if it has no counterpart.
+        same: Returns whether the two results are the same.
     """
 
     name: str
@@ -67,19 +68,19 @@ class Case:
 
 
 def uniform_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Boxes of 10 to 300 pixels anywhere in 800x800."""
+    """Returns boxes with sides of 10 to 300 pixels and their first corner anywhere in 800x800 pixels."""
     corner = rng.uniform(0, 800, (count, 2))
     return np.concatenate([corner, corner + rng.uniform(10, 300, (count, 2))], axis=1).astype(np.float32)
 
 
 def clustered_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Boxes of about 100 pixels around 40 objects, as a detector proposes them."""
+    """Returns boxes of about 100 pixels around 40 objects, similar to the proposals of a detector."""
     corner = rng.uniform(0, 800, (40, 2))[rng.integers(0, 40, count)] + rng.normal(0, 8, (count, 2))
     return np.concatenate([corner, corner + 100 + rng.normal(0, 10, (count, 2))], axis=1).astype(np.float32)
 
 
 def nms_cases(count: int) -> Iterator[Case]:
-    """Non-maximum suppression of boxes that overlap little and much."""
+    """Yields cases of non-maximum suppression, with boxes that overlap little and boxes that overlap much."""
     import torch
     from torchvision.ops import nms
 
@@ -99,7 +100,7 @@ def nms_cases(count: int) -> Iterator[Case]:
 
 
 def roi_cases(count: int, size: tuple[int, int], channels: int) -> Iterator[Case]:
-    """RoIAlign over four levels, forward and with the gradient of the features; RoI max-pooling of one level."""
+    """Yields RoIAlign on four levels, forward and with the gradient of the features, and RoI max-pooling."""
     import torch
     from torchvision.ops import MultiScaleRoIAlign, roi_pool
 
@@ -137,7 +138,7 @@ def roi_cases(count: int, size: tuple[int, int], channels: int) -> Iterator[Case
 
 
 def select_cases(quick: bool) -> Iterator[Case]:
-    """The selection of Faster R-CNN (boxes for each class) and of YOLOv3 (shared boxes), many and few candidates."""
+    """Yields selections as in Faster R-CNN (boxes per class) and YOLOv3 (shared boxes), for one and two images."""
     rng = np.random.default_rng(2)
     for images, count, classes, per_class in (
         (1, 1000, 90, True),
@@ -155,7 +156,7 @@ def select_cases(quick: bool) -> Iterator[Case]:
 
 
 def main(config: Config) -> None:
-    """Times every case and prints a line for each."""
+    """Times every case and prints one line per case."""
     import torch
 
     machine.check_output(config.output)

@@ -1,15 +1,15 @@
-"""Faster R-CNN (ResNet-50, feature pyramid) beside torchvision's, interleaved, with the same weights and images.
+"""Times Faster R-CNN (ResNet-50, FPN) against torchvision's, interleaved, with the same weights and images.
 
     pip install -e ".[reference]"
     python -m benchmarks.faster_rcnn                       # both cases; about ten minutes on two cores
     python -m benchmarks.faster_rcnn --output benchmarks/results/faster_rcnn.jsonl
 
 * `detect`: one image of 800x1088 pixels, from normalized pixels to detections.
-* `train`: a step of SGD with momentum on two images of 512x512 with ten objects each, with frozen BatchNorm, stem and
-  first stage, as torchvision fine-tunes it.
+* `train`: a step of SGD with momentum on two images of 512x512 with ten objects each. BatchNorm, the stem and the first
+  stage are frozen, as when torchvision's model is fine-tuned.
 
-Each record holds wall and processor seconds of both, their ratios (above 1: ours is faster), and the seconds of our
-first call with compilation. On a shared machine, the processor seconds say more.
+Each record holds the wall and processor time of both in seconds, their ratios (above 1: ours is faster), and the time
+of our first call, which includes compilation. On a shared machine, processor times are more reliable.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ RATE, MOMENTUM, DECAY = 1e-5, 0.9, 1e-4
 
 @dataclasses.dataclass
 class Timed(Contender):
-    """A contender whose processor time is taken too.
+    """A contender whose processor time is measured too.
 
     Attributes:
-        cpu: Processor seconds of each timed step, over all threads.
+        cpu: Processor time of each timed step in seconds, summed over all threads.
     """
 
     cpu: list[float] = dataclasses.field(default_factory=list)
 
     def measure(self, count: int) -> None:
-        """Appends `count` times."""
+        """Times `count` steps and appends the results."""
         for _ in range(count):
             start = time.process_time()
             super().measure(1)
@@ -55,7 +55,7 @@ class Timed(Contender):
 
 
 def prepare(case: str) -> dict[str, Timed]:
-    """Makes the contenders of a case; ours comes first."""
+    """Returns the contenders of a case; ours comes first."""
     import torch
 
     rows, height, width = SIZES[case]
@@ -118,7 +118,7 @@ def prepare(case: str) -> dict[str, Timed]:
 
 
 def measure(case: str, steps: int) -> dict[str, Any]:
-    """Times a case."""
+    """Times a case and returns its record."""
     contenders = prepare(case)
     ours, theirs = contenders.values()
     start = time.process_time()
@@ -140,9 +140,9 @@ def main(
     """Times Faster R-CNN.
 
     Args:
-        cases: What to time.
-        steps: Timed steps of each side.
-        output: File of JSON lines to append to.
+        cases: Cases to time.
+        steps: Number of timed steps of each library.
+        output: File to which one JSON line per case is appended.
     """
     import torch
 

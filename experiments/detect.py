@@ -1,4 +1,4 @@
-r"""Trains and evaluates detectors, each by the recipe of its family.
+r"""Trains and evaluates detectors, with the recipe of their family.
 
     python experiments/detect.py                                   # a small YOLOv3 on drawn shapes
     python experiments/detect.py --dataset voc_xml --data-dir FOLDER --model yolo_v3_tiny
@@ -6,13 +6,18 @@ r"""Trains and evaluates detectors, each by the recipe of its family.
     python experiments/detect.py --dataset yolo --data-dir FOLDER --model yolo_v2 --weights FILE --source darknet
     python experiments/detect.py --dataset yolo --data-dir FOLDER --model NAME.cfg --weights NAME.weights
 
-The first command needs no files and no GPU; it takes 6 minutes on 2 CPU cores, which were shared with other work, and
-reaches an AP at an IoU of 0.5 of 0.923 on the 500 test images (seed 0).
+The first command needs no files and no GPU. With seed 0 it took 6 minutes on 2 shared CPU cores, and reached an AP50
+(average precision at an IoU of 0.5) of 0.923 on the 500 test images.
 
-FOLDER is in the layout of PASCAL VOC, COCO or YOLO; `--dataset coco` also takes a TFDS directory. Batch sizes and
-learning rates are those of the papers for their hardware; if you change --batch-size, scale --learning-rate too.
-A run ends with the figures of each class and with pictures in its work directory, and writes `weights.safetensors`,
-which `flaxvision predict` reads. `--help --model NAME --dataset NAME` shows the defaults of a recipe.
+FOLDER has the layout of PASCAL VOC, COCO or YOLO. For `--dataset coco` it can also be a TFDS directory; then add
+`--train-split train --eval-split validation`. Batch sizes and learning rates are those of the papers. If you change
+--batch-size, scale --learning-rate too.
+
+At the end, a run prints the metrics of each class and draws pictures in its work directory. For
+`flaxvision predict`, it writes `weights.safetensors`, or with a .cfg file `model.cfg`, `model.weights` and
+`classes.names`.
+
+`--help --model NAME --dataset NAME` shows the defaults of a recipe.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ import flaxvision as fv
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The flags on which the defaults of the others depend."""
+    """Flags that determine the defaults of the other flags."""
 
     recipe: str | None = None
     model: str = "small"
@@ -50,43 +55,45 @@ class Config(Recipe, fv.train.RunSettings):
     """Train, evaluate, checkpoint and resume. --recipe sets the defaults of the training settings."""
 
     recipe: Literal[tuple(RECIPES)] = "small"  # type: ignore[valid-type]
-    """Recipe that gives the other defaults. Default: that of the model's family."""
+    """Recipe that sets the other defaults. Default: the recipe of the model's family."""
     model: str = "small"
-    """A registered detector, the .cfg file of one that darknet describes, or small: YOLOv3 with a narrow backbone."""
+    """A registered detector, a .cfg file of darknet, or small: a YOLOv3 with a narrow backbone."""
     dataset: str = "shapes"
-    """shapes (embedded), voc_xml, coco, yolo, or a TFDS name such as voc/2007."""
+    """shapes (drawn, needs no files), voc_xml, coco, yolo, or a TFDS name such as voc/2007."""
+    data_dir: str | None = None
+    """Folder of the data set. For a TFDS name, the directory of prepared sets; default: that of TFDS."""
     train_split: str | None = None
-    """Split to train on. Default: train, or train2017 for coco."""
+    """Split to train on. Default: train; for coco, train2017."""
     eval_split: str | None = None
-    """Split to evaluate during training. Default: val, or val2017 for coco."""
+    """Split to evaluate on during training. Default: val; for coco, val2017; for a TFDS name, validation."""
     test_split: str | None = None
-    """Split of the final figures. Default: test if the data set has one, else --eval-split."""
+    """Split for the final metrics. Default: test for shapes and voc_xml, else that of --eval-split."""
     faulty_boxes: Literal["drop", "refuse"] = "drop"
-    """What happens to boxes of zero width or height: they are left out and listed, or end the run with an error."""
+    """Boxes of zero width or height: drop leaves them out and lists them, refuse raises an error."""
     weights: str | None = None
-    """Weights to start from: a published tag or a file; layers that depend on the number of classes start anew."""
+    """Weights to start from: a published tag or a file. Layers for another number of classes are newly initialized."""
     source: str | None = None
     """Library that wrote the file of --weights or --backbone-weights. Default: flaxvision."""
     backbone_model: str | None = None
-    """A registered classifier with the detector's backbone, such as resnet50; with --backbone-weights."""
+    """A registered classifier with the backbone of the detector, such as resnet50; only with --backbone-weights."""
     backbone_weights: str | None = None
-    """Weights of --backbone-model to start the backbone from: a published tag or a file."""
+    """Pretrained weights of --backbone-model for the backbone: a published tag or a file."""
     eval_only: bool = False
-    """Only evaluate --weights."""
+    """Only evaluate the model of --weights."""
     eval_batch_size: int = 32
-    """Images per step of evaluation, over all devices; rounded up to a multiple of their number."""
+    """Images per evaluation step over all devices. It is rounded up to a multiple of the number of devices."""
     threads: int | None = None
     """Number of threads that read images. Default: one per processor, at most 16."""
     cache: bool = False
-    """Keep the resized images in memory; always for shapes."""
+    """Keep the resized images in memory. Always on for shapes."""
     max_detections: int = 100
-    """Number of detections of an image in evaluation."""
+    """Number of detections per image in evaluation."""
     eval_every: float = 2.0
     """Epochs between evaluations."""
 
 
 def parse(args: list[str] | None = None) -> Config:
-    """Reads the flags that choose the recipe first, and then all flags, with the recipe as defaults."""
+    """Reads the flags that select the recipe first, and then all flags, with the recipe as defaults."""
     args = sys.argv[1:] if args is None else args
     choice, _ = tyro.cli(Choice, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True)
     family = next(recipe for pattern, recipe in FAMILIES.items() if fnmatch.fnmatchcase(choice.model, pattern))
@@ -113,7 +120,7 @@ def main(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for settings that are out of range or do not go together."""
+    """Raises ValueError for settings that are out of range or contradict each other."""
     detect_models.check(config)
     for field in ("eval_every", "log_every", "eval_batch_size", "max_detections"):
         if not getattr(config, field) > 0:
@@ -143,7 +150,7 @@ def load(config: Config):
 
 
 def canvases(config: Config, sizes: tuple[str, ...]) -> fv.data.Canvases:
-    """Returns the canvases of sizes such as "416" or "800x1344"."""
+    """Returns the canvases for sizes such as "416" or "800x1344"."""
     try:
         pairs = tuple((int(a), int(b or a)) for a, _, b in (size.partition("x") for size in sizes))
     except ValueError:
@@ -212,7 +219,7 @@ class Run:
         )
 
     def create_state(self, learning_rate, rng) -> fv.train.TrainState:
-        """Initializes the model, or copies the weights of --weights."""
+        """Creates the train state, with newly initialized variables or those of the weights."""
         height, width = self.train_source.canvases.sizes[0]
         sample = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
         tx = self.config.make_optimizer(learning_rate)
@@ -266,7 +273,7 @@ class Run:
         return 0
 
     def evaluate(self) -> int:
-        """Evaluates --weights."""
+        """Evaluates the model of --weights."""
         state = self.create_state(optax.constant_schedule(0.0), jax.random.key(0))
         self.report(state)
         return 0
@@ -276,7 +283,7 @@ class Run:
         return state.variables if self.config.ema_decay is None else state.ema
 
     def report(self, state) -> dict[str, float]:
-        """Prints the figures on the test split and draws them."""
+        """Computes and prints the metrics on the test split, and draws detections and curves."""
         evaluation = self.evaluation(self.test)
         metrics = fv.train.accumulate(state, self.eval_step, evaluation.batches, evaluation.input_timeout)
         figures = fv.metrics.compute(metrics)
@@ -286,7 +293,7 @@ class Run:
         return figures
 
     def draw(self, state, source, path: Path) -> None:
-        """Draws detections beside the truth for a few images."""
+        """Draws detections next to the ground truth for a few images."""
         variables = fv.train.collect(self.variables_of(state))
         detect_report.draw(partial(self.find, variables), source, self.classes, path)
 

@@ -1,4 +1,4 @@
-"""How `detect.py` makes its detector and writes its weights: by registry name, or from darknet's `.cfg` file."""
+"""Builds the detector of `detect.py`, from the registry or from a `.cfg` file of darknet, and saves its weights."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Built:
     Attributes:
         model: The module.
         name: Its registry name, or the name of its `.cfg` file.
-        overrides: What makes the module from that name, for the manifest of the checkpoints.
-        mean: Mean that its images are normalized with.
-        std: Standard deviation that its images are normalized with.
+        overrides: Overrides that create the module from that name. Checkpoints store them.
+        mean: Mean of each channel, for normalizing images.
+        std: Standard deviation of each channel, for normalizing images.
         variables: Variables to start from; None to initialize them.
     """
 
@@ -44,12 +44,12 @@ class Built:
 
 
 def is_cfg(model: str) -> bool:
-    """Returns whether a model is given by a `.cfg` file."""
+    """Returns whether a model is specified by a `.cfg` file."""
     return model.endswith(".cfg")
 
 
 def check(config: Any) -> None:
-    """Raises ValueError for a model that is unknown, or for flags that do not go with it."""
+    """Raises ValueError for an unknown model, or for flags that cannot be used with the model."""
     if config.eval_only and not config.weights:
         raise ValueError("--weights FILE-OR-TAG must be given with --eval-only; got none")
     if bool(config.backbone_model) != bool(config.backbone_weights):
@@ -68,15 +68,15 @@ def check(config: Any) -> None:
 
 
 def build(config: Any, num_classes: int, find_anchors: Callable[[int], Any]) -> Built:
-    """Makes the detector of a run.
+    """Builds the detector of a run.
 
     Args:
         config: The flags.
         num_classes: Number of classes of the data.
-        find_anchors: Computes a number of anchors from the data.
+        find_anchors: Computes a given number of anchors from the data.
 
     Returns:
-        The detector. With --eval-only it is that of the weights.
+        The detector. With --eval-only, its fields are those stored with the weights.
 
     Raises:
         ValueError: The weights do not fit the model or the classes.
@@ -94,7 +94,7 @@ def build(config: Any, num_classes: int, find_anchors: Callable[[int], Any]) -> 
     if config.weights is None:
         return built
     options: dict[str, Any] = {"source": config.source, "rng": jax.random.key(config.seed)}
-    if not config.eval_only:  # else the network of the weights as it is
+    if not config.eval_only:  # in evaluation, keep the network of the weights
         options |= overrides
     loaded = load_weights(name, config.weights, **options)
     overrides = {**loaded.fields, "dtype": overrides["dtype"]}
@@ -125,7 +125,7 @@ def _fitting(built: Built, num_classes: int) -> Built:
 
 
 def start(built: Built, config: Any, rng: jax.Array, sample: jax.ShapeDtypeStruct) -> Any:
-    """Returns the variables to start from, with the backbone of --backbone-weights; None to initialize all of them."""
+    """Returns the variables to start from, with the backbone of --backbone-weights. None to initialize all of them."""
     if built.variables is not None or not config.backbone_weights:
         return built.variables
     variables = jax.jit(lambda: built.model.init(rng, jnp.zeros(sample.shape)))()
@@ -133,7 +133,7 @@ def start(built: Built, config: Any, rng: jax.Array, sample: jax.ShapeDtypeStruc
 
 
 def with_backbone(variables: Any, model: str, weights: str, source: str | None) -> Any:
-    """Replaces the backbone of a detector by that of a classifier.
+    """Replaces the variables of the backbone of a detector by those of a classifier.
 
     Args:
         variables: Variables of the detector.
@@ -145,7 +145,7 @@ def with_backbone(variables: Any, model: str, weights: str, source: str | None) 
         The variables.
 
     Raises:
-        ValueError: The classifier lacks a variable of the backbone, or has another shape of it.
+        ValueError: The classifier lacks a variable of the backbone, or the shape of one differs.
     """
     _, donor = fv.weights.load_model(model, weights, source=source)
     result = {}
@@ -171,22 +171,22 @@ def save(
     padding: float,
     figures: dict[str, float],
 ) -> None:
-    """Writes the weights that were evaluated, in the form that `flaxvision predict` reads.
+    """Saves the evaluated weights in a form that `flaxvision predict` reads.
 
     Args:
-        folder: Gets `weights.safetensors` with its card; for a model of a `.cfg` file, `model.cfg`, `model.weights`
-            and `classes.names`, which darknet reads too.
+        folder: Folder for `weights.safetensors` and its card, or for a model from a `.cfg` file, for `model.cfg`,
+            `model.weights` and `classes.names`, which darknet reads too.
         built: The detector.
         variables: Its variables.
-        canvases: The canvases of evaluation.
+        canvases: The canvases of the evaluation.
         classes: Names of the classes.
-        padding: Value of the padding.
-        figures: The figures of the test split.
+        padding: Value of the padding after normalization.
+        figures: The metrics on the test split.
     """
     if built.from_cfg:
         largest = max(canvases.sizes, key=lambda size: size[0] * size[1])
         fv.weights.save_cfg(folder / "model.cfg", built.model.clone(input_size=largest))
-        # The version of the fork tells the readers which epsilon BatchNorm has.
+        # Readers derive the epsilon of BatchNorm from the version: 1e-5 for that of the fork.
         version = (0, 2, 5) if built.model.epsilon == 1e-5 else (0, 2, 0)
         fv.weights.save_darknet(folder / "model.weights", built.model, variables, version=version)
         (folder / "classes.names").write_text("\n".join(classes) + "\n")

@@ -1,4 +1,4 @@
-"""The recipes of `detect.py`, one for each family of detectors, and the splits of the data sets."""
+"""The recipes of `detect.py`, one for each family of detectors, and the default splits of the data sets."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ import flaxvision as fv
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(fv.train.Recipe):
-    """A recipe with its canvases and augmentations. Threads read and resize the images, the device does the rest."""
+    """A training recipe with canvases and augmentations. Threads read and resize images; the device augments them."""
 
     canvases: tuple[str, ...] = ("416",)
-    """Sizes to which images are resized and padded: a side, or HEIGHTxWIDTH. The steps compile once for each."""
+    """Canvas sizes, to which images are resized and padded: SIDE or HEIGHTxWIDTH. The steps compile once for each."""
     eval_canvases: tuple[str, ...] = ()
-    """Sizes in evaluation. Default: those of training, or the largest with --multiscale."""
+    """Canvas sizes in evaluation. Default: those of training, or with --multiscale the largest one."""
     shorter: int | None = None
-    """Length of the shorter side of an image. Default: images fill their canvas."""
+    """Length to which the shorter side is resized. Default: images fill their canvas."""
     longer: int | None = None
-    """Largest length of the longer side, with --shorter."""
+    """Maximum length of the longer side, with --shorter. Alone: length to which it is resized."""
     resize: bool = True
-    """Resize images. If not, only those that no canvas holds are resized."""
+    """Resize images. If off, only images that are larger than every canvas are resized."""
     multiscale: int | None = None
-    """Steps between two canvases, drawn at random for all images. Default: each image has its own canvas."""
+    """Multi-scale training: steps after which a new canvas is drawn for all images. Default: off."""
     flip: bool = True
-    """Augmentation: mirror left and right."""
+    """Augmentation: random horizontal flips."""
     vertical_flip: bool = False
-    """Augmentation: mirror top and bottom."""
+    """Augmentation: random vertical flips."""
     zoom: tuple[float, float] = (1.0, 1.0)
-    """Augmentation: lowest and highest factor of the size."""
+    """Augmentation: lowest and highest factor of random resizing."""
     iou_crop: bool = False
-    """Augmentation: crop around an object."""
+    """Augmentation: random crops that overlap an object, as in SSD."""
     expand: float = 1.0
-    """Augmentation: largest ratio by which the surroundings grow, for half of the images."""
+    """Augmentation: largest factor by which half of the images are shrunk onto an empty image, as in SSD."""
     mosaic: float = 0.0
-    """Augmentation: probability that an image is made of four."""
+    """Augmentation: probability that an image is combined with three others (mosaic)."""
     hue: float = 0.0
-    """Augmentation: largest shift of the hue, as a share of the circle."""
+    """Augmentation: maximum shift of the hue, as a fraction of the colour circle."""
     saturation: float = 0.0
-    """Augmentation: largest relative change of the saturation."""
+    """Augmentation: maximum relative change of the saturation."""
     brightness: float = 0.0
-    """Augmentation: largest change of the brightness."""
+    """Augmentation: maximum change of the brightness."""
     padding: float = 0.0
     """Value of the padding after normalization."""
     anchors: int = 0
-    """Number of anchors to compute from the boxes by k-means, for YOLO. Default: those of the model."""
+    """YOLO: number of anchors to compute from the boxes by k-means. 0: the anchors of the model."""
     score_threshold: float = 0.01
-    """Least score of a detection in evaluation."""
+    """Minimum score of a detection in evaluation."""
     iou_threshold: float = 0.5
-    """IoU above which a detection suppresses others of its class."""
+    """IoU above which a detection suppresses others of its class (NMS)."""
 
 
 _SIDES = tuple(str(side) for side in range(320, 609, 32))
@@ -59,7 +59,7 @@ RECIPES = {
         canvases=_SIDES, eval_canvases=("416",), multiscale=10, zoom=(0.7, 1.4), hue=0.1, saturation=0.5,
         brightness=0.2, padding=0.5,
     ),
-    # Redmon 2017, section 2: 160 epochs; the learning rate falls at 60 and 90.
+    # Redmon and Farhadi 2017, section 2: 160 epochs, learning rate divided by 10 at 60 and 90.
     "yolo_v2": Recipe(
         epochs=160.0, batch_size=64, learning_rate=1e-3, boundaries=(60 / 160, 90 / 160), warmup_epochs=1.0,
         weight_decay=5e-4, canvases=_SIDES, eval_canvases=("416",), multiscale=10, zoom=(0.7, 1.4), hue=0.1,
@@ -70,19 +70,19 @@ RECIPES = {
         epochs=26.0, batch_size=16, learning_rate=0.02, boundaries=(16 / 26, 22 / 26), warmup_epochs=0.14,
         weight_decay=1e-4, canvases=("800x1344", "1344x800"), shorter=800, longer=1333, score_threshold=0.05,
     ),
-    # For small sets, from a trained network.
+    # Fine-tuning on small data sets, from pretrained weights.
     "finetune": Recipe(
         epochs=80.0, batch_size=16, optimizer="adamw", learning_rate=1e-3, schedule="cosine", warmup_epochs=2.0,
         weight_decay=5e-4, clip_norm=10.0, canvases=("416",), zoom=(0.7, 1.4), hue=0.02, saturation=0.3,
         brightness=0.15, padding=0.5, ema_decay=0.995,
     ),
-    # For the drawn shapes and other small sets, from scratch.
+    # Training from scratch on the drawn shapes and other small data sets.
     "small": Recipe(
         epochs=16.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
         weight_decay=1e-4, clip_norm=10.0, canvases=("96",), resize=False, padding=0.5, anchors=2, ema_decay=0.998,
     ),
 }  # fmt: skip
-# The first pattern that matches the name of a model gives its recipe.
+# The first pattern that matches the name of a model selects its recipe.
 FAMILIES = {"*.cfg": "finetune", "faster_rcnn*": "faster_rcnn", "yolo_v2*": "yolo_v2", "*": "yolo_v3"}
 # The default model: YOLOv3 with heads of stride 8 and 16, narrow and shallow.
 SMALL = {

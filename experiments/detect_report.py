@@ -1,4 +1,4 @@
-"""What `detect.py` draws and prints: samples, detections beside the truth, and the figures of each class."""
+"""Reports of `detect.py`: training samples, detections next to the ground truth, and metrics of each class."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import flaxvision as fv
 from flaxvision.data.canvas import image_sizes
 
-PICTURES = 8  # images in a picture
-_SHOWN = 0.3  # least score of a detection that is drawn
+PICTURES = 8  # images per picture
+_SHOWN = 0.3  # minimum score of a detection that is drawn
 _TRUTH = ("boxes", "labels", "crowd", "difficult")
 
 
@@ -22,7 +22,7 @@ class Pictures:
     """A callback that draws `FOLDER/STEP.png` at every evaluation.
 
     Args:
-        draw: `(state, path=...)`.
+        draw: Function `(state, path=...)` that draws the picture.
         folder: The folder.
     """
 
@@ -35,13 +35,13 @@ class Pictures:
 
 
 def draw(find: Callable[..., Any], source: fv.data.CanvasSource, classes: tuple[str, ...], path: Path) -> None:
-    """Draws detections beside the truth for the first images on one canvas.
+    """Draws detections next to the ground truth for the first images with the same canvas.
 
     Args:
-        find: `batch -> Detections`.
+        find: Function `batch -> Detections`.
         source: The images.
         classes: Names of the classes.
-        path: The picture.
+        path: File to write.
     """
     examples = [source[int(i)] for i in np.flatnonzero(source.canvas == source.canvas[0])[:PICTURES]]
     found = jax.device_get(find({key: np.stack([each[key] for each in examples]) for key in ("image", "size")}))
@@ -63,9 +63,9 @@ def draw_samples(batches: Any, transform: Callable[..., dict[str, Any]], rng: ja
 
     Args:
         batches: The training batches.
-        transform: `(rng, batch) -> batch` with images in [0, 1].
-        rng: The key of the transform.
-        path: The picture.
+        transform: Function `(rng, batch) -> batch` that gives images in [0, 1].
+        rng: PRNG key of the transform.
+        path: File to write.
     """
     if jax.process_index() != 0:
         return
@@ -80,17 +80,17 @@ def draw_samples(batches: Any, transform: Callable[..., dict[str, Any]], rng: ja
 def report(
     found: fv.metrics.DetectionRecords, name: str, classes: tuple[str, ...], figures: dict[str, float], folder: Path
 ) -> dict[str, float]:
-    """Prints the figures of each class and a bootstrap interval, and draws curves and false positives.
+    """Prints the metrics of each class and a bootstrap interval, and draws curves and false positives.
 
     Args:
         found: The detections of all images.
-        name: Name of the data.
+        name: Name of the data set.
         classes: Names of the classes.
-        figures: The figures of the evaluation.
-        folder: Gets `precision_recall.png`, `false_positives.png` and `results.json`.
+        figures: The metrics of the evaluation.
+        folder: Folder for `precision_recall.png`, `false_positives.png` and `results.json`.
 
     Returns:
-        Further figures.
+        Additional metrics.
     """
     low, high = found.bootstrap("ap50", resamples=300)
     more = {"ap50_low": low, "ap50_high": high, "voc_map": found.voc(eleven_points=False)}

@@ -1,4 +1,4 @@
-"""Detection: from the raw outputs of any detector to the boxes, scores and labels of each image."""
+"""Inference with detectors: decodes raw outputs and selects the boxes, scores and labels of each image."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flaxvision.ops.nms import at_most
 
 
 class Candidates(NamedTuple):
-    """What a detector proposes: the result of its method `candidates`.
+    """Scored boxes before non-maximum suppression, as returned by `Detector.candidates`.
 
     Attributes:
         boxes: `[N, A, 4]`, or `[N, A, K, 4]` if each class has its own boxes; x1, y1, x2, y2 in pixels.
-        scores: `[N, A, K]`, without the background.
+        scores: `[N, A, K]`, one score per class, without a background class.
         valid: `[N, A]` bool: which candidates exist.
     """
 
@@ -29,7 +29,7 @@ class Candidates(NamedTuple):
 
 
 class Detections(struct.PyTreeNode):
-    """Detected objects, in order of falling score. What is not valid is 0.
+    """Detected objects of each image, by decreasing score. Entries that are not valid are 0.
 
     Attributes:
         boxes: `[N, M, 4]`; x1, y1, x2, y2 in pixels.
@@ -57,13 +57,16 @@ def detect(
     class_agnostic: bool = False,
     soft_sigma: float | None = None,
 ) -> Detections:
-    """Detects the objects in images, with any detector. It is pure: jit it with the model and the options fixed.
+    """Detects objects in images, with any detector.
+
+    This function is pure. To compile it with `jax.jit`, fix the model and the options, as with `functools.partial`.
 
     Args:
         model: A detector.
-        variables: Its variables.
+        variables: Variables of the model.
         images: `[N, H, W, 3]`, normalized as the model expects.
-        sizes: `[N, 2]`, height and width of the valid part of each image, at the top left; None for whole images.
+        sizes: `[N, 2]`, height and width in pixels of the valid region at the top left of each image. None if there is
+            no padding.
         score_threshold: See `select_detections`.
         iou_threshold: See `select_detections`.
         max_detections: See `select_detections`.
@@ -75,7 +78,7 @@ def detect(
         The detections.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: An option is out of range.
     """
     images = jnp.asarray(images)
     if sizes is None:
@@ -102,27 +105,27 @@ def select_detections(
     class_agnostic: bool = False,
     soft_sigma: float | None = None,
 ) -> Detections:
-    """Selects the best candidates of each image by greedy non-maximum suppression in each class.
+    """Selects the detections of each image by greedy non-maximum suppression (NMS) within each class.
 
-    The result is exact, whatever the number of candidates. Equal scores are visited in the order of the candidates,
-    then of the classes.
+    The result is exact for any number of candidates. Equal scores are visited by increasing index of the candidate,
+    then of the class.
 
     Args:
-        candidates: The candidates.
-        score_threshold: Only scores above this are selected.
-        iou_threshold: A candidate is suppressed if its IoU with a selected one of its class exceeds this.
-        max_detections: Number of detections M of each image, at least 1.
-        min_size: Smallest width and height of a box in pixels; the default removes boxes that clipping has emptied.
-        class_agnostic: Whether candidates suppress those of all classes. If the classes share a box, it keeps only the
-            class with its highest score.
-        soft_sigma: If not None, overlapping candidates are not suppressed, but their scores are multiplied by
-            `exp(-iou^2 / soft_sigma)` (Bodla et al. 2017, soft-NMS; 0.5 there).
+        candidates: Result of `Detector.candidates`.
+        score_threshold: Only candidates with a score above this are selected.
+        iou_threshold: A candidate is suppressed if its IoU with a selected candidate of the same class exceeds this.
+        max_detections: Number of detections M per image, at least 1.
+        min_size: Minimum width and height of a box in pixels. The default removes boxes that clipping made empty.
+        class_agnostic: Whether candidates also suppress candidates of other classes. If the classes share a box, only
+            the class with the highest score is kept for it.
+        soft_sigma: Enables soft-NMS (Bodla et al. 2017, who use 0.5): overlapping candidates are not suppressed, but
+            their scores are multiplied by `exp(-iou^2 / soft_sigma)`.
 
     Returns:
-        The detections; with `soft_sigma`, their scores are the lowered ones.
+        The detections. With `soft_sigma`, their scores are the lowered scores.
 
     Raises:
-        ValueError: The shapes do not fit, `max_detections` is below 1, or `soft_sigma` is not positive.
+        ValueError: `candidates` has other shapes, `max_detections` is below 1, or `soft_sigma` is not positive.
     """
     boxes, scores, valid = map(jnp.asarray, candidates)
     if scores.ndim != 3 or valid.shape != scores.shape[:2]:
@@ -140,7 +143,7 @@ def select_detections(
     scores = jnp.where(valid[..., None] & large & (scores > score_threshold), scores, -jnp.inf)
     names = None
     if class_agnostic:
-        # One class: of shared boxes with their best labels, or of all boxes.
+        # Treat the candidates as one class: shared boxes with their best labels, or the boxes of all classes.
         if boxes.ndim == 3:
             names, scores = lax.argmax(scores, 2, jnp.int32), jnp.max(scores, axis=2, keepdims=True)
         else:
@@ -162,7 +165,7 @@ def select_detections(
 
 
 def _lowered(row, iou, threshold, soft_sigma, score_threshold):
-    """The scores `row [A]` of a class after one of its boxes is taken, whose IoU with the others is `iou [A]`."""
+    """Returns the scores `row [A]` of a class after one of its boxes was taken; `iou [A]` is the IoU with that box."""
     if soft_sigma is None:
         return jnp.where(iou > threshold, -jnp.inf, row)
     row = row * jnp.exp(-jnp.square(iou) / soft_sigma)
@@ -170,22 +173,23 @@ def _lowered(row, iou, threshold, soft_sigma, score_threshold):
 
 
 def _greedy(boxes, scores, steps, lower) -> tuple[Array, Array, Array]:
-    """Takes the highest score, lowers those of its class, and so on; minus infinity marks what cannot be taken.
+    """Repeatedly takes the highest score and lowers the other scores of its class.
 
-    A step visits one class only: the highest score of each class is kept from step to step.
+    A score of minus infinity cannot be taken. The highest score of each class is carried from step to step, so a step
+    visits the candidates of one class only.
 
     Args:
         boxes: `[N, A, 4]` or `[N, K, A, 4]`.
         scores: `[N, K, A]`.
-        steps: Number of scores to take, M.
+        steps: Number of steps M; each takes one candidate.
         lower: `(row [A], iou [A]) -> row [A]`.
 
     Returns:
-        The candidate, class and score of each step, `[N, M]`.
+        The candidate, class and score taken in each step, `[N, M]`.
     """
 
     def take(boxes, scores, best, at):
-        # Of equal scores, that of the first candidate, then of the first class.
+        # In a tie, take the first candidate, then the first class.
         label = lax.argmin(jnp.where(best == jnp.max(best), at, scores.shape[1]), 0, jnp.int32)
         place = at[label]
         mine = boxes if boxes.ndim == 2 else boxes[label]
@@ -194,8 +198,8 @@ def _greedy(boxes, scores, steps, lower) -> tuple[Array, Array, Array]:
         return scores.at[label].set(row), best.at[label].set(jnp.max(row)), at, (place, label, best[label])
 
     def unfinished(state):
-        # For an image that is finished a step changes nothing. A condition for each image, as `vmap` makes it, would
-        # copy all scores in every step.
+        # A step does not change a finished image. One condition per image, as `vmap` would create, would copy all
+        # scores in every step.
         i, _, best, _, _ = state
         return (i < steps) & jnp.any(best > -jnp.inf)
 

@@ -1,4 +1,4 @@
-"""What `flaxvision predict` does for detectors: from image files to boxes, a table, JSON and a picture."""
+"""Detectors in `flaxvision predict`: detects objects in image files and writes a table, JSON or pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flaxvision.registry import model_info
 from flaxvision.weights.bundle import is_bundle
 from flaxvision.weights.preprocessing import known_preprocessing
 
-# From a uint8 image [H, W, 3] to pixels [h, w, 3] on a canvas, and the height and width of the part that it fills.
+# Maps a uint8 image [H, W, 3] to a padded array [h, w, 3], and the height and width of the region that it fills there.
 Transform = Callable[[np.ndarray], tuple[np.ndarray, tuple[int, int]]]
 
 
@@ -29,15 +29,16 @@ def detector_transform(name: str, stated: str, size: int | None = None) -> Trans
 
     Args:
         name: A registry name.
-        stated: A tag, a source or the path of a bundle, which may state a transform or canvases.
-        size: Side of a square canvas, instead of what is stated. None for what is stated, or else the published
-            input size of the model; images fill it as far as their aspect ratio allows.
+        stated: The weights: a tag, a source or the path of a bundle. They may define a transform.
+        size: Side of the square to which images are padded, after they are resized to fill it as far as their aspect
+            ratio allows. None for the transform of the weights. If they define none, images fill the published input
+            size of the model in the same way.
 
     Returns:
         The transform.
 
     Raises:
-        ValueError: There is no such model, tag, source or bundle, or `size` is below 1.
+        ValueError: The model, tag, source or bundle does not exist, or `size` is below 1.
     """
     info = model_info(name)
     values: dict[str, Any] = {"mean": info.mean, "std": info.std, "padding": 0.5}
@@ -54,14 +55,15 @@ def detector_transform(name: str, stated: str, size: int | None = None) -> Trans
 
 
 def cfg_transform(model: CfgDetector, size: int | None = None) -> Transform:
-    """Returns the evaluation transform of a detector that a `.cfg` file describes.
+    """Returns the evaluation transform of a detector from a `.cfg` file.
 
     Args:
         model: The detector.
-        size: Side of a square canvas; None for the `input_size` of the model.
+        size: Side of the square to which images are padded; None for the `input_size` of the model.
 
     Returns:
-        The transform; images fill the canvas as far as their aspect ratio allows (darknet's "letterbox").
+        The transform. It resizes an image to fill the padded array as far as its aspect ratio allows (darknet's
+        "letterbox").
 
     Raises:
         ValueError: `size` is below 1.
@@ -85,18 +87,18 @@ def _on_canvas(
 def detect_in_files(
     model: Any, variables: Any, transform: Transform, paths: Sequence[Path], **options: Any
 ) -> list[dict[str, Any]]:
-    """Detects objects in image files. It compiles once for each size of canvas.
+    """Detects objects in image files. It compiles once for each padded size.
 
     Args:
         model: The detector.
-        variables: Its variables.
-        transform: See `detector_transform`.
-        paths: The files.
+        variables: Variables of the model.
+        transform: Result of `detector_transform` or `cfg_transform`.
+        paths: The image files.
         **options: Options of `flaxvision.detect`.
 
     Returns:
-        For each file `path`, `image` uint8 [H, W, 3], and by falling score `boxes` [D, 4] xyxy in its pixels, `scores`
-        and `labels` [D].
+        A dict for each file: `path`; `image`, uint8 [H, W, 3]; and by decreasing score `boxes` [D, 4], xyxy in pixels
+        of that image, `scores` [D] and `labels` [D].
 
     Raises:
         ValueError: A file is not a readable image.
@@ -125,7 +127,7 @@ def detect_in_files(
 
 
 def table(results: Sequence[dict[str, Any]], names: Sequence[str] | None) -> str:
-    """Returns a line for each detection: the file, the name, the score and the box in pixels."""
+    """Returns one line per detection, with the file, the class, the score and the box in pixels."""
     lines = []
     for result in results:
         for box, score, label in zip(result["boxes"], result["scores"], result["labels"], strict=True):
@@ -137,7 +139,7 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str] | None) -> str
 
 
 def to_json(results: Sequence[dict[str, Any]], names: Sequence[str] | None) -> str:
-    """Returns the detections of all files as JSON: a list of `file`, `height`, `width` and `objects`."""
+    """Returns the detections as JSON: a list with `file`, `height`, `width` and `objects` of each image."""
     content = []
     for result in results:
         objects = [
@@ -158,12 +160,13 @@ def draw(results: Sequence[dict[str, Any]], names: Sequence[str] | None, out: Pa
     """Draws the detections of each image.
 
     Args:
-        results: See `detect_in_files`.
+        results: Result of `detect_in_files`.
         names: Names of the classes; None for their numbers.
-        out: The picture of one image; for several, a folder that gets a picture with the name of each.
+        out: File to write if there is one image and the path has a suffix. Otherwise a folder, which gets one picture
+            per image, with the name of the image.
 
     Returns:
-        The pictures.
+        Paths of the pictures.
     """
     if len(results) == 1 and out.suffix:
         files = [out]

@@ -1,13 +1,13 @@
-"""Faster R-CNN beside torchvision's, with the same weights: detections, losses and gradients.
+"""Compares Faster R-CNN with torchvision's, with the same weights: detections, losses and gradients.
 
-    python -m parity.detection --images FOLDER       # all comparisons with the photographs of a folder; ten minutes
+    python -m parity.detection --images FOLDER       # all comparisons, on the photographs of a folder; ten minutes
     python -m parity.detection --references          # only writes tests/parity/detection.npz
 
-Needs `pip install -e ".[reference]"`; run it from the root of the checkout. It writes parity/detection.jsonl and
-parity/detection.md. `rcnn.py` describes how the weights are drawn.
+Install with `pip install -e ".[reference]"`, and run it from the root of the checkout. It writes parity/detection.jsonl
+and parity/detection.md. `rcnn.py` describes how the weights are drawn.
 
-* Photographs at their own sizes, resized by torchvision, through the whole of both networks: the detections after NMS,
-  and the four losses in float32 for drawn boxes, with the same sampled anchors and proposals.
+* Photographs, resized by torchvision: the detections after NMS, and the four losses in float32 for random ground-truth
+  boxes, with the same sampled anchors and proposals.
 * Two small images: the losses, and the gradients of their sum in float64, for all parameters.
 """
 
@@ -32,17 +32,17 @@ from parity import comparison, drawing, rcnn
 
 RESULTS = Path(__file__).with_name("detection.jsonl")
 FILE = Path(__file__).resolve().parents[1] / "tests" / "parity" / "detection.npz"
-# Largest errors: pixels, probabilities, relative errors.
+# Maximum errors: in pixels, in probability, and relative.
 TOLERANCES = {"boxes": 0.01, "scores": 1e-5, "losses": 1e-5, "gradient": 1e-6, "gradient_worst": 1e-6}
 SMALL = rcnn.Network(classes=7, stage_sizes=(1, 1, 1, 1), fpn_features=16, head_features=32)
 CANVAS = (128, 160)
 
 
 def on_canvas(images: Sequence[np.ndarray], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Puts images `[h, w, 3]` on the canvas that torchvision makes for them.
+    """Pads images `[h, w, 3]` to one size, as torchvision does.
 
     Returns:
-        The canvases `[N, H, W, 3]` and the sizes of the images `[N, 2]`.
+        The padded images `[N, H, W, 3]` and the sizes of the images `[N, 2]`.
     """
     sizes = np.asarray([image.shape[:2] for image in images], np.int32)
     height, width = -(-sizes.max(0) // multiple) * multiple
@@ -84,14 +84,14 @@ def _losses(network: rcnn.Network, gradients: bool, param_dtype: Any) -> Any:
 
 
 def compare_detections(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Compares the detections of one image in order of score.
+    """Compares the detections of one image.
 
-    Detections whose scores are equal to 1e-5 may come in either order, so each of ours is compared with the nearest of
-    theirs that has its label and, nearly, its score.
+    Detections with nearly equal scores may come in either order. So each of ours is compared with the nearest of theirs
+    that has the same label and a score within 1e-3.
 
     Returns:
-        `count`, `count_theirs`, `unmatched` (detections without a partner), and the largest differences `boxes` in
-        pixels and `scores`.
+        `count`, `count_theirs`, `unmatched` (number of detections without a match), and the largest differences `boxes`
+        in pixels and `scores`.
     """
     left, boxes, scores, unmatched = set(range(len(theirs["scores"]))), [0.0], [0.0], 0
     for box, score, label in zip(*(ours[name] for name in _FOUND), strict=True):
@@ -114,7 +114,7 @@ def compare_detections(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray
 
 
 def targets(name: str, sizes: Sequence[tuple[int, int]], classes: int, count: int = 5) -> dict[str, np.ndarray]:
-    """Draws true boxes within images of these sizes, the last one padding.
+    """Draws ground-truth boxes within images of these sizes. The last box is padding.
 
     Returns:
         `boxes [N, count, 4]`, `labels [N, count]` and `valid [N, count]`.
@@ -138,7 +138,7 @@ def losses(
     gradients: bool = True,
     param_dtype: Any = jnp.float32,
 ) -> tuple[dict[str, float], Any, Any]:
-    """Computes our losses of a batch, the sample that they are based on, and the gradients of their sum or None."""
+    """Computes our losses of a batch, the sample that they use, and the gradients of their sum, or None."""
     run = _losses(network, gradients, param_dtype)
     gradient, (named, sown) = run(variables["params"], {"batch_stats": variables["batch_stats"]}, batch)
     sample = jax.tree.map(np.asarray, (sown["rpn_sample"][0], sown["box_sample"][0]))
@@ -152,7 +152,7 @@ def compare_losses(ours: dict[str, float], theirs: dict[str, float]) -> float:
 
 
 def small_case(images: int = 2) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Draws images that all need the canvas `CANVAS`, and a batch of them with true boxes."""
+    """Draws images that are padded to the size `CANVAS`, and a batch of them with ground-truth boxes."""
     sizes = [(CANVAS[0] - 3 - i, CANVAS[1] - 7 * i) for i in range(images)]
     drawn = [drawing.draw_images(f"image {i}", (1, *size, 3))[0] for i, size in enumerate(sizes)]
     canvas, extents = on_canvas(drawn)
@@ -160,13 +160,13 @@ def small_case(images: int = 2) -> tuple[list[np.ndarray], dict[str, Any]]:
 
 
 def real(batch: dict[str, Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the true boxes and labels of each image of a batch, without padding."""
+    """Returns the ground-truth boxes and labels of each image of a batch, without padding."""
     rows = list(zip(batch["boxes"], batch["labels"], batch["valid"], strict=True))
     return [b[v] for b, _, v in rows], [c[v] for _, c, v in rows]
 
 
 def run_losses(network: rcnn.Network, images: list[np.ndarray], batch: dict[str, Any], tensors: Any) -> dict[str, Any]:
-    """Compares the losses in float32 with the same sample; returns the largest error and torchvision's losses."""
+    """Compares the losses in float32 for the same sample. Returns the largest error and torchvision's losses."""
     ours, sample, _ = losses(network, network.variables(tensors), batch, gradients=False)
     model = network.theirs()
     rcnn.load(model, tensors)
@@ -180,7 +180,7 @@ def run_gradients(
     """Compares the losses and their gradients in float64.
 
     Returns:
-        The errors `losses_double`, `gradient` and `gradient_worst`, the largest one of a single tensor.
+        The errors `losses_double`, `gradient`, and `gradient_worst`, the largest error of a single tensor.
     """
     model = network.theirs(double=True)
     rcnn.load(model, tensors)
@@ -218,7 +218,7 @@ def photographs(folder: Path) -> dict[str, np.ndarray]:
 
 
 def make_references() -> None:
-    """Writes torchvision's results for the small network, and what its weights need."""
+    """Writes torchvision's results for the small network, and the calibration of its weights."""
     model = SMALL.theirs()
     images, batch = small_case()
     calibration = rcnn.calibrate(model, images[0][None])
@@ -245,7 +245,7 @@ def compare_photograph(
 
 
 def compare(folder: Path) -> Iterable[dict[str, Any]]:
-    """Makes all comparisons."""
+    """Yields the results of all comparisons."""
     network = rcnn.Network()
     model, images = network.theirs(), photographs(folder)
     calibration = rcnn.calibrate(model, next(iter(images.values()))[None])
@@ -260,15 +260,15 @@ def compare(folder: Path) -> Iterable[dict[str, Any]]:
 
 
 def failures(line: dict[str, Any]) -> list[str]:
-    """Returns what is not within its tolerance."""
+    """Returns a description of every error that exceeds its tolerance."""
     bad = [f"{name} {line[name]:.1e}" for name, most in TOLERANCES.items() if name in line and not line[name] <= most]
     if line.get("unmatched") or line.get("count", 0) != line.get("count_theirs", 0):
-        bad.append(f"{line['unmatched']} detections without a partner")
+        bad.append(f"{line['unmatched']} detections without a match")
     return bad
 
 
 def report(lines: Iterable[dict[str, Any]]) -> str:
-    """Returns the table."""
+    """Returns the text of parity/detection.md."""
     lines, titles = list(lines), ("case", "size", "detections", *TOLERANCES)
     rows = [titles, ["---"] * len(titles)]
     for line in lines:
@@ -279,15 +279,18 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
     bad = [f"{line['case']}: {', '.join(found)}" for line in lines if (found := failures(line))]
     return f"""# Parity of Faster R-CNN
 
-The weights of `faster_rcnn_resnet50_fpn` in torchvision's layout, drawn by `parity/rcnn.py`, in torchvision and here.
-The table is written by
+This table compares `faster_rcnn_resnet50_fpn` in torchvision and in flaxvision, with the same random weights, drawn by
+`parity/rcnn.py`. It is written by
 
     python -m parity.detection --images FOLDER
 
-with the photographs that come with darknet. Every detection of one side has a partner of the same label on the other.
-`boxes` and `scores` are the largest differences in pixels of the resized image and in probability; `losses` is the
-largest relative error of the four losses in float32 with the same sampled anchors and proposals; `gradient` is the
-relative error of the gradient of their sum in float64, `gradient_worst` that of a single tensor.
+FOLDER holds the photographs that come with darknet. The columns are:
+
+* `boxes` and `scores`: the largest differences of matched detections, in pixels of the resized image and in
+  probability. Every detection of one library matches a detection of the other with the same label.
+* `losses`: the largest relative error of the four losses in float32, with the same sampled anchors and proposals.
+* `gradient`: the relative error of the gradient of their sum in float64; `gradient_worst`: the largest such error of a
+  single tensor.
 
 {table}
 
@@ -298,11 +301,11 @@ Tolerances: {most}. {"Not within them: " + "; ".join(bad) if bad else "All compa
 
 
 def main(images: Path | None = None, references: bool = False) -> None:
-    """Writes the results.
+    """Runs the comparisons and writes the results.
 
     Args:
         images: Folder of photographs.
-        references: Write the file of the default tests instead.
+        references: Write the reference file of the default tests instead.
     """
     if references:
         return make_references()

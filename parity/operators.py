@@ -1,10 +1,11 @@
-"""Random cases for the operators of detection, torchvision's results for them, and tests/ops/references.npz.
+"""Random test cases for the detection operators, and torchvision's results for them. Writes tests/ops/references.npz.
 
     pip install -e ".[reference]"
     python -m parity.operators
 
-The cases hold what breaks operators: identical boxes, boxes without an area, inverted and padded ones, and ties.
-`tests/ops/test_references.py` compares with the stored results, `tests/ops/test_live.py` with 1,000 cases live.
+The cases include edge cases: identical boxes, boxes without an area, inverted boxes, padding, and ties.
+`tests/ops/test_references.py` compares with the stored results, and `tests/ops/test_live.py` with torchvision itself on
+1,000 cases.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ KINDS = ("iou", "giou", "diou", "ciou")
 
 
 def boxes(rng: np.random.Generator, count: int, extent: float = 60.0, inverted: bool = True) -> np.ndarray:
-    """Draws boxes `[count, 4]` float32: with fractions, on whole pixels, identical, without an area, inverted."""
+    """Draws boxes `[count, 4]` float32: fractional, on whole pixels, identical, without an area, inverted."""
     corner = rng.uniform(0, extent, (count, 2))
     size = rng.uniform(0, extent, (count, 2)) ** rng.uniform(0.5, 1, (count, 1))
     found = np.concatenate([corner, corner + size], axis=1)
@@ -49,7 +50,7 @@ def boxes(rng: np.random.Generator, count: int, extent: float = 60.0, inverted: 
 
 
 def nms_case(seed: int) -> dict[str, np.ndarray]:
-    """Draws boxes `[A, 4]`, scores and labels `[A]` with ties, and which of the boxes exist."""
+    """Draws boxes `[A, 4]`, scores with ties, labels, and which boxes exist, `[A]` each."""
     rng = np.random.default_rng([seed, 1])
     scores = rng.integers(0, rng.choice([3, 20, 1000]), BOXES) / 1000
     return {
@@ -61,7 +62,7 @@ def nms_case(seed: int) -> dict[str, np.ndarray]:
 
 
 def roi_case(seed: int, scale: float) -> dict[str, np.ndarray]:
-    """Draws features `[H, W, C]` with ties, rois `[R, 4]` in and around the image, some of them padding, and a seed."""
+    """Draws features `[H, W, C]`, with ties for odd seeds, and RoIs `[R, 4]` in and around the image or padding."""
     rng = np.random.default_rng([seed, 2])
     features = rng.standard_normal(FEATURES)
     if seed % 2:
@@ -72,14 +73,14 @@ def roi_case(seed: int, scale: float) -> dict[str, np.ndarray]:
 
 
 def cotangent(shape: tuple[int, ...]) -> np.ndarray:
-    """Draws the cotangent of a result."""
+    """Draws a cotangent for a result."""
     return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
 
 
 def torch_nms(case: dict[str, np.ndarray], threshold: float, classwise: bool) -> list[int]:
-    """Returns the indices that torchvision keeps, in order of falling score and then of the index.
+    """Returns the indices that torchvision keeps, by decreasing score and in a tie by increasing index.
 
-    Not those of `batched_nms`: it moves the classes apart, which rounds the boxes, or returns ties in any order.
+    `batched_nms` is not used: it moves the classes apart, which rounds the boxes, or returns ties in any order.
     """
     import torch
     from torchvision import ops
@@ -94,7 +95,7 @@ def torch_nms(case: dict[str, np.ndarray], threshold: float, classwise: bool) ->
 
 
 def torch_roi(name: str, case: dict[str, np.ndarray], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the result `[R, h, w, C]` of torchvision's `roi_align` or `roi_pool`, and the features' gradient."""
+    """Returns torchvision's `roi_align` or `roi_pool`, `[R, h, w, C]`, and the gradient of the features."""
     import torch
     from torchvision import ops
 
@@ -105,7 +106,7 @@ def torch_roi(name: str, case: dict[str, np.ndarray], options: dict[str, Any]) -
 
 
 def torch_pairwise(kind: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns torchvision's overlap of every pair."""
+    """Returns torchvision's overlap of every pair of boxes."""
     import torch
     from torchvision import ops
 
@@ -119,7 +120,7 @@ def torch_pairwise(kind: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def torch_loss(kind: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns torchvision's loss of each pair, 1 minus the overlap, and its gradients."""
+    """Returns torchvision's loss of corresponding boxes, 1 minus the overlap, and its gradients."""
     import torch
     from torchvision import ops
     from torchvision.ops import _utils
@@ -143,7 +144,7 @@ def torch_loss(kind: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def main() -> None:
-    """Writes the file."""
+    """Writes tests/ops/references.npz."""
     import torchvision
 
     arrays: dict[str, Any] = {"version": np.array(torchvision.__version__)}

@@ -1,8 +1,9 @@
-"""torchvision's Faster R-CNN, with drawn weights that find something, for comparisons with ours.
+"""torchvision's Faster R-CNN with random weights that produce detections, for comparisons with ours.
 
-`parity.drawing` draws the tensors by name. With them alone, the outputs for a region would hardly depend on the region.
-So the four output layers are rescaled: every output gets the mean and the deviation of `TARGETS` over the anchors or
-proposals of a calibration image. `Calibration` holds what this needs, so that weights can be drawn again without torch.
+`parity.drawing` draws the tensors by name. With these alone, the outputs for a region would hardly depend on the
+region. The four output layers are therefore rescaled: over the anchors or proposals of a calibration image, every
+output has the mean and standard deviation given in `TARGETS`. `Calibration` stores the statistics that this needs, so
+that the weights can be drawn again without torch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from parity.libraries import _import_torchvision
 NAME = "faster_rcnn_resnet50_fpn"
 Tensors = dict[str, np.ndarray]
 
-# Mean and deviation of each output layer. Half of the proposals are in doubt, boxes move by a tenth of their size, and
-# the best class of a few proposals is probable.
+# Mean and standard deviation of each output layer. With these, objectness is often uncertain, the box head resizes
+# boxes by about a tenth, and a few proposals have a class with a high probability.
 TARGETS = {
     "rpn.head.cls_logits": (-1.0, 2.0),
     "rpn.head.bbox_pred": (0.0, 0.2),
@@ -40,10 +41,10 @@ LOSSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A Faster R-CNN on a ResNet of bottleneck units.
+    """A Faster R-CNN on a ResNet with bottleneck units.
 
     Attributes:
-        classes: Number of classes with the background.
+        classes: Number of classes, including the background.
         stage_sizes: Number of units in each stage.
         fpn_features: Channels of the pyramid.
         head_features: Width of the box head.
@@ -56,7 +57,7 @@ class Network:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Overrides that make our model this network."""
+        """Overrides that give our model this configuration."""
         return {
             "num_classes": self.classes,
             "stage_sizes": self.stage_sizes,
@@ -75,11 +76,11 @@ class Network:
     def theirs(self, *, double: bool = False, **options: Any) -> Any:
         """Builds torchvision's model with frozen BatchNorm of epsilon 0.
 
-        Its transform does nothing: images come normalized and resized.
+        Its transform is switched off: images must be normalized and resized.
 
         Args:
-            double: Compute in float64.
-            **options: Of torchvision's `FasterRCNN`.
+            double: Whether to compute in float64.
+            **options: Options of torchvision's `FasterRCNN`.
         """
         _import_torchvision()
         from torchvision.models.detection._utils import overwrite_eps
@@ -108,36 +109,36 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What the weights need besides their names.
+    """The statistics from which, with the names and shapes, the weights can be drawn.
 
     Attributes:
         statistics: Mean and variance of the input of each BatchNorm, by its name.
-        outputs: Mean and deviation `[2, C]` of each output layer of `TARGETS` before it is rescaled.
+        outputs: Mean and standard deviation `[2, C]` of each output layer of `TARGETS`, before it is rescaled.
     """
 
     statistics: dict[str, tuple[float, float]]
     outputs: dict[str, np.ndarray]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns arrays for `from_arrays`."""
+        """Returns the statistics as arrays; the inverse of `from_arrays`."""
         names = sorted(self.statistics)
         stored = {"statistics": np.asarray([self.statistics[name] for name in names], np.float32)}
         return stored | {f"output {name}": value for name, value in self.outputs.items()}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], shapes: drawing.Shapes) -> Calibration:
-        """Inverts `arrays`; `shapes` names torchvision's tensors."""
+        """Creates a calibration from the result of `arrays`; `shapes` has torchvision's names of the tensors."""
         names = sorted(drawing.norms(shapes))
         statistics = dict(zip(names, map(tuple, arrays["statistics"].tolist()), strict=True))
         return cls(statistics, {name: arrays[f"output {name}"] for name in TARGETS})
 
 
 def draw(shapes: drawing.Shapes, calibration: Calibration) -> Tensors:
-    """Draws the whole state.
+    """Draws all tensors of torchvision's model.
 
     Args:
         shapes: Shape of each tensor, by torchvision's name.
-        calibration: The statistics, and the outputs as far as they are known.
+        calibration: The statistics. Output layers that it lacks are not rescaled.
 
     Returns:
         Float32 tensors by name.
@@ -148,7 +149,7 @@ def draw(shapes: drawing.Shapes, calibration: Calibration) -> Tensors:
         factor = np.float32(target) / deviation
         kernel = tensors[f"{name}.weight"]
         tensors[f"{name}.weight"] = kernel * factor.reshape(-1, *[1] * (kernel.ndim - 1))
-        # The drawn bias stays visible as a tenth of the deviation.
+        # Add a tenth of the drawn bias, so that the bias has an effect.
         bias = tensors[f"{name}.bias"]
         tensors[f"{name}.bias"] = (bias - mean) * factor + np.float32(target_mean) + 0.1 * np.float32(target) * bias
     return tensors
@@ -182,7 +183,7 @@ def calibrate(model: Any, images: np.ndarray) -> Calibration:
         for hook in hooks:
             hook.remove()
         statistics = drawing.statistics_of(means, variances)
-        # The proposals depend on the outputs of the first two layers, and the other two see the proposals.
+        # The last two layers depend on the proposals, and these on the outputs of the first two.
         for part in (list(TARGETS)[:2], list(TARGETS)[2:]):
             calibration = Calibration(statistics, calibration.outputs)
             load(model, draw(shapes, calibration))
@@ -210,7 +211,7 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def load(model: Any, tensors: Tensors) -> None:
-    """Sets the whole state of torchvision's model."""
+    """Loads all tensors into torchvision's model."""
     import torch
 
     model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()})
@@ -224,7 +225,7 @@ def version() -> str:
 
 
 def torch_images(images: Sequence[np.ndarray], double: bool = False) -> list[Any]:
-    """Turns images `[H, W, 3]`, of their own sizes, into torchvision's."""
+    """Converts images `[H, W, 3]`, which may differ in size, to torchvision's format."""
     import torch
 
     return [
@@ -234,7 +235,7 @@ def torch_images(images: Sequence[np.ndarray], double: bool = False) -> list[Any
 
 
 def detect(model: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Returns torchvision's `boxes`, `scores` and `labels` of each image; labels count from 0, without a background."""
+    """Returns torchvision's `boxes`, `scores` and `labels` of each image. Labels start at 0, without a background."""
     import torch
 
     with torch.no_grad():
@@ -258,14 +259,14 @@ def losses(
 
     Args:
         model: torchvision's model.
-        images: Images `[H, W, 3]`, of their own sizes.
-        boxes: True boxes `[M, 4]` of each image.
-        labels: Their labels from 0, `[M]`.
+        images: Images `[H, W, 3]`, which may differ in size.
+        boxes: Ground-truth boxes `[M, 4]` of each image.
+        labels: Their labels `[M]`, from 0.
         sample: `(indices, kept)` of the anchors and `(regions, kept)` of the proposals, as our `losses` sows them.
-        gradients: Compute the gradients too.
+        gradients: Whether to compute the gradients.
 
     Returns:
-        The losses by our names, and the gradients by torchvision's names of the parameters.
+        The losses by our names, and the gradients by torchvision's parameter names.
     """
     import torch
 
@@ -289,7 +290,7 @@ def losses(
 
 @contextlib.contextmanager
 def _same_sample(model: Any, sample: Any) -> Iterator[None]:
-    """Lets torchvision's samplers choose what ours chose. They still tell positives from negatives themselves."""
+    """Makes torchvision use our sample. It still decides itself which of them are positive."""
     import torch
 
     (anchors, anchors_kept), (regions, regions_kept) = sample
@@ -318,7 +319,7 @@ def _same_sample(model: Any, sample: Any) -> Iterator[None]:
         chosen = []
         for theirs, ours, kept in zip(proposals, regions, regions_kept, strict=True):
             distance = np.abs(theirs.numpy()[None] - np.asarray(ours)[np.asarray(kept)][:, None]).max(-1)
-            # Proposals of two levels may be the same box, so each of theirs is taken once.
+            # Proposals of two levels may be the same box, so match each of theirs only once.
             taken = []
             for row in distance:
                 row[taken] = np.inf

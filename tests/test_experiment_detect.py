@@ -134,7 +134,7 @@ def test_a_folder_of_voc_from_given_weights(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--model", "resnet18"), "--model must be small or a detector .*; got 'resnet18'"),
+        (("--model", "resnet18"), "--model must be small, a .cfg file or a detector .*; got 'resnet18'"),
         (("--eval-only",), "--weights FILE-OR-TAG must be given with --eval-only; got none"),
         (("--canvases", "big"), "--canvases must be sides or HEIGHTxWIDTH; got big"),
         (("--dataset", "yolo"), "data_dir must be the folder of the data set for 'yolo'; got None"),

@@ -73,7 +73,7 @@ def test_precision_recall(tmp_path):
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [0, 0.5, 0.5, 1, 1]
     assert line.get_ydata()[-1] == 0
-    with pytest.raises(ValueError, match="curves must have a class with objects; got 1 without"):
+    with pytest.raises(ValueError, match="curves must have a class with objects; got 1 without objects"):
         plot.precision_recall([None])
     with pytest.raises(ValueError, match="classes must have 3 names; got 1"):
         plot.precision_recall(curves, ["cat"])

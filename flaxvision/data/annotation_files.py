@@ -1,8 +1,9 @@
 """Readers of detection annotations: PASCAL VOC XML, COCO JSON and YOLO text files.
 
-All of them check every box. A box that is not finite, is inverted or lies outside of its image, an unknown class and a
-missing file are errors that name the file. A box that leaves its image by at most one pixel is clipped. `drop_empty`
-says what happens to boxes of zero width or height: an error, or the source lists them in `dropped`.
+All readers check every box. They raise an error that names the file for a box that is not finite, is inverted or lies
+outside of its image, for an unknown class, and for a missing file. A box that exceeds its image by at most one pixel is
+clipped. A box of zero width or height is an error too, unless `drop_empty` is set. Then it is left out, and the source
+lists it in `dropped`.
 """
 
 import difflib
@@ -30,17 +31,17 @@ def load_voc(
         folder: The folder.
         split: Name of a file in `ImageSets/Main`, such as "train", "val", "trainval" or "test"; or "all" for every
             annotation.
-        classes: Class names. None takes the sorted names in all annotations of the folder, so that every split has the
+        classes: Class names. None uses the sorted names from all annotations of the folder, so that every split has the
             same classes.
-        drop_empty: Whether to leave out boxes with equal corners instead of raising an error.
-        one_based: Whether coordinates are those of VOC: pixels count from 1, and the last one belongs to the box.
-            False takes them as they are.
+        drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
+        one_based: Whether coordinates follow VOC: pixels are numbered from 1, and the last pixel belongs to the box. If
+            False, coordinates are used as they are.
 
     Returns:
         The source. `difficult` is the flag of VOC; `crowd` is False.
 
     Raises:
-        ValueError: There is no such split, a file is missing or damaged, a class is unknown, or a box is faulty.
+        ValueError: The split does not exist, a file is missing or damaged, a class is unknown, or a box is invalid.
     """
     folder = Path(folder)
     if not (folder / "Annotations").is_dir():
@@ -83,7 +84,8 @@ def _voc_annotation(
 ) -> Annotation:
     path = folder / "Annotations" / f"{stem}.xml"
     root = _voc_tree(path)
-    # Tools that add suffixes to the stem leave the file name in place; those that rename files keep the stem.
+    # Some tools rename the annotation file only, and `filename` stays right. Others rename both files and not
+    # `filename`.
     names = [f"JPEGImages/{name}" for name in ((root.findtext("filename") or "").strip(), f"{stem}.jpg") if name]
     image = next((name for name in names if (folder / name).is_file()), None)
     if image is None:
@@ -94,7 +96,7 @@ def _voc_annotation(
         name = (element.findtext("name") or "").strip()
         x1, y1, x2, y2 = _numbers(path, element.find("bndbox"), ("xmin", "ymin", "xmax", "ymax"))
         offset = 1 if one_based else 0
-        faulty = x2 <= x1 or y2 <= y1  # with the offset it could look right
+        faulty = x2 <= x1 or y2 <= y1  # the offset could hide this
         box = (x1, y1, x2, y2) if faulty else (x1 - offset, y1 - offset, x2, y2)
         flags = {"difficult": (element.findtext("difficult") or "0").strip() not in ("", "0")}
         label = _class_index(name, classes, path)
@@ -121,18 +123,19 @@ def load_coco(annotations: Path, images: Path, *, drop_empty: bool = False, name
     """Reads a JSON file of object instances in the format of COCO.
 
     Args:
-        annotations: The file, such as `annotations/instances_val2017.json`.
-        images: Folder of the images.
+        annotations: The JSON file, such as `annotations/instances_val2017.json`.
+        images: Folder with the images.
         drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
-        name: Name of the source; None takes that of the file.
+        name: Name of the source; None uses that of the file.
 
     Returns:
-        The source. Labels number the categories by rising id; `category_ids` has the ids. `crowd` is `iscrowd`,
-        `area` is the area of the segmentation, and `difficult` is False.
+        The source. Labels number the categories by increasing id; `category_ids` holds the ids. `crowd` is `iscrowd`,
+        and `difficult` is False. `area` is that of the file, which is the area of the segmentation in COCO, or else the
+        area of the box.
 
     Raises:
-        ValueError: The file is missing or damaged, an annotation is of an unknown image or category, an image is
-            missing, or a box is faulty.
+        ValueError: The file is missing or damaged, an annotation refers to an unknown image or category, an image is
+            missing, or a box is invalid.
     """
     path = Path(annotations)
     try:
@@ -164,10 +167,12 @@ def load_coco(annotations: Path, images: Path, *, drop_empty: bool = False, name
     for annotation in content["annotations"]:
         where = f"annotation {annotation.get('id')} in {path}"
         if annotation.get("image_id") not in objects:
-            raise ValueError(f"{where} must be of an image in the file; got the image id {annotation.get('image_id')}")
+            raise ValueError(
+                f"{where} must refer to an image in the file; got the image id {annotation.get('image_id')}"
+            )
         if annotation.get("category_id") not in labels:
             raise ValueError(
-                f"{where} must be of a category in the file; got the category id {annotation.get('category_id')}"
+                f"{where} must refer to a category in the file; got the category id {annotation.get('category_id')}"
             )
         try:
             x, y, width, height = (float(value) for value in annotation["bbox"])
@@ -196,9 +201,10 @@ def load_yolo(
 ) -> DetectionSource:
     """Reads a folder of YOLO text files: `images/SPLIT/x.jpg` with `labels/SPLIT/x.txt`, or a list `SPLIT.txt`.
 
-    A line of a label file is `class x y width height`, where x and y are the centre and all four are shares of the
-    image. An image without a label file has no objects. A list has a path of an image in each line, relative to
-    `folder`; the label file of an image is found by replacing the last folder `images` by `labels`, or beside it.
+    A line of a label file is `class x y width height`. x and y are the centre, and all four numbers are fractions of
+    the width or height of the image. An image without a label file has no objects. A list has the path of one image per
+    line, relative to `folder`. The path of the label file is that of the image, with the last folder `images` replaced
+    by `labels`. Without such a folder, the label file is next to the image.
 
     Args:
         folder: The folder.
@@ -211,8 +217,8 @@ def load_yolo(
         The source; `crowd` and `difficult` are False.
 
     Raises:
-        ValueError: There is no such split, no class names, a file is missing or damaged, a class is out of range, or a
-            box is faulty.
+        ValueError: The split does not exist, there are no class names, a file is missing or damaged, a class is out of
+            range, or a box is invalid.
     """
     folder = Path(folder)
     paths = _yolo_images(folder, split)
@@ -269,7 +275,7 @@ def _yolo_classes(folder: Path) -> list[str]:
 
 
 def _names_of_yaml(text: str) -> list[str]:
-    """Reads the entry `names` of a data.yaml: a list in brackets, a list of dashes, or a map from numbers."""
+    """Reads the entry `names` of a data.yaml: a list in brackets, a list with dashes, or a map from numbers."""
     lines = [line.split(" #")[0].rstrip() for line in text.splitlines()]
     start = next((i for i, line in enumerate(lines) if line.startswith("names:")), None)
     if start is None:

@@ -1,4 +1,4 @@
-"""Images with boxes: the source, and the checks that every reader of annotations shares.
+"""Images with boxes: `DetectionSource`, and the checks that all readers of annotations share.
 
 `flaxvision.data.annotation_files` reads PASCAL VOC, COCO and YOLO annotations into a `DetectionSource`.
 """
@@ -14,23 +14,23 @@ import numpy as np
 
 from flaxvision.data.folder import FolderSource
 
-# Pixels that a box may lie outside of its image, as rounding makes it; such a box is clipped.
+# A box may exceed its image by this many pixels, for example by rounding. It is then clipped.
 OVERHANG = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
-    """What is known of one image.
+    """The annotation of one image.
 
     Attributes:
         path: Path of the image, relative to the root of the source.
-        file: File that the annotation is from, for errors.
+        file: File with the annotation, for error messages.
         size: Height and width of the image in pixels.
         boxes: float32 [M, 4], xyxy in pixels.
         labels: int32 [M], class indices.
-        crowd: bool [M], whether a box holds a group of objects that are not annotated one by one.
-        difficult: bool [M], whether an object is marked as hard to recognise.
-        area: float32 [M], area of the object in pixels; None for that of the box.
+        crowd: bool [M], whether a box marks a group of objects that are not annotated individually.
+        difficult: bool [M], whether an object is marked as difficult to recognise.
+        area: float32 [M], area of each object in square pixels; None for the area of the box.
     """
 
     path: str
@@ -44,23 +44,23 @@ class Annotation:
 
 
 class DetectionSource:
-    """Image files with boxes; images are decoded on access, annotations are in memory.
+    """Image files with boxes. Images are decoded on access; annotations are kept in memory.
 
     `source[i]` is a dict with `image` uint8 [H, W, 3], `boxes` float32 [M, 4] xyxy in pixels, `labels` int32 [M],
     `valid`, `crowd` and `difficult` bool [M] and, if the annotations have it, `area` float32 [M]. Images without
-    objects stay, with M = 0. The EXIF orientation is not applied: annotations refer to the pixels as stored.
+    objects are kept, with M = 0. The EXIF orientation is not applied, because annotations refer to the stored pixels.
 
     Args:
-        root: The folder that the paths of the images start from.
-        annotations: One for each image.
+        root: Folder that the paths of the images are relative to.
+        annotations: One annotation per image.
         classes: Class names; label `k` means `classes[k]`.
         name: Name of the source.
         dropped: Descriptions of the boxes that were left out.
-        category_ids: The id of each class in its data set, where that is another number than the label.
+        category_ids: The id of each class in its data set. None if the ids are the labels.
 
     Attributes:
-        sizes: Heights and widths of the images, int [N, 2].
-        counts: Numbers of objects of the images, int [N].
+        sizes: Height and width of each image, int [N, 2].
+        counts: Number of objects of each image, int [N].
         dropped: Descriptions of the boxes that were left out.
         category_ids: The id of each class in its data set.
     """
@@ -81,7 +81,7 @@ class DetectionSource:
         self.sizes = np.array([a.size for a in self.annotations], np.int64).reshape(-1, 2)
         self.counts = np.array([len(a.boxes) for a in self.annotations], np.int64)
         paths = [a.path for a in self.annotations]
-        labels = np.zeros(len(paths), np.int32)  # an image has no label of its own
+        labels = np.zeros(len(paths), np.int32)  # these images have no class labels
         self._files = FolderSource(root, paths, labels, self.classes, name, image_size=None, orient=False)
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class DetectionSource:
         return {"image": image, **self.objects(index)}
 
     def objects(self, index: int) -> dict[str, np.ndarray]:
-        """Returns the objects of an image without decoding it: the example without `image`."""
+        """Returns the example without `image`, and without decoding the image."""
         a = self.annotations[index]
         arrays = {"boxes": a.boxes, "labels": a.labels, "crowd": a.crowd, "difficult": a.difficult}
         arrays["valid"] = np.ones(len(a.boxes), bool)
@@ -136,7 +136,7 @@ class DetectionSource:
         """Decodes every image once and leaves out those that are missing or damaged.
 
         Returns:
-            The source of the other images, and what is wrong with each image left out.
+            A source of the other images, and a description of the fault of each image that was left out.
 
         Raises:
             ValueError: No image is left.
@@ -154,10 +154,10 @@ class Objects:
     """Collects and checks the objects of one image.
 
     Args:
-        file: File that the annotation is from.
+        file: File with the annotation, for error messages.
         size: Height and width of the image in pixels.
-        drop_empty: Whether to leave out boxes of zero area, and not to raise an error.
-        dropped: The list that gets a description of each box left out.
+        drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
+        dropped: List to which a description of each box that is left out is appended.
         with_area: Whether the annotations state the areas of the objects.
     """
 
@@ -187,14 +187,15 @@ class Objects:
         Args:
             box: xyxy in pixels.
             label: Its class index.
-            name: Name of its class, for errors.
+            name: Name of its class, for error messages.
             crowd: See `Annotation`.
             difficult: See `Annotation`.
             area: See `Annotation`.
-            empty: Whether the annotation states a width or height of zero, which rounding can hide in `box`.
+            empty: Whether the annotation states a width or height of zero. Rounding can hide this in `box`.
 
         Raises:
-            ValueError: The box is not finite, inverted, of zero area or not in its image.
+            ValueError: The box is not finite, is inverted, does not lie in its image, or has zero width or height
+                without `drop_empty`.
         """
         self._seen += 1
         x1, y1, x2, y2 = (float(v) for v in box)
@@ -238,11 +239,11 @@ def pad_objects(example: dict[str, Any], count: int, name: str = "the example") 
 
     Args:
         example: `boxes` [M, 4], `labels`, `valid` and optionally `crowd`, `difficult`, `area` [M], `masks` [M, h, w].
-        count: Number of rows after padding.
-        name: Name of the example, for the error.
+        count: Number of objects after padding.
+        name: Name of the example, for the error message.
 
     Returns:
-        The example; rows from M on are zeros, and `valid` is False for them.
+        A new example. Its rows from M on are zeros, so `valid` is False there.
 
     Raises:
         ValueError: The example has more than `count` objects.

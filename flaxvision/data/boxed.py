@@ -1,7 +1,7 @@
 """Augmentations of images with boxes: crops that keep objects, expansion, scale jitter and mosaic.
 
-The canvas keeps its shape. In examples with `size` [2], the height and width of the valid part at the top left, only
-that part is used, and `size` is that of the new image. Objects of which too little is left get `valid` 0.
+The image array keeps its shape. If an example has `size` [2], the height and width of the valid region at the top left,
+only that region is used, and `size` is updated. Objects of which too little is left get `valid` 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,21 +27,22 @@ def random_iou_crop(
     tries: int = 40,
     fill: PerChannel = 0.0,
 ) -> dict[str, Any]:
-    """Crops a part that overlaps an object, and resizes it to the canvas (Liu 2016, SSD, section 2.2).
+    """Crops a window that overlaps an object, and resizes it to the image array (Liu et al. 2016, SSD, section 2.2).
 
-    One of `min_ious` is drawn. The first of `tries` random windows is used whose IoU with the box of some object is at
-    least that number, and which holds the centre of an object; if there is none, or 1 was drawn, the image stays as it
-    is. Objects whose centre lies outside of the window are dropped. With `size` the aspect ratio of the window is kept,
-    otherwise the window is stretched to the canvas.
+    One of `min_ious` is drawn as the minimum IoU. Then `tries` random windows are drawn. The first one is used that has
+    at least this IoU with the box of some object and contains the centre of some object. If there is none, or if the
+    minimum IoU is 1 or more, the image is not changed. Objects with the centre outside of the window are dropped, and
+    so are all crowd boxes. If the example has `size`, the aspect ratio of the window is kept. Otherwise the window is
+    stretched.
 
     Args:
-        key: Key of this op and example.
-        example: The example; must have `boxes` and `valid`.
-        min_ious: Least overlaps, of which one is drawn; 1 or more keeps the image.
-        scales: Lowest and highest share of the height and of the width.
-        ratios: Lowest and highest width by height of a window.
-        tries: Number of windows.
-        fill: Value beyond the new image.
+        key: PRNG key of this op and example.
+        example: The example, with `boxes` and `valid`.
+        min_ious: Minimum IoUs, of which one is drawn; 1 or more keeps the image.
+        scales: Lowest and highest height and width of a window, as fractions of those of the image.
+        ratios: Lowest and highest ratio of width to height of a window.
+        tries: Number of windows to try.
+        fill: Value of the pixels outside of the new image.
 
     Raises:
         ValueError: The example has no boxes.
@@ -88,14 +89,14 @@ def random_expand(
     probability: float = 0.5,
     fill: PerChannel = 0.0,
 ) -> dict[str, Any]:
-    """Shrinks the image to a random place of an empty image of the same size (Liu 2016, SSD, section 3.6).
+    """Shrinks the image and places it at random on an empty image of the same size (Liu et al. 2016, SSD, section 3.6).
 
     Args:
-        key: Key of this op and example.
+        key: PRNG key of this op and example.
         example: The example.
-        ratios: Lowest and highest ratio of the sides of the empty image and of the image.
-        probability: Probability of an expansion.
-        fill: Value of the empty image; the papers use the mean of the data.
+        ratios: Lowest and highest ratio of the side of the empty image to that of the shrunken image.
+        probability: Probability that the image is shrunk.
+        fill: Value of the empty image; the paper uses the mean of the data.
     """
     key_apply, key_ratio, key_place = jax.random.split(key, 3)
     ratio = jax.random.uniform(key_ratio, minval=ratios[0], maxval=ratios[1])
@@ -114,14 +115,14 @@ def random_zoom(
     min_visible: float = 0.25,
     fill: PerChannel = 0.0,
 ) -> dict[str, Any]:
-    """Resizes the image by a random factor and crops what exceeds the canvas at a random place (scale jitter).
+    """Resizes the image by a random factor, and crops it at random if it exceeds the array (scale jitter).
 
     Args:
-        key: Key of this op and example.
+        key: PRNG key of this op and example.
         example: The example.
-        factors: Lowest and highest factor; its logarithm is uniform.
-        min_visible: Share of the area of a box that must stay in the image, or the object is dropped.
-        fill: Value beyond the new image.
+        factors: Lowest and highest factor. The logarithm of the factor is uniform.
+        min_visible: Minimum fraction of the area of a box that stays in the image. Objects with less are dropped.
+        fill: Value of the pixels outside of the new image.
     """
     height, width, _ = shape_of(example["image"])
     key_factor, key_place = jax.random.split(key)
@@ -146,24 +147,25 @@ def mosaic(
     max_objects: int | None = None,
     fill: PerChannel = 0.0,
 ) -> dict[str, Any]:
-    """Makes each image from four: its own and three of the batch meet at a random point (Bochkovskiy 2020, YOLOv4).
+    """Combines each image with three random images of the batch (Bochkovskiy et al. 2020, YOLOv4).
 
-    A batch transform for the argument `mix` of `make_transform`. Each of the four images is resized by a factor of its
-    own and lies with a corner at the point. Padded rows (`mask` 0) are not used.
+    This is a batch transform, for the argument `mix` of `make_transform`. Each of the four images is resized by its own
+    random factor. A corner of each lies at a random point that all four share. Rows that are padding (`mask` 0) are not
+    used.
 
     Args:
-        rng: Key of the batch.
+        rng: PRNG key of the batch.
         batch: `image` float [N, H, W, C], `boxes` [N, M, 4], `labels`, `valid` [N, M], and optionally `size` [N, 2],
             `crowd`, `difficult` [N, M] and `mask` [N].
         factors: Lowest and highest factor.
-        centre: Lowest and highest coordinate of the point, as a share of the canvas.
-        probability: Probability of a mosaic for each row.
-        min_visible: Share of the area of a box that must stay visible, or the object is dropped.
-        max_objects: Number of objects of a new image; further ones are dropped. None for 4 M.
-        fill: Value where no image lies.
+        centre: Lowest and highest coordinate of the point, as a fraction of the height and width.
+        probability: Probability that a row becomes a mosaic.
+        min_visible: Minimum fraction of the area of a box that stays visible. Objects with less are dropped.
+        max_objects: Number of objects per row of the result; further ones are dropped. None for 4 M.
+        fill: Value of the pixels that no image covers.
 
     Returns:
-        The batch with new images and objects; `size` is the whole canvas.
+        The batch with new images and objects, without `scale` and `area`. `size` of a mosaic is the whole array.
 
     Raises:
         ValueError: The batch has no boxes, or has masks, label maps or key points.
@@ -234,20 +236,20 @@ def _grown(array, count):
 
 
 def _size_of(example):
-    """Returns the height and width of the valid part, float32 [2]."""
+    """Returns the height and width of the valid region, float32 [2]."""
     size = example.get("size")
     return jnp.asarray(example["image"].shape[:2] if size is None else size, jnp.float32)
 
 
 def _zoomed(op, example, zoom, shift, size, fill):
-    """Maps the valid part by `p -> zoom * p + shift`, both (y, x), to a new image of `size` on the same canvas."""
+    """Maps the valid region by `p -> zoom * p + shift`, in (y, x), to a valid region of `size` in the same array."""
     image = example["image"]
     height, width, _ = shape_of(image)
     background = per_channel("fill", fill, image)
     content = jnp.where(_within(height, width, _size_of(example)), image - background, 0.0)
     shape = image.shape
     content = jax.image.scale_and_translate(content, shape, (0, 1), zoom, shift, "linear", antialias=True)
-    # Linear interpolation mixes the values at the border with the background, by half a pixel.
+    # Linear interpolation mixes the border with the background, over half a pixel.
     content = jnp.where(_within(height, width, size), content, 0.0) + background
     keeps = example.get("size")
     new_size = None if keeps is None else size.astype(jnp.asarray(keeps).dtype)
@@ -268,7 +270,7 @@ def _clipped(example, low, high):
 
 
 def _drop_hidden(moved, before, zoom, min_visible):
-    """Drops the objects of which less than a share of the area is left."""
+    """Drops the objects with less than the fraction `min_visible` of their area left."""
     if "boxes" not in moved:
         return moved
     old = jnp.asarray(before["boxes"], jnp.float32)

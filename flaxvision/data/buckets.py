@@ -1,7 +1,8 @@
-"""Batches of images on canvases: all images of a batch lie on canvases of one size.
+"""Batches of images on canvases: all images of a batch are padded to the same size.
 
-They keep what `flaxvision.data.pipeline` promises: a batch depends only on the seed and its step, any step can be the
-first one, any number of processes sees the same global batches, and an evaluation has every image once.
+They keep the guarantees of `flaxvision.data.pipeline`. A batch depends only on the seed and the step. Iteration can
+start at any step. The global batches are the same for any number of processes. An evaluation has every image exactly
+once.
 """
 
 import functools
@@ -19,7 +20,7 @@ class CanvasTrainBatches(pipeline.TrainBatches):
     Attributes:
         source: The images.
         batch_size: Rows per batch, summed over all processes.
-        steps_per_epoch: Batches after which, on average, every image was seen once.
+        steps_per_epoch: Number of batches after which every image was seen once, on average.
     """
 
     source: CanvasSource
@@ -29,11 +30,11 @@ class CanvasTrainBatches(pipeline.TrainBatches):
         _check_workers(reading)
         self.steps_per_epoch = max(1, round(len(self.source) / self.batch_size))
         self._members = [np.flatnonzero(self.source.canvas == k) for k in range(len(self.source.canvases.sizes))]
-        # Every canvas is in an epoch of its own, and a batch of few images spans several.
+        # Every canvas has its own epochs. If a canvas has few images, a batch spans several epochs.
         self._order = functools.lru_cache(maxsize=64)(self._ordered)
 
     def canvas_of(self, step: int) -> int:
-        """Returns the index of the canvas on which the images of a step lie."""
+        """Returns the index of the canvas of the images of a step."""
         if self.source.multiscale is not None:
             return self._draw(step // self.source.multiscale)
         return int(self._cycle[0][step % len(self.source)])
@@ -45,7 +46,7 @@ class CanvasTrainBatches(pipeline.TrainBatches):
             within = positions
             members, key = np.arange(len(self.source)), len(self._members)
         else:
-            # A cycle of N steps has as many batches of a canvas as it has images: every image once for each row.
+            # In a cycle of N steps, a canvas with m images has m batches, so every image is seen `batch_size` times.
             cycles, place = divmod(step, len(self.source))
             members, key = self._members[canvas], canvas
             turn = cycles * len(members) + int(self._cycle[1][place])
@@ -75,7 +76,7 @@ class CanvasTrainBatches(pipeline.TrainBatches):
         for k, members in enumerate(self._members):
             count = len(members)
             raw = _raw(self._identity["seed"], 1 + len(self._members) + k, 0, count) >> np.uint64(11)
-            # One turn in each of `count` equal parts of the cycle, at a random time of the part.
+            # Divide the cycle into `count` equal parts. Each part has one step of this canvas, at a random time.
             times.append((np.arange(count) + raw * 2.0**-53) / max(count, 1))
             canvases.append(np.full(count, k))
             turns.append(np.arange(count))
@@ -84,7 +85,7 @@ class CanvasTrainBatches(pipeline.TrainBatches):
 
 
 class CanvasEvalBatches(pipeline.EvalBatches):
-    """The batches of one pass over a `CanvasSource`, one canvas after the other, each with its last batch padded."""
+    """The batches of one pass over a `CanvasSource`, canvas by canvas. The last batch of each canvas is padded."""
 
     source: CanvasSource
 
@@ -109,11 +110,11 @@ class CanvasEvalBatches(pipeline.EvalBatches):
 
 
 def _raw(seed: int, key: int, part: int, length: int) -> np.ndarray:
-    """Returns raw uint64 numbers, which NumPy guarantees across versions."""
+    """Returns raw uint64 random numbers, which NumPy keeps stable across versions."""
     return np.random.Philox(np.random.SeedSequence([seed, 1 + key, part])).random_raw(length)
 
 
 def _check_workers(reading: Any) -> None:
     sizes = reading.source.canvases.sizes
-    if reading.num_workers and len(sizes) > 1:  # their shared memory has batches of one shape
+    if reading.num_workers and len(sizes) > 1:  # worker processes only share memory for batches of one shape
         raise ValueError(f"num_workers must be 0 for images on {len(sizes)} canvases; got {reading.num_workers}")

@@ -1,7 +1,7 @@
-"""Canvases: the few sizes to which images of any size are resized and padded, so that a model compiles once for each.
+"""Canvases: a few fixed sizes to which images of any size are resized and padded. A model compiles once for each.
 
-An image lies at the top left of its canvas. `size` is its height and width there, and `boxes / scale` are its boxes in
-the original pixels::
+An image lies at the top left of its canvas. `size` is its height and width there. Dividing `boxes` by `scale`, which is
+(y, x), gives the boxes in pixels of the original image::
 
     canvases = Canvases(((320, 416), (416, 320), (416, 416)))
     train = on_canvases(source, canvases)
@@ -22,23 +22,24 @@ from flaxvision.data.workers import bounded_map
 
 @dataclasses.dataclass(frozen=True)
 class Canvases:
-    """Canvas sizes, and the rule by which an image is resized before it is padded.
+    """Canvas sizes, and the rule by which images are resized before they are padded.
 
-    With `shorter`, the shorter side is resized to that length, unless the longer side would exceed `longer`; then the
-    longer side gets the length `longer`. This is the rule of Fast R-CNN. With `longer` alone, the longer side gets that
-    length. With neither, an image is resized to fill its canvas as far as its aspect ratio allows (letterbox).
-    `resize=False` keeps the size of images.
+    With `shorter`, the shorter side is resized to that length. If the longer side would then exceed `longer`, the
+    longer side is resized to `longer` instead. This is the rule of Fast R-CNN. With `longer` alone, the longer side is
+    resized to that length. With neither, an image is resized to fill its canvas as far as its aspect ratio allows
+    (letterbox). With `resize=False`, images keep their size.
 
-    The canvas of an image is the smallest that holds it. For the letterbox it is the one that the image fills best.
+    The canvas of an image is the smallest one that holds it. With the letterbox rule, it is the canvas of which the
+    image fills the largest fraction.
 
     Attributes:
         sizes: Height and width of each canvas in pixels.
-        shorter: Length of the shorter side.
-        longer: Largest length of the longer side.
+        shorter: Length of the shorter side in pixels.
+        longer: Maximum length of the longer side in pixels.
         resize: Whether images are resized.
-        larger: What happens to an image that no canvas holds: "resize" shrinks it to fit the canvas that it fills
-            best, "refuse" is an error.
-        fill: Value of the padding, 0 to 255.
+        larger: What happens to an image that no canvas holds. "resize" shrinks it to fit the canvas of which it fills
+            the largest fraction. "refuse" raises an error.
+        fill: Pixel value of the padding, 0 to 255.
 
     Raises:
         ValueError: A number is out of range, or two canvases are equal.
@@ -70,7 +71,7 @@ class Canvases:
 
         Args:
             size: Height and width of the image.
-            name: Name of the image, for the error.
+            name: Name of the image, for the error message.
 
         Raises:
             ValueError: No canvas holds the image, and `larger` is "refuse".
@@ -90,7 +91,7 @@ class Canvases:
         return best
 
     def placement(self, size: tuple[int, int], canvas: int) -> tuple[int, int]:
-        """Returns the height and width of an image on a canvas.
+        """Returns the height and width to which an image is resized on a canvas.
 
         Args:
             size: Height and width of the image.
@@ -106,15 +107,15 @@ class Canvases:
         return height, width
 
     def place(self, example: dict[str, Any], canvas: int) -> dict[str, Any]:
-        """Puts an example on a canvas.
+        """Resizes and pads an example to a canvas.
 
         Args:
             example: `image` uint8 [h, w, C] and optionally `boxes` [M, 4] and `masks` [M, h, w].
             canvas: Index of the canvas.
 
         Returns:
-            The example with `image` [H, W, C], `size` int32 [2], `scale` float32 [2] (of y and of x), and boxes and
-            masks moved along. Masks are sampled at the nearest pixel.
+            The example with `image` [H, W, C], `size` int32 [2], `scale` float32 [2] (y, x), and boxes and masks
+            resized in the same way. Masks are resized by nearest neighbor.
         """
         image = np.asarray(example["image"])
         size = self.placement((image.shape[0], image.shape[1]), canvas)
@@ -148,7 +149,7 @@ class Canvases:
         return _rounded(size[0] * factor), _rounded(size[1] * factor)
 
     def _share(self, size: tuple[int, int], canvas: int) -> float:
-        """Returns the share of a canvas that an image can fill."""
+        """Returns the fraction of a canvas that an image can fill."""
         height, width = self.sizes[canvas]
         fit = min(height / size[0], width / size[1])
         return round(size[0] * size[1] * fit * fit / (height * width), 9)
@@ -162,25 +163,26 @@ def on_canvases(
     multiscale: int | None = None,
     cache: bool = False,
 ) -> "CanvasSource":
-    """Puts the images of a source on canvases, for `train_batches` and `eval_batches`.
+    """Resizes and pads the images of a source to canvases, for `train_batches` and `eval_batches`.
 
-    All images of a batch lie on canvases of one size. A training run visits the canvases in proportion to their images,
-    in a random order that depends on the seed only; each canvas has its own endless sequence of shuffled epochs.
+    All images of a batch have the same canvas. In training, the number of batches of a canvas is proportional to its
+    number of images. The order of the canvases is random and depends only on the seed. Each canvas has its own sequence
+    of shuffled epochs.
 
     Args:
         source: Images of any size, with or without boxes.
-        canvases: The canvases, their sizes, or the side of one square canvas.
-        max_objects: Number of rows of the objects in every example, padded with `valid` False. None takes the largest
-            number of objects of an image.
-        multiscale: For training at several scales (YOLO9000, section 2): every `multiscale` steps, all images go to
-            another canvas, drawn at random from all of them. None keeps each image on its own canvas.
-        cache: Whether to keep the placed examples in memory after they were read once.
+        canvases: The canvases, their heights and widths, or the side of one square canvas.
+        max_objects: Number of objects M to which the objects of every example are padded, with `valid` False. None uses
+            the largest number of objects in an image.
+        multiscale: For multi-scale training (YOLO9000, section 2): every `multiscale` steps, a canvas is drawn at
+            random, to which all images are then resized. None keeps each image on its own canvas.
+        cache: Whether to keep the resized examples in memory once they have been read.
 
     Returns:
-        The source. Examples also have `index`, the position in the source, and `scale`.
+        The source. Its examples also have `size`, `scale`, and `index`, the position in `source`.
 
     Raises:
-        ValueError: A number is out of range, or an image is too large and refused.
+        ValueError: A number is out of range, or no canvas holds an image and `larger` is "refuse".
     """
     if isinstance(canvases, int):
         canvases = Canvases(((canvases, canvases),))
@@ -196,7 +198,7 @@ class CanvasSource:
         source: The source of the images.
         canvases: The canvases.
         canvas: Index of the canvas of each image, int [N].
-        multiscale: Steps between two canvases in training; None if each image has its own canvas.
+        multiscale: Number of steps for which training keeps a canvas; None if each image has its own canvas.
     """
 
     def __init__(
@@ -238,24 +240,24 @@ class CanvasSource:
 
     @property
     def max_objects(self) -> int | None:
-        """Rows of the objects in every example; None for a source without boxes."""
+        """Number of objects M of every padded example; None for a source without boxes."""
         return self._objects
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the other source's fingerprint, of the canvases and of the options."""
+        """Hexadecimal digest of the fingerprint of `source`, the canvases and the options."""
         identity = f"{self.source.fingerprint}/{self.canvases}/{self._objects}/{self.multiscale}"
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     def verify(self) -> None:
-        """Calls `verify` of the other source, if it has one."""
+        """Calls `source.verify`, if it exists."""
         verify = getattr(self.source, "verify", None)
         if verify is not None:
             verify()
 
 
 def image_sizes(source: Source) -> np.ndarray:
-    """Returns the heights and widths of all images, [N, 2]: `source.sizes`, or those of the decoded images."""
+    """Returns the height and width of each image, [N, 2]: `source.sizes`, or those of the decoded images."""
     sizes = getattr(source, "sizes", None)
     if sizes is not None:
         return np.asarray(sizes)
@@ -265,7 +267,7 @@ def image_sizes(source: Source) -> np.ndarray:
 
 
 def _object_count(source: Source, wanted: int | None) -> int | None:
-    """Returns the number of rows of the objects; None if the source has none."""
+    """Returns the number of objects of a padded example; None if the source has no boxes."""
     counts = getattr(source, "counts", None)
     if isinstance(source, Subset) and counts is None and hasattr(source.source, "counts"):
         counts = np.asarray(source.source.counts)[source.indices]

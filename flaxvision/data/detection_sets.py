@@ -1,4 +1,4 @@
-"""Detection data sets by name: `load_detection`, and those of TFDS."""
+"""Detection data sets by name: `load_detection`, and TFDS data sets with boxes."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from flaxvision.data.shapes import ShapesSource
 from flaxvision.data.workers import bounded_map
 
 NAMES = ("shapes", "voc_xml", "coco", "yolo")
-# Of the places where the files of COCO lie, those of the official archives and those of a folder made by hand.
+# Where the files of COCO are looked for: first as in the official archives, then as in folders made by hand.
 _COCO_JSON = ("annotations/instances_{split}.json", "annotations/{split}.json", "{split}.json")
 _COCO_BESIDE = "{split}/_annotations.coco.json"
 _COCO_IMAGES = ("{split}", "images/{split}", "images", ".")
@@ -41,14 +41,14 @@ def load_detection(
     Args:
         name: One of
 
-            * "shapes": drawn discs, boxes and triangles, which need no file; see `ShapesSource`;
+            * "shapes": drawn discs, boxes and triangles, which need no files; see `ShapesSource`;
             * "voc_xml": a folder in the layout of PASCAL VOC; see `load_voc`;
-            * "coco": a folder with `annotations/instances_SPLIT.json` and the images in `SPLIT`, as the official
-              archives make them, or a TFDS directory that has "coco" prepared;
+            * "coco": a folder with `annotations/instances_SPLIT.json` and the images in `SPLIT`, as in the official
+              archives, or a TFDS directory in which "coco" is prepared;
             * "yolo": a folder of YOLO text files; see `load_yolo`;
             * the name of a prepared TFDS set with boxes, such as "voc/2007" or "coco/2017".
         split: Name of the split.
-        data_dir: The folder; for a TFDS name the directory of prepared sets, None for the default of TFDS.
+        data_dir: The folder. For a TFDS name, the directory of prepared sets; None for the default of TFDS.
         classes: Class names for "voc_xml" and "yolo"; None reads them from the files.
         drop_empty: Whether to leave out boxes of zero width or height and list them in the attribute `dropped`,
             instead of raising an error.
@@ -58,7 +58,9 @@ def load_detection(
         The source.
 
     Raises:
-        ValueError: There is no such set or split, a file is missing or damaged, a class is unknown or a box is faulty.
+        ValueError: The set or split does not exist, a file is missing or damaged, a class is unknown or a box is
+            invalid.
+        RuntimeError: The TFDS set is not prepared.
     """
     if classes is not None and name not in ("voc_xml", "yolo"):
         raise ValueError(f"classes must be None for {name!r}, which has its own; got {list(classes)}")
@@ -92,7 +94,7 @@ def _load_coco_folder(folder: Path, split: str, drop_empty: bool) -> Source:
 
 
 class TfdsDetectionSource:
-    """A prepared TFDS split of images with boxes, decoded on access.
+    """A prepared TFDS split of images with boxes. Images are decoded on access.
 
     Args:
         records: TFDS data source with encoded images.
@@ -102,8 +104,8 @@ class TfdsDetectionSource:
         drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
 
     Attributes:
-        sizes: Heights and widths of the images, int [N, 2].
-        counts: Numbers of objects of the images, int [N].
+        sizes: Height and width of each image, int [N, 2].
+        counts: Number of objects of each image, int [N].
         dropped: Descriptions of the boxes that were left out.
     """
 
@@ -127,12 +129,12 @@ class TfdsDetectionSource:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Heights and widths of the images, int [N, 2]; reads the headers of all images once."""
+        """Height and width of each image, int [N, 2]. The first access reads the headers of all images."""
         return self._overview[0]
 
     @property
     def counts(self) -> np.ndarray:
-        """Numbers of objects of the images, int [N]."""
+        """Number of objects of each image, int [N]."""
         return self._overview[1]
 
     @property
@@ -175,7 +177,7 @@ class TfdsDetectionSource:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the full TFDS name, the split and the length."""
+        """Hexadecimal digest of the full TFDS name, the split, the length and `drop_empty`."""
         identity = f"{self.version}/{self.name}/{len(self)}/{self._drop_empty}"
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
@@ -195,7 +197,7 @@ def load_tfds_detection(
         The source.
 
     Raises:
-        ValueError: There is no such set or split, or its examples are not images with boxes.
+        ValueError: The set or split does not exist, or its examples are not images with boxes.
         RuntimeError: The set is not prepared.
     """
     from flaxvision.data.tfds import _builder, _quiet, is_known, names

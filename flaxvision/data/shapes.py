@@ -1,7 +1,8 @@
-"""Procedurally drawn shapes with exact boxes and masks: a detection data set without files.
+"""Procedurally drawn shapes with exact boxes and masks: a detection data set that needs no files.
 
-Every image is drawn from raw numbers of a counter-based generator, whose output NumPy guarantees, with additions,
-multiplications, divisions and square roots only. The pixels therefore do not depend on the version or the platform.
+The random numbers are the raw output of a counter-based generator, which NumPy keeps stable across versions. The images
+are computed from them by additions, multiplications, divisions, square roots and rounding only. The pixels therefore do
+not depend on the version of NumPy or on the platform.
 """
 
 import hashlib
@@ -16,34 +17,34 @@ from flaxvision.data.arrays import check_split
 CLASSES = ("disc", "box", "triangle")
 MAX_OBJECTS = 6
 _SPLITS = {"train": 2000, "val": 200, "test": 500}
-_SIDES = (72, 97)  # shortest, and longest plus one
-_VISIBLE = 0.55  # least share of an object that must stay visible
-_EMPTY = 0.05  # share of the images without objects
-_CONTRAST = 0.2  # least difference of an object's mean colour from what it covers, in one channel
+_SIDES = (72, 97)  # shortest side, and longest side plus one
+_VISIBLE = 0.55  # minimum fraction of an object that stays visible
+_EMPTY = 0.05  # fraction of the images without objects
+_CONTRAST = 0.2  # minimum difference between the mean colours of an object and of what it covers, in some channel
 _VERSION = 1
 
 
 class _Draw:
-    """Random numbers of one image, in the order of the calls."""
+    """The random number generator of one image."""
 
     def __init__(self, split: int, index: int):
         self._bits = np.random.Philox(np.random.SeedSequence([_VERSION, split, index]))
 
     def uniform(self, low: float = 0.0, high: float = 1.0, shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Returns float64 numbers uniform in [low, high)."""
+        """Returns float64 numbers, uniform in [low, high)."""
         raw = self._bits.random_raw(int(np.prod(shape, dtype=int)))
         return low + (high - low) * ((np.asarray(raw) >> np.uint64(11)) * 2.0**-53).reshape(shape)
 
     def number(self, low: float, high: float) -> float:
-        """Returns one number uniform in [low, high)."""
+        """Returns one number, uniform in [low, high)."""
         return float(self.uniform(low, high, (1,))[0])
 
     def integer(self, low: int, high: int) -> int:
-        """Returns an integer uniform in [low, high)."""
+        """Returns an integer, uniform in [low, high)."""
         return low + int(self.number(0, high - low))
 
     def direction(self) -> tuple[float, float]:
-        """Returns a unit vector, by rejection from the square."""
+        """Returns a unit vector, uniform over the circle."""
         while True:
             x, y = self.uniform(-1, 1, (2,)).tolist()
             square = x * x + y * y
@@ -55,21 +56,22 @@ class ShapesSource:
     """Discs, boxes and triangles that overlap on textured, noisy backgrounds.
 
     An image is 72 to 96 pixels high and wide and has 0 to 6 objects: filled shapes of any rotation, colour and
-    texture, with lines across the background as distractors. `source[i]` is a dict with `image` uint8 [H, W, 3],
-    `boxes` float32 [M, 4] xyxy in pixels, `labels` int32 [M], `valid`, `crowd` and `difficult` bool [M] and, on
-    request, `masks` bool [M, H, W]. Masks are exact: the pixels in which an object is visible. Boxes enclose them.
+    texture. Lines across the background are distractors. `source[i]` is a dict with `image` uint8 [H, W, 3], `boxes`
+    float32 [M, 4] xyxy in pixels, `labels` int32 [M], `valid`, `crowd` and `difficult` bool [M] and, if requested,
+    `masks` bool [M, H, W]. A mask marks exactly the visible pixels of an object, and its box is the tightest around
+    them.
 
     Args:
         split: "train" (2,000 images), "val" (200) or "test" (500).
-        masks: Whether examples have masks.
-        length: Number of images; None for those above. Image `i` does not depend on it.
+        masks: Whether the examples have `masks`.
+        length: Number of images; None for the number above. It does not change the images.
 
     Attributes:
-        sizes: Heights and widths of the images, int [N, 2].
-        counts: Upper bounds of the numbers of objects of the images, int [N].
+        sizes: Height and width of each image, int [N, 2].
+        counts: Upper bound of the number of objects of each image, int [N].
 
     Raises:
-        ValueError: `split` is none of the three, or `length` is below 1.
+        ValueError: `split` is not one of the three, or `length` is below 1.
     """
 
     classes: tuple[str, ...] = CLASSES
@@ -87,12 +89,12 @@ class ShapesSource:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Heights and widths of the images, int [N, 2]."""
+        """Height and width of each image, int [N, 2]."""
         return np.array([_size(_Draw(self._part, index)) for index in range(len(self))])
 
     @property
     def counts(self) -> np.ndarray:
-        """Upper bounds of the numbers of objects of the images, int [N]."""
+        """Upper bound of the number of objects of each image, int [N]."""
         return np.full(len(self), MAX_OBJECTS)
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class ShapesSource:
         for _ in range(0 if draw.number(0, 1) < _EMPTY else wanted):
             label, mask = _shape(draw, height, width)
             texture = _texture(draw, height, width)
-            # An object that would hide too much of another one is left out.
+            # Skip an object that would hide too much of another one.
             left = [np.count_nonzero((owner == k + 1) & ~mask) for k in range(len(labels))]
             if mask.any() and all(n >= _VISIBLE * full for n, full in zip(left, whole, strict=True)):
                 labels.append(label)
@@ -135,7 +137,7 @@ class ShapesSource:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the name, the length and the first ten images."""
+        """Hexadecimal digest of the name, the length, `masks` and the first ten images."""
         return self._digest
 
     @cached_property
@@ -184,7 +186,7 @@ def _background(draw: _Draw, height: int, width: int) -> np.ndarray:
 
 
 def _shape(draw: _Draw, height: int, width: int) -> tuple[int, np.ndarray]:
-    """Draws the class, and the pixels of a shape that lies in the image, [H, W]."""
+    """Draws a class and a shape of it within the image; returns the class and the mask [H, W]."""
     label, radius = draw.integer(0, len(CLASSES)), draw.number(0.15, 0.28) * min(height, width)
     place, (cos, sin) = draw.uniform(0, 1, (2,)), draw.direction()
     y, x = _grid(height, width)
@@ -194,14 +196,14 @@ def _shape(draw: _Draw, height: int, width: int) -> tuple[int, np.ndarray]:
     kinds: tuple[Callable[[], np.ndarray], ...] = (
         lambda: along * along + across * across < radius * radius,
         lambda: _rectangle(draw, along, across, radius),
-        # Corners on the circle: the three sides of an equilateral triangle lie half a radius from its centre.
+        # An equilateral triangle with its corners on the circle: its sides are half a radius from the centre.
         lambda: np.maximum(-along, np.maximum(_turned(along, across, 1), _turned(along, across, -1))) < radius / 2,
     )
     return label, kinds[label]()
 
 
 def _rectangle(draw: _Draw, along: np.ndarray, across: np.ndarray, radius: float) -> np.ndarray:
-    share = draw.number(0.45, 0.9)  # half the width; the corners lie on the circle
+    share = draw.number(0.45, 0.9)  # half of one side, relative to the radius; the corners lie on the circle
     return (np.abs(along) < share * radius) & (np.abs(across) < (1 - share * share) ** 0.5 * radius)
 
 
@@ -210,6 +212,6 @@ def _turned(along: np.ndarray, across: np.ndarray, side: int) -> np.ndarray:
 
 
 def _enclosing(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Returns the xyxy box of the pixels of a mask [H, W]."""
+    """Returns the tightest xyxy box around the pixels of a mask [H, W]."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

@@ -43,11 +43,11 @@ def reorg(x: jax.Array, stride: int = 2) -> jax.Array:
 
 
 def darknet_max_pool(x: jax.Array, size: int, stride: int, padding: int | None = None) -> jax.Array:
-    """Computes the maximum of every window, padded as darknet's `[maxpool]`.
+    """Computes the maximum of every window, with the padding of darknet's `[maxpool]`.
 
     `padding` is the total of both sides, and the smaller half comes first. The output has
-    `(H + padding - size) // stride + 1` rows. So a window of 2 with a stride of 1 keeps the size and is padded at the
-    bottom and at the right only.
+    `(H + padding - size) // stride + 1` rows. For example, a window of 2 with a stride of 1 keeps the size and is
+    padded at the bottom and at the right only.
 
     Args:
         x: `[N, H, W, C]`.
@@ -70,7 +70,7 @@ def darknet_max_pool(x: jax.Array, size: int, stride: int, padding: int | None =
 
 
 class LocallyConnected(nn.Module):
-    """A convolution that has a kernel and a bias of its own at every output position, as darknet's `[local]`.
+    """A convolution with a separate kernel and bias at every output position, as darknet's `[local]`.
 
     Parameters: `kernel [H', W', size, size, C, features]` and `bias [H', W', features]`.
 
@@ -78,7 +78,7 @@ class LocallyConnected(nn.Module):
         features: Output channels.
         size: Height and width of the window.
         stride: Step between windows.
-        padding: Zeros on every side.
+        padding: Number of zeros on every side.
         dtype: Dtype of the computation; None promotes the input and the parameters.
         param_dtype: Dtype of the parameters.
         kernel_init: Initializer of the kernel; None for a normal distribution of variance `2 / (size^2 C)`.

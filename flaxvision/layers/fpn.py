@@ -1,4 +1,4 @@
-"""Feature pyramid."""
+"""Feature pyramid network (FPN)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class FeaturePyramid(nn.Module):
-    """Feature pyramid: stages of a backbone, from coarse to fine, become maps of equal width.
+    """Feature pyramid network: maps the stages of a backbone to feature maps with the same number of channels.
 
-    Lin et al. 2017, "Feature pyramid networks for object detection", figure 3. Each stage goes through a 1x1
-    convolution and is added to the next coarser map, enlarged to its size by the nearest pixel; a 3x3 convolution of
-    the sum is the output. `pool` is every second pixel of the coarsest output (footnote 2). The definition and the
-    initialization are torchvision's.
+    Lin et al. 2017, "Feature pyramid networks for object detection", figure 3. A 1x1 convolution maps each stage to
+    `features` channels. From coarse to fine, the coarser map is upsampled by nearest neighbor and added. A 3x3
+    convolution of the sum gives the output. The level `pool` is every second pixel of the coarsest output (footnote 2).
+    The definition and the initialization are torchvision's.
 
-    Parameters: `inner_STAGE` and `layer_STAGE`, the 1x1 and the 3x3 convolution of each stage.
+    Submodules: `inner_STAGE` and `layer_STAGE`, the 1x1 and the 3x3 convolution of each stage.
 
     Attributes:
         stages: Names of the stages, finest first.
@@ -65,7 +65,7 @@ class FeaturePyramid(nn.Module):
 
 
 def upsample_nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
-    """Enlarges maps to a size by repeating pixels: row i is row `floor(i * H / size[0])`, as in torch.
+    """Upsamples feature maps by nearest neighbor. As in torch, row i of the result is row `floor(i * H / size[0])`.
 
     Args:
         x: `[N, H, W, C]`.
@@ -77,7 +77,7 @@ def upsample_nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
     for axis, extent in enumerate(size, start=1):
         have = x.shape[axis]
         if extent % have == 0:
-            # A broadcast, whose gradient is a sum; that of a gather is a scatter, which is slow on a CPU.
+            # The gradient of a repeat is a sum. That of a gather is a scatter, which is slow on a CPU.
             x = jnp.repeat(x, extent // have, axis=axis)
         else:
             scale = np.float32(have) / np.float32(extent)

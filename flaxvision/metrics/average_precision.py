@@ -1,4 +1,4 @@
-"""The arithmetic of `flaxvision.metrics.detection` on the host: matching, curves, COCO by pycocotools."""
+"""Host computations of `flaxvision.metrics.detection`: matching, curves, and COCO evaluation by pycocotools."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def coco_evaluation(records: Sequence[Record], num_classes: int) -> Any:
     """Evaluates records with pycocotools.
 
     Args:
-        records: As in `DetectionRecords`; images are numbered in this order.
+        records: As in `DetectionRecords`. Images are numbered in this order.
         num_classes: Number of classes K.
 
     Returns:
-        The `COCOeval` after `summarize`; its `stats` are the twelve figures.
+        The `COCOeval` after `summarize`. Its `stats` are the twelve metrics.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -65,7 +65,7 @@ def coco_evaluation(records: Sequence[Record], num_classes: int) -> Any:
             )
     images = [{"id": image} for image in range(1, len(records) + 1)]
     categories = [{"id": k} for k in range(num_classes)]
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress and a table
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and a table
         sets = []
         for annotations in (truth, found):
             one = COCO()
@@ -80,7 +80,7 @@ def coco_evaluation(records: Sequence[Record], num_classes: int) -> Any:
 
 
 def class_table(records: Sequence[Record], num_classes: int, classes: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Returns the figures of each class; see `DetectionRecords.per_class`."""
+    """Returns the metrics of each class; see `DetectionRecords.per_class`."""
     precision = coco_evaluation(records, num_classes).eval["precision"]  # [threshold, recall, class, area, detections]
     matched = match_classes(records, num_classes, 0.5)
     table = []
@@ -101,14 +101,14 @@ def class_table(records: Sequence[Record], num_classes: int, classes: Sequence[s
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """What became of the detections of one class, by falling score.
+    """How the detections of one class were matched, by decreasing score.
 
     Attributes:
         scores: [D].
-        right: bool [D], whether the detection found an object.
-        ignored: bool [D], whether it found a difficult or crowd object, and does not count.
+        right: bool [D], whether the detection is a true positive.
+        ignored: bool [D], whether it matched a difficult or crowd object and is not counted.
         images: int [D], the image of each detection.
-        objects: int [N], the number of objects of each image that count.
+        objects: int [N], the number of objects in each image, without difficult and crowd ones.
     """
 
     scores: np.ndarray
@@ -123,7 +123,7 @@ class Outcomes:
         return int(self.objects.sum())
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns recall and precision after each detection that counts."""
+        """Returns recall and precision after each detection that is counted."""
         right = self.right[~self.ignored]
         found = np.cumsum(right)
         return found / self.positives, found / np.arange(1, len(right) + 1)
@@ -132,9 +132,10 @@ class Outcomes:
 def match_classes(records: Sequence[Record], num_classes: int, iou_threshold: float) -> list[Outcomes]:
     """Matches the detections of every class by the rule of PASCAL VOC.
 
-    By falling score, a detection takes the object of its class and image with the largest IoU. It is right if the IoU
-    reaches the threshold and the object is not taken yet, and does not count if the object is difficult. A crowd box
-    takes any number of detections that lie in it and no object takes; it does not count either.
+    By decreasing score, each detection is compared with the object of its class and image with the highest IoU. If the
+    IoU is at least `iou_threshold`, the detection is a true positive, unless an earlier detection matched the object.
+    It is not counted if the object is difficult. A detection that matches no object is not counted if a crowd box
+    contains at least the fraction `iou_threshold` of its area.
 
     Returns:
         The outcomes of each class.
@@ -176,16 +177,16 @@ def _match_class(records: Sequence[Record], label: int, iou_threshold: float) ->
 
 
 def voc_average_precision(recall: np.ndarray, precision: np.ndarray, *, eleven_points: bool = False) -> float:
-    """Returns the average precision of a curve (Everingham 2010, section 4.2).
+    """Returns the average precision of a precision-recall curve (Everingham et al. 2010, section 4.2).
 
     Args:
-        recall: [D], rising.
+        recall: [D], not decreasing.
         precision: [D].
-        eleven_points: The mean of the largest precision at or beyond the recalls 0, 0.1 to 1, instead of the area under
-            the precision that is made to fall.
+        eleven_points: Whether to average the interpolated precision at the recalls 0, 0.1, ..., 1. If False, it is the
+            area under the interpolated curve. The interpolated precision is the highest one at this recall or beyond.
     """
     if eleven_points:
-        # The recall 0.3 of 3 in 10 objects must reach the point 0.3, which binary fractions can miss.
+        # The recall of 3 in 10 objects must reach the point 0.3 despite rounding.
         points = [precision[recall >= point / 10 - 1e-12].max(initial=0.0) for point in range(11)]
         return float(np.mean(points))
     falling = np.maximum.accumulate(precision[::-1])[::-1]
@@ -193,7 +194,7 @@ def voc_average_precision(recall: np.ndarray, precision: np.ndarray, *, eleven_p
 
 
 def coco_outcomes(evaluation: Any) -> list[list[Outcomes]]:
-    """Returns the matches of a `COCOeval` for objects of any size: the outcomes of each class, for each threshold."""
+    """Returns the matches of a `COCOeval` for objects of any size: for each threshold, the outcomes of each class."""
     images, areas = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
     empty = {"dtScores": [], "gtIgnore": np.zeros(0)}
     result = []
@@ -217,28 +218,28 @@ def coco_outcomes(evaluation: Any) -> list[list[Outcomes]]:
 
 
 def resampled(matched: Sequence[Sequence[Outcomes]], resamples: int, seed: int, *, coco: bool) -> np.ndarray:
-    """Returns the mean average precision of samples of images, drawn with replacement.
+    """Returns the mean average precision of resamples of the images, drawn with replacement.
 
     Args:
-        matched: The outcomes of each class, for each IoU threshold.
-        resamples: Number of samples.
-        seed: Seed of the samples.
+        matched: For each IoU threshold, the outcomes of each class.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
         coco: Whether to use COCO's 101 points of recall instead of the area under the curve.
 
     Returns:
-        [resamples], NaN for samples without objects.
+        [resamples]; NaN for resamples without objects.
     """
     images = len(matched[0][0].objects)
     rng = np.random.Generator(np.random.Philox(seed))
     values = np.empty(resamples)
     for sample in range(resamples):
-        # How often each image is in the sample.
+        # How often each image is in the resample.
         values[sample] = weighted_map(matched, np.bincount(rng.integers(0, images, images), minlength=images), coco)
     return values
 
 
 def weighted_map(matched: Sequence[Sequence[Outcomes]], weights: np.ndarray, coco: bool) -> float:
-    """Returns the mean average precision with image `i` counted `weights[i]` times; NaN without objects."""
+    """Returns the mean average precision with image `i` counted `weights[i]` times; NaN if there are no objects."""
     found = np.array([[_weighted_ap(outcomes, weights, coco) for outcomes in classes] for classes in matched])
     return float("nan") if np.isnan(found).all() else float(np.nanmean(found))
 
@@ -275,7 +276,7 @@ def false_positive_kinds(records: Sequence[Record], num_classes: int) -> dict[st
 
 
 def _kinds(record: Record, label: int, mine: np.ndarray, ignored: np.ndarray) -> list[tuple[float, str]]:
-    """Returns score and kind of the detections of a class in an image."""
+    """Returns the score and the kind of the detections of a class in an image."""
     chosen = record["found_labels"] == label
     scores = record["found_scores"][chosen]
     order = np.argsort(-scores, kind="stable")
@@ -309,7 +310,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _share_inside(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the share of the area of boxes [A, 4] that lies in boxes [B, 4], [A, B]."""
+    """Returns the fraction of the area of boxes [A, 4] that lies in boxes [B, 4], [A, B]."""
     shared = _shared(a, b)
     area = np.prod(np.asarray(a, np.float64)[:, 2:] - np.asarray(a, np.float64)[:, :2], axis=-1)[:, None]
     return np.divide(shared, area, out=np.zeros_like(shared), where=area > 0)

@@ -1,8 +1,9 @@
-"""Average precision of detectors: COCO's by pycocotools, PASCAL VOC's by its own definition.
+"""Average precision of detectors: COCO's, computed by pycocotools, and PASCAL VOC's.
 
-`CocoAP.of(batch, found)` and `VocAP.of(batch, found)` hold the detections of one batch on the device. Their host form,
-`DetectionRecords`, keeps one record for each image and computes everything else: the headline figures, the figures of
-each class, a bootstrap interval over images, precision-recall curves and the kinds of false positives.
+`CocoAP.of(batch, found, num_classes)` and `VocAP.of(...)` hold the detections and the ground truth of one batch on the
+device. `to_host` turns them into `DetectionRecords`, which keeps one record per image. It computes the average
+precision, the metrics of each class, bootstrap intervals over images, precision-recall curves and the kinds of false
+positives.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from flaxvision.metrics.accumulator import Accumulator
 
 @struct.dataclass
 class DetectionAP(Accumulator):
-    """The detections and the truth of a batch; see `CocoAP` and `VocAP`.
+    """The detections and the ground truth of a batch; see `CocoAP` and `VocAP`.
 
-    Use it in evaluation only: merging it on the device appends rows.
+    Use it in evaluation only: merging on the device appends rows, so the arrays grow.
 
     Attributes:
-        rows: Arrays with a row for each image, by name.
+        rows: Arrays by name, with one row per image.
         protocol: How the average precision is computed: "coco", "voc_11" or "voc_area".
         num_classes: Number of classes K.
     """
@@ -41,14 +42,15 @@ class DetectionAP(Accumulator):
 
         Args:
             batch: `boxes` [N, M, 4], `labels` and `valid` [N, M]; optionally `crowd`, `difficult` and `area` [N, M],
-                `mask` [N] (0 for padding), `index` [N], the number of each image in its data set, and `scale` [N, 2],
-                by which boxes were multiplied in y and x. With `scale`, areas are those of the original image.
-            found: Detections as those of `flaxvision.detect`: `boxes` [N, D, 4], `scores`, `labels` and `valid` [N, D].
+                `mask` [N] (0 for padding), `index` [N], the position of each image in its data set, and `scale` [N, 2],
+                the factors by which the image was resized in y and x. With `scale`, boxes and areas are computed in
+                pixels of the original image. `area` must be in these pixels too.
+            found: Detections as from `flaxvision.detect`: `boxes` [N, D, 4], `scores`, `labels` and `valid` [N, D].
             num_classes: Number of classes K.
             **options: Fields of the accumulator.
 
         Raises:
-            ValueError: A shape does not fit.
+            ValueError: `found` does not have the N rows of `batch`.
         """
         rows = len(batch["boxes"])
         for name in ("boxes", "scores", "labels", "valid"):
@@ -62,7 +64,7 @@ class DetectionAP(Accumulator):
         xyxy = jnp.stack([scale[:, 1], scale[:, 0]] * 2, axis=-1)[:, None]
         arrays = {
             "mask": jnp.asarray(batch.get("mask", jnp.ones(rows)), jnp.float32) > 0,
-            # Without an index the images are told apart by the order of the batches.
+            # Without an index, images keep the order of the batches.
             "index": jnp.asarray(batch.get("index", jnp.full(rows, -1)), jnp.int32),
             "boxes": jnp.asarray(batch["boxes"], jnp.float32) / xyxy,
             "labels": jnp.asarray(batch["labels"], jnp.int32),
@@ -78,15 +80,15 @@ class DetectionAP(Accumulator):
         return cls(arrays, num_classes=num_classes, **options)
 
     def merge(self, other: DetectionAP) -> DetectionAP:
-        """Appends the rows of another batch with equally many objects and detections."""
+        """Appends the rows of another batch, which must have the same M and D."""
         return self.replace(rows=jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self.rows, other.rows))
 
     def all_reduce(self, axis_name: str) -> DetectionAP:
-        """Collects the rows of all devices, in their order."""
+        """Collects the rows of all devices, in the order of the devices."""
         return self.replace(rows=jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), self.rows))
 
     def to_host(self) -> DetectionRecords:
-        """Copies the rows to the host and drops padding."""
+        """Copies the rows to the host and removes padding."""
         rows = {key: np.asarray(value) for key, value in jax.device_get(self.rows).items()}
         records = []
         for i in np.flatnonzero(rows["mask"]):
@@ -99,7 +101,7 @@ class DetectionAP(Accumulator):
         return DetectionRecords(records, self.protocol, self.num_classes)
 
     def compute(self) -> dict[str, float]:
-        """Computes the figures of everything seen."""
+        """Computes the metrics of all rows on the host."""
         return self.to_host().compute()
 
 
@@ -107,9 +109,9 @@ class DetectionAP(Accumulator):
 class CocoAP(DetectionAP):
     """COCO's average precision, computed by pycocotools: `CocoAP.of(batch, found, num_classes)`.
 
-    Crowd boxes take detections without counting them. `compute` gives the twelve numbers of COCO by name, -1 where they
-    are not defined: `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large`, `ar1`, `ar10`, `ar100`, `ar_small`,
-    `ar_medium` and `ar_large`.
+    Detections that match a crowd box are not counted. `compute` returns the twelve metrics of COCO by name: `ap`,
+    `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large`, `ar1`, `ar10`, `ar100`, `ar_small`, `ar_medium` and `ar_large`.
+    A metric that is not defined is -1.
     """
 
 
@@ -117,9 +119,10 @@ class CocoAP(DetectionAP):
 class VocAP(DetectionAP):
     """PASCAL VOC's mean average precision at an IoU of 0.5: `VocAP.of(batch, found, num_classes)`.
 
-    Difficult objects take detections without counting them. `compute` gives `map50`, by the area under the
-    precision-recall curve (VOC 2010 and later), or with `protocol="voc_11"` by its eleven points (VOC 2007). Classes
-    without objects do not count. Boxes are continuous: the devkit adds a pixel to their width and height.
+    Detections that match a difficult object are not counted. `compute` returns `map50`. It is the area under the
+    precision-recall curve (VOC 2010 and later), or with `protocol="voc_11"` the mean over eleven points of the curve
+    (VOC 2007), averaged over the classes with objects. The width of a box is x2 - x1, whereas VOC's devkit adds a pixel
+    to the width and height.
     """
 
     @classmethod
@@ -129,12 +132,12 @@ class VocAP(DetectionAP):
 
 
 class DetectionRecords:
-    """What a detector found in every image, on the host.
+    """The detections and the ground truth of every image, on the host.
 
     Args:
-        records: For each image `index`, `boxes` [M, 4], `labels`, `crowd`, `difficult`, `area` [M], `found_boxes`
-            [D, 4], `found_scores` and `found_labels` [D].
-        protocol: How `compute` computes the average precision.
+        records: For each image, a mapping with `index`, `boxes` [M, 4], `labels`, `crowd`, `difficult` and `area` [M],
+            `found_boxes` [D, 4], `found_scores` and `found_labels` [D].
+        protocol: How `compute` computes the average precision: "coco", "voc_11" or "voc_area".
         num_classes: Number of classes K.
     """
 
@@ -150,7 +153,7 @@ class DetectionRecords:
 
     @property
     def records(self) -> list[Mapping[str, Any]]:
-        """The records in the order of `index`, so that the order of the batches does not change a figure.
+        """The records, sorted by `index`, so that the metrics do not depend on the order of the batches.
 
         Raises:
             ValueError: An image occurs twice.
@@ -164,22 +167,22 @@ class DetectionRecords:
         return [self._records[i] for i in order]
 
     def compute(self) -> dict[str, float]:
-        """Returns the figures of the protocol; see `CocoAP` and `VocAP`."""
+        """Returns the metrics of the protocol; see `CocoAP` and `VocAP`."""
         if self.protocol == "coco":
             return self.coco()
         return {"map50": self.voc()}
 
     def coco(self) -> dict[str, float]:
-        """Returns the twelve figures of COCO by name, -1 where they are not defined."""
+        """Returns the twelve metrics of COCO by name; -1 if not defined."""
         stats = ap.coco_evaluation(self.records, self.num_classes).stats
         return dict(zip(ap.COCO_NAMES, map(float, stats), strict=True))
 
     def voc(self, *, eleven_points: bool | None = None, iou_threshold: float = 0.5) -> float:
-        """Returns the mean average precision of PASCAL VOC; NaN without objects.
+        """Returns the mean average precision of PASCAL VOC; NaN if there are no objects.
 
         Args:
-            eleven_points: Whether to use the eleven points of VOC 2007; None for what the protocol says.
-            iou_threshold: Least IoU of a detection and its object.
+            eleven_points: Whether to use the eleven points of VOC 2007; None follows `protocol`.
+            iou_threshold: Minimum IoU of a detection with its object.
         """
         points = self.protocol == "voc_11" if eleven_points is None else eleven_points
         values = [
@@ -190,9 +193,10 @@ class DetectionRecords:
         return float(np.mean(values)) if values else float("nan")
 
     def curves(self, iou_threshold: float = 0.5) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """Returns the precision-recall curve of each class: recall and precision after each detection by falling score.
+        """Returns the precision-recall curve of each class.
 
-        Difficult and crowd objects are left out, and the detections that find them. A class without objects has None.
+        A curve is a pair of recall [D] and precision [D] after each detection, by decreasing score. Difficult and crowd
+        objects, and the detections that match them, are left out. The curve of a class without objects is None.
         """
         return [
             None if outcomes.positives == 0 else outcomes.curve()
@@ -200,7 +204,7 @@ class DetectionRecords:
         ]
 
     def per_class(self, classes: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Returns the figures of each class: `name`, `objects`, `ap` and `ap50` of COCO, and `voc` (area).
+        """Returns the metrics of each class: `name`, `objects`, COCO's `ap` and `ap50`, and `voc`, the area of VOC.
 
         Args:
             classes: Names of the classes; None for their numbers.
@@ -215,22 +219,22 @@ class DetectionRecords:
         level: float = 0.95,
         seed: int = 0,
     ) -> tuple[float, float]:
-        """Returns a bootstrap interval over images (percentile method).
+        """Returns a bootstrap confidence interval of a metric over images (percentile method).
 
-        Images are drawn with replacement. The mean runs over the classes that a sample has.
+        Images are drawn with replacement. Each metric is averaged over the classes that have objects in the resample.
 
         Args:
-            figure: COCO's "ap" or "ap50", or "map50" of PASCAL VOC by the area; None for "ap50" or "map50" by the
-                protocol.
-            resamples: Number of samples.
-            level: Share of the samples that the interval holds.
-            seed: Seed of the samples.
+            figure: The metric: COCO's "ap" or "ap50", or PASCAL VOC's "map50" by the area. None for "ap50" with the
+                protocol "coco" and "map50" otherwise.
+            resamples: Number of resamples.
+            level: Confidence level: the fraction of the resamples within the interval.
+            seed: Seed of the resampling.
 
         Returns:
-            The lower and the upper end.
+            The lower and the upper end of the interval.
 
         Raises:
-            ValueError: `figure` is none of these, a number is out of range, or there are no images.
+            ValueError: `figure` is not one of these, a number is out of range, or there are no images.
         """
         figure = figure or ("ap50" if self.protocol == "coco" else "map50")
         if figure not in ("ap", "ap50", "map50"):
@@ -251,12 +255,18 @@ class DetectionRecords:
         return float(low), float(high)
 
     def false_positives(self) -> dict[str, np.ndarray]:
-        """Returns how many detections of each class are right or wrong in which way, [K] by kind.
+        """Counts the kinds of correct and wrong detections of each class (Hoiem et al. 2012).
 
-        The detections of a class with the highest scores are looked at, as many as the class has objects (Hoiem 2012).
-        `correct` has an IoU of at least 0.5 with an object of the class that no better detection found, `duplicate`
-        with one that was found already. `localization` has an IoU of 0.1 to 0.5 with an object of the class,
-        `confusion` of at least 0.1 with one of another class, and `background` is the rest. Detections of difficult
-        and crowd objects do not count.
+        Only the detections with the highest scores are counted, as many as the class has objects. Detections that match
+        a difficult or crowd object are left out. The kinds are:
+
+        * `correct`: an IoU of at least 0.5 with an object of the class that no earlier detection matched;
+        * `duplicate`: an IoU of at least 0.5 with an object of the class that an earlier detection matched;
+        * `localization`: an IoU of 0.1 to 0.5 with an object of the class;
+        * `confusion`: an IoU of at least 0.1 with an object of another class;
+        * `background`: all others.
+
+        Returns:
+            The number of detections of each class, [K], by kind.
         """
         return ap.false_positive_kinds(self.records, self.num_classes)

@@ -1,16 +1,16 @@
 """The classifiers of darknet: Darknet-19, Darknet-53 and Tiny Darknet.
 
 J. Redmon, A. Farhadi, "YOLO9000: Better, faster, stronger", CVPR 2017, table 6 (Darknet-19); J. Redmon, A. Farhadi,
-"YOLOv3: An incremental improvement", arXiv:1804.02767, table 1 (Darknet-53); and https://pjreddie.com/darknet/tiny-darknet
-(Tiny Darknet). The papers are silent about padding, the slope of the leaky ReLU, and BatchNorm. The definitions are
-those of the cfg files that come with darknet.
+"YOLOv3: An incremental improvement", arXiv:1804.02767, table 1 (Darknet-53); and
+https://pjreddie.com/darknet/tiny-darknet (Tiny Darknet). The papers do not specify padding, the slope of the leaky
+ReLU, and BatchNorm. The definitions are those of the cfg files that come with darknet.
 
-darknet's CPU code divides by `sqrt(var) + 1e-6` in BatchNorm. `epsilon=1e-6` here is within the square root, which is
-the same to 1e-6 unless a variance is tiny. darknet's GPU code and its fork by A. Bochkovskiy have `epsilon=1e-5`. In
-training, darknet's running variances are unbiased.
+darknet's CPU code divides by `sqrt(var) + 1e-6` in BatchNorm. Here, `epsilon=1e-6` is added under the square root. The
+relative difference is below 1e-6 for variances above 0.2 and grows for smaller ones. darknet's GPU code and its fork by
+A. Bochkovskiy add 1e-5 under the square root. darknet's running variances are unbiased; ours are biased, as in Linen.
 
 Darknet-19 and Tiny Darknet end in a linear 1x1 convolution and a global average pool. Here the pool comes first, which
-gives the same logits.
+gives the same logits up to rounding.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def darknet_unit(backbone: Backbone, train: bool, *, epsilon: float, momentum: f
     """Returns a constructor of darknet's unit: convolution, BatchNorm, leaky ReLU of slope 0.1.
 
     Args:
-        backbone: Gives the dtypes and the mode of BatchNorm.
-        train: Whether to normalize by the statistics of the batch.
+        backbone: Provides the dtypes and the mode of BatchNorm.
+        train: Whether BatchNorm uses the statistics of the batch.
         epsilon: Added to the variance.
         momentum: Decay of the running statistics.
     """
@@ -89,7 +89,7 @@ class DarknetBackbone(Backbone):
 
     @nn.nowrap
     def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
-        """Yields the last maps at each stride."""
+        """Yields the last feature map of each stage."""
         unit = darknet_unit(self, train, epsilon=self.epsilon, momentum=self.momentum)
         for number, (stage, rows) in enumerate(zip(self.stage_strides, self.convs, strict=True)):
             x = max_pool(x, 2, padding="SAME") if number else x
@@ -124,7 +124,7 @@ class Darknet53Backbone(Backbone):
 
     @nn.nowrap
     def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
-        """Yields the last maps at each stride."""
+        """Yields the last feature map of each stage."""
         unit = darknet_unit(self, train, epsilon=self.epsilon, momentum=self.momentum)
         features = self.stem_features
         x = unit(features, (3, 3), padding=1, name="stem_conv")(x)

@@ -1,7 +1,7 @@
-"""Networks described by a list of layers, as darknet's `.cfg` files describe them.
+"""Networks that are defined by a list of layers, as in darknet's `.cfg` files.
 
-`flaxvision.weights.read_cfg` builds these modules from a file. Every section is a `Layer`, numbered from 0 as darknet
-prints it, and its variables are named after it: `layer12_conv/kernel`, `layer12_bn/scale`.
+`flaxvision.weights.read_cfg` builds these modules from a file. Every section is a `Layer`. Layers are numbered from 0,
+as darknet prints them, and their variables are named after the number: `layer12_conv/kernel`, `layer12_bn/scale`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One section of a cfg file. A layer without a class of its own passes its input on.
+    """One section of a cfg file.
+
+    Kinds without a subclass return their input, except `"avgpool"`, which is a global average pool.
 
     Attributes:
         kind: Name of the section, such as `"softmax"`.
@@ -68,7 +70,7 @@ class Convolution(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class Pool(Layer):
-    """`[maxpool]` with the total padding of both sides."""
+    """`[maxpool]`; `padding` is the total of both sides."""
 
     size: int
     stride: int
@@ -77,7 +79,7 @@ class Pool(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class Route(Layer):
-    """`[route]`: joins the channels of earlier layers, or one of `groups` equal parts of each."""
+    """`[route]`: concatenates the channels of earlier layers, or one of `groups` equal parts of each."""
 
     layers: tuple[int, ...]
     groups: int
@@ -86,7 +88,7 @@ class Route(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class Shortcut(Layer):
-    """`[shortcut]`: adds earlier layers to the input; channels and pixels that they lack stay as they are."""
+    """`[shortcut]`: adds earlier layers to the input; see `add_shortcut`."""
 
     layers: tuple[int, ...]
     alpha: float
@@ -96,7 +98,7 @@ class Shortcut(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class Upsample(Layer):
-    """`[upsample]`: repeats pixels and multiplies by `scale`."""
+    """`[upsample]`: repeats every pixel `stride` times in each direction and multiplies by `scale`."""
 
     stride: int
     scale: float
@@ -140,25 +142,26 @@ class Dropout(Layer):
 class Head(Layer):
     """`[yolo]`, `[region]` or `[detection]`: its input is an output of the network.
 
-    `[detection]` (YOLO v1) has no `grid`: its output is not decoded, and there is no loss.
+    `grid` is None for `[detection]` (YOLO v1) and for a `[region]` with a class tree or map (YOLO9000). The output of
+    such a head is not decoded and has no loss.
     """
 
     grid: YoloHead | RegionHead | None
 
 
 class CfgModule(nn.Module, kw_only=True):
-    """What `CfgNetwork` and `CfgDetector` have in common.
+    """Base class of `CfgNetwork` and `CfgDetector`.
 
     Attributes:
         layers: The sections of the file after `[net]`.
         input_size: Height and width of `[net]`.
         channels: Channels of `[net]`.
-        epsilon: Added to the variance by BatchNorm: 1e-6 as on the CPU in the original, 1e-5 as on a GPU and in the
-            fork of A. Bochkovskiy.
+        epsilon: Number that BatchNorm adds to the variance. The original darknet uses 1e-6 on a CPU and 1e-5 on a GPU.
+            The fork of A. Bochkovskiy uses 1e-5.
         momentum: Decay of BatchNorm's running statistics.
         batch_norm: As in `Backbone`.
         ghost_size: As in `Backbone`.
-        dtype: Dtype of the computation, None for that of the inputs and parameters.
+        dtype: Dtype of the computation; None promotes the inputs and parameters.
         param_dtype: Dtype of the parameters.
         axis_name: As in `Backbone`.
     """
@@ -180,7 +183,7 @@ class CfgModule(nn.Module, kw_only=True):
 
     @nn.nowrap
     def run(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        """Returns the outputs of all layers; a compact method calls it and then owns the submodules."""
+        """Returns the outputs of all layers. A compact method must call it, which then owns the submodules."""
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(
             BatchNorm,
@@ -211,7 +214,8 @@ class CfgModule(nn.Module, kw_only=True):
                     )(x)
                     x = norm(name=f"{name}_bn")(x) if layer.batch_norm else x
                 case Connected():
-                    # A kernel [H, W, C, features] keeps the order of a flattened map out of the conversion.
+                    # With a kernel [H, W, C, features], converted weights do not depend on the order of a flattened
+                    # map.
                     x = nn.DenseGeneral(
                         layer.features,
                         axis=tuple(range(1, x.ndim)),
@@ -256,7 +260,7 @@ class CfgNetwork(CfgModule):
 
         Args:
             images: Images `[N, H, W, C]`, RGB in [0, 1].
-            train: Whether to drop features, and BatchNorm uses and updates the statistics of the batch.
+            train: Whether dropout is active, and BatchNorm uses and updates the statistics of the batch.
 
         Returns:
             Logits `[N, K]`, before the softmax, or a feature map `[N, H', W', C']`.
@@ -270,16 +274,16 @@ class CfgNetwork(CfgModule):
 
 
 class CfgDetector(CfgModule, GridDetector):
-    """A network with heads, in the contract of `Detector`. The fields are those of `CfgModule`."""
+    """A detector: a network with heads, with the interface of `Detector`. The fields are those of `CfgModule`."""
 
     @property
     def outputs(self) -> dict[str, Head]:
-        """The heads, with those of YOLO v1, by the names of their raw outputs: `layer82_yolo`, ..."""
+        """All heads, including those of YOLO v1, by the names of their raw outputs: `layer82_yolo`, ..."""
         return {f"layer{i}_{layer.kind}": layer for i, layer in enumerate(self.layers) if isinstance(layer, Head)}
 
     @property
     def heads(self) -> dict[str, YoloHead | RegionHead]:
-        """The heads of YOLOv2 and YOLOv3 by the names of their raw outputs."""
+        """The heads of YOLOv2 and YOLOv3, by the names of their raw outputs."""
         grids = {name: head.grid for name, head in self.outputs.items() if head.grid is not None}
         if len(grids) < len(self.outputs):
             raise ValueError(
@@ -288,18 +292,21 @@ class CfgDetector(CfgModule, GridDetector):
         return grids
 
     def with_classes(self, num_classes: int, anchors: tuple[tuple[float, float], ...] | None = None) -> CfgDetector:
-        """Returns the network for another number of classes: the last convolution before each head is another one.
+        """Returns the network for another number of classes.
+
+        The convolution before each head gets another number of features, and the head other classes and anchors.
 
         Args:
             num_classes: Number of classes.
-            anchors: Width and height in pixels of the anchors of all heads, as many as before; None keeps them.
+            anchors: Width and height in pixels of the anchors, which all heads share; as many as before. None keeps
+                them.
 
         Returns:
-            A copy; its other layers have the same variables.
+            A copy. Its other layers have the same variables.
 
         Raises:
-            ValueError: A head does not follow a convolution directly, `num_classes` is not positive, or there are
-                more or fewer anchors than before.
+            ValueError: The layer before a head is not a convolution, `num_classes` is not positive, or the number of
+                anchors differs from that of the network.
         """
         layers, heads = list(self.layers), self.heads
         for name, grid in heads.items():
@@ -320,15 +327,19 @@ class CfgDetector(CfgModule, GridDetector):
 
     @nn.compact
     def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
-        """Maps images to the inputs of the heads.
+        """Maps images to the raw outputs, which are the inputs of the heads.
 
         Args:
-            images: Images `[N, H, W, C]`, RGB in [0, 1]. The canvas must be a multiple of the coarsest stride.
+            images: Images `[N, H, W, C]`, RGB in [0, 1]. H and W must be multiples of the coarsest stride.
             sizes: Valid height and width of each image, `[N, 2]`; they do not change the result.
-            train: Whether to drop features, and BatchNorm uses and updates the statistics of the batch.
+            train: Whether dropout is active, and BatchNorm uses and updates the statistics of the batch.
 
         Returns:
-            Arrays `[N, h, w, A * (5 + K)]` by name, float32 or wider; `[N, F]` for YOLO v1.
+            Arrays `[N, h, w, A * (5 + K)]` by name, float32 or wider; for YOLO v1 `[N, F]`.
+
+        Raises:
+            ValueError: `images` is not of rank 4, H or W is not a multiple of the coarsest stride, or `sizes` has
+                another shape.
         """
         strides = [head.grid.stride for head in self.outputs.values() if head.grid is not None]
         check_canvas(images, sizes, max(strides, default=1))
@@ -340,8 +351,8 @@ class CfgDetector(CfgModule, GridDetector):
 def add_shortcut(x: jax.Array, others: list[jax.Array], alpha: float = 1.0, beta: float = 1.0) -> jax.Array:
     """Adds feature maps of other depths or sizes as darknet's `[shortcut]` does.
 
-    Where both have a channel and a pixel, the result is `alpha * x + beta * other`, elsewhere it is `x`. If a map is
-    larger than the other one by a factor, only every so-many-th of its pixels takes part.
+    Where both maps have a channel and a pixel, the result is `alpha * x + beta * other`. Elsewhere it is `x`. If one
+    map is k times as large as the other, only every k-th of its rows and columns is used.
 
     Args:
         x: `[N, H, W, C]`.

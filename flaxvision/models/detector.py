@@ -1,7 +1,7 @@
-"""`Detector`, the interface of networks that find boxes, and what their losses share.
+"""`Detector`, the interface of object detectors, and helpers for their losses.
 
-A detector maps images to a dict of raw outputs of fixed shapes. `candidates` turns these into scored boxes, from which
-`flaxvision.detect` chooses, and `losses` compares them with the boxes of a batch.
+A detector maps images to a dict of raw outputs of fixed shapes. `candidates` decodes them to scored boxes, from which
+`flaxvision.detect` selects the detections. `losses` compares the raw outputs with the ground-truth boxes of a batch.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 class Detector(nn.Module):
     """Base class of detectors.
 
-    Images lie at the top left of a canvas `[H, W]`, and `sizes` gives the part that each of them fills. Boxes are xyxy
-    in pixels of the canvas. Labels start at 0 and have no background class.
+    All images of a batch are padded to one size, the canvas `[H, W]`. Each image lies at the top left of its canvas,
+    and `sizes` gives its height and width there. Boxes are x1, y1, x2, y2 in pixels of the canvas. Labels start at 0
+    and have no background class.
     """
 
     def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
         """Maps images to the raw outputs of the heads.
 
         Args:
-            images: Images `[N, H, W, C]`, normalized and padded.
+            images: Normalized and padded images `[N, H, W, C]`.
             sizes: Valid height and width of each image, `[N, 2]`; None for the whole canvas.
             train: Whether BatchNorm uses and updates the statistics of the batch.
 
@@ -42,30 +43,30 @@ class Detector(nn.Module):
 
     @nn.nowrap
     def candidates(self, outputs: dict[str, Any], sizes: jax.Array) -> Candidates:
-        """Decodes raw outputs to scored boxes, without variables.
+        """Decodes raw outputs to scored boxes. This needs no variables.
 
         Args:
-            outputs: What `__call__` returns.
+            outputs: Result of `__call__`.
             sizes: Valid height and width of each image, `[N, 2]`.
 
         Returns:
-            Boxes `[N, A, 4]` or `[N, A, K, 4]`, clipped to the images; scores `[N, A, K]`; and which of them exist,
-            `[N, A]` bool.
+            Boxes `[N, A, 4]` or `[N, A, K, 4]`, clipped to the images; scores `[N, A, K]`; and `[N, A]` bool, which
+            candidates exist.
         """
         raise NotImplementedError(f"{type(self).__name__} must define candidates")
 
     def losses(
         self, batch: Mapping[str, Any], rng: jax.Array | None = None, *, train: bool = True
     ) -> dict[str, jax.Array]:
-        """Computes the named losses of every image, for `apply(..., method="losses")`.
+        """Computes the losses of each image by name. Call it with `apply(..., method="losses")`.
 
-        They are scaled such that the loss of the batch is the mean over its real rows, see `batch_mean`.
+        The losses are scaled so that their mean over the real rows is the loss of the batch; see `batch_mean`.
 
         Args:
             batch: `image [N, H, W, C]`, normalized; `boxes [N, M, 4]`; `labels [N, M]`; `valid [N, M]`, which of the
-                boxes exist; optionally `size [N, 2]`, `crowd [N, M]` and `difficult [N, M]`, whose areas are ignored,
-                and `mask [N]`, 0 for padded rows.
-            rng: A key, or a key for each row, see `row_keys`.
+                boxes exist; and optionally `size [N, 2]`, the valid height and width of each image, `crowd [N, M]` and
+                `difficult [N, M]`, boxes whose area is ignored, and `mask [N]`, 0 for rows that are padding.
+            rng: A PRNG key, or one key per row; see `row_keys`.
             train: Whether BatchNorm uses and updates the statistics of the batch.
 
         Returns:
@@ -75,12 +76,12 @@ class Detector(nn.Module):
 
     @property
     def num_labels(self) -> int:
-        """Number of labels that a detection can have, without the background."""
+        """Number of classes, without the background."""
         raise NotImplementedError(f"{type(self).__name__} must define num_labels")
 
 
 def valid_sizes(images: jax.Array, sizes: jax.Array | None) -> jax.Array:
-    """Returns `sizes`, or the size of the canvas for every image.
+    """Returns `sizes`, or the size of the canvas for every image if `sizes` is None.
 
     Args:
         images: Images `[N, H, W, C]`.
@@ -106,15 +107,16 @@ def valid_sizes(images: jax.Array, sizes: jax.Array | None) -> jax.Array:
 
 
 def batch_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Averages a value over the real rows of the whole batch, on all devices.
+    """Averages values over the real rows of the whole batch, across all devices.
 
-    A loss that divides the sum over a batch by a count over the batch becomes a loss for each row if it divides the sum
-    of the row by the mean count of the rows: its mean over the real rows is the loss of the batch. Under `pmap`, the
-    mapped axis is that of `layers.batch_context`, which `train_step` enters.
+    Some losses are a sum over the batch divided by a count over the batch, such as the number of sampled anchors. To
+    get one loss per row, divide the sum of each row by the mean count per row, which this function computes. The mean
+    of these losses over the real rows is the loss of the batch. Under `pmap`, the mean runs over the mapped axis of
+    `layers.batch_context`, which `train_step` sets.
 
     Args:
         values: `[N, ...]`.
-        mask: `[N]`, above 0 for a real row; None for the mask of `layers.batch_context`.
+        mask: `[N]`, above 0 for real rows and 0 for padding; None for the mask of `layers.batch_context`.
 
     Returns:
         `[...]`, float32 or wider; 0 if no row is real.
@@ -132,17 +134,18 @@ def batch_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def row_keys(rng: jax.Array | None, rows: int) -> jax.Array:
-    """Returns a key for each row of a batch, whatever the number of devices.
+    """Returns one PRNG key per row of a batch.
 
     Args:
-        rng: A key, which gives `fold_in(rng, row)`; keys `[N]`, which are returned; or None for a constant key.
+        rng: A key, into which the index of each row is folded; keys `[N]`, which are returned unchanged; or None for
+            `jax.random.key(0)`. Under `pmap` the index counts the rows of one device, so pass keys `[N]` there.
         rows: The number of rows N.
 
     Returns:
         Keys `[N]`.
 
     Raises:
-        ValueError: `rng` is neither a key nor N keys.
+        ValueError: `rng` is neither a typed key, as from `jax.random.key`, nor N of them.
     """
     rng = jax.random.key(0) if rng is None else rng
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.shape not in ((), (rows,)):

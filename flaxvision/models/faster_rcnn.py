@@ -4,14 +4,19 @@ S. Ren, K. He, R. Girshick, J. Sun, "Faster R-CNN: towards real-time object dete
 NIPS 2015; with the pyramid and the heads of T.-Y. Lin, P. Dollár, R. Girshick, K. He, B. Hariharan, S. Belongie,
 "Feature pyramid networks for object detection", CVPR 2017, sections 4.1 and 4.2.
 
-The definition is torchvision's. Its RoIAlign (He et al. 2017, without the shift by half a pixel) replaces the papers'
-RoI pooling, its two stages are trained together, and true boxes are added to the proposals in training. torchvision
-trains images of different sizes with the anchors of the whole padded batch; here each image has those of its own size,
-rounded up to `size_divisor`.
+The definition is torchvision's. It differs from the papers in these points:
 
-`faster_rcnn_resnet50_fpn` has the frozen BatchNorm of torchvision's trained network, with epsilon 0.
-`batch_norm="sync", epsilon=1e-5` is the network that torchvision trains from scratch. `frozen_stages=2` is
-torchvision's `trainable_backbone_layers=3`, its default for trained backbones.
+* RoIAlign (He et al. 2017), without the shift by half a pixel, replaces RoI pooling.
+* The two stages are trained jointly.
+* In training, the ground-truth boxes are added to the proposals.
+
+It differs from torchvision in one point. If the images of a batch have different sizes, torchvision uses the anchors of
+the whole padded batch for each of them. Here, an image only uses the anchors within its own size, rounded up to
+`size_divisor`.
+
+`faster_rcnn_resnet50_fpn` has frozen BatchNorm with epsilon 0, as torchvision's model with pretrained weights.
+`batch_norm="sync", epsilon=1e-5` gives the model that torchvision trains from scratch. `frozen_stages=2` corresponds to
+torchvision's `trainable_backbone_layers=3`, its default for a pretrained backbone.
 """
 
 from __future__ import annotations
@@ -37,10 +42,10 @@ _dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class BoxHead(nn.Module):
-    """Two hidden layers, `fc1` and `fc2`, and the outputs `classes` and `deltas` (Lin et al. 2017, section 4.2).
+    """Hidden layers `fc1` and `fc2`, and output layers `classes` and `deltas` (Lin et al. 2017, section 4.2).
 
     Attributes:
-        num_classes: Number of classes K with the background, which is class 0.
+        num_classes: Number of classes K, including the background, which is class 0.
         features: Width of the hidden layers.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
@@ -53,7 +58,7 @@ class BoxHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps pooled features `[..., h, w, C]` to logits `[..., K]` and offsets `[..., K, 4]`."""
+        """Maps pooled features `[..., h, w, C]` to logits `[..., K]` and box offsets `[..., K, 4]`."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": _dense_init}
         x = x.reshape(*x.shape[:-3], -1)
         x = nn.relu(nn.Dense(self.features, name="fc1", **dtypes)(x))
@@ -63,38 +68,42 @@ class BoxHead(nn.Module):
 
 
 class FasterRCNN(Detector):
-    """Faster R-CNN on any backbone: feature pyramid, region proposal network and box head.
+    """Faster R-CNN on any backbone: feature pyramid, region proposal network (RPN) and box head.
 
-    The levels are the stages that the backbone returns, and `pool` above them. `losses` gives `classes`, `box`,
-    `objectness` and `rpn_box`; it sows the sampled anchors and regions into the collection `intermediates`.
+    The pyramid has one level for each stage of the backbone, and above them `pool`, every second pixel of the coarsest
+    one. `losses` returns `classes`, `box`, `objectness` and `rpn_box`. It sows the sampled anchors and regions into the
+    collection `intermediates`.
 
     Attributes:
-        backbone: Maps images to a dict of stages; `stages` of the backbone selects the levels.
-        num_classes: Number of classes K with the background, as in torchvision. Labels count from 0 without it.
+        backbone: Maps images to a dict of stages. Its field `stages` selects the levels of the pyramid.
+        num_classes: Number of classes K, including the background, as in torchvision. Labels start at 0 and exclude the
+            background.
         fpn_features: Channels of the pyramid.
         head_features: Width of the hidden layers of the box head.
-        anchor_sizes: Square roots of the areas of the anchors in pixels, for each level.
-        aspect_ratios: Heights of the anchors divided by their widths.
-        size_divisor: Images are thought to end at multiples of it; anchors beyond do not take part.
-        rpn_pre_nms_train: Number of anchors to take from each level for proposals in training.
+        anchor_sizes: Sizes of the anchors of each level in pixels; the size is the square root of the area.
+        aspect_ratios: Ratios of height to width of the anchors.
+        size_divisor: Height and width of each image are rounded up to multiples of it. Anchors with a center beyond
+            them are not used.
+        rpn_pre_nms_train: Number of anchors taken from each level before NMS in training.
         rpn_pre_nms_eval: The same in evaluation.
-        rpn_post_nms_train: Number of proposals in training.
-        rpn_post_nms_eval: Number of proposals R in evaluation.
-        rpn_nms_iou: Largest IoU of two proposals from one level.
-        rpn_min_size: Least height and width of a proposal in pixels.
-        rpn_score_threshold: Least probability of a proposal.
-        rpn_fg_iou: Least IoU of a positive anchor with a true box.
+        rpn_post_nms_train: Number of proposals after NMS in training.
+        rpn_post_nms_eval: Number of proposals R after NMS in evaluation.
+        rpn_nms_iou: Maximum IoU of two proposals of the same level.
+        rpn_min_size: Minimum height and width of a proposal in pixels.
+        rpn_score_threshold: Minimum objectness of a proposal, a probability.
+        rpn_fg_iou: Minimum IoU of a positive anchor with a ground-truth box. The best anchor of a box is positive below
+            this too.
         rpn_bg_iou: IoU below which an anchor is negative.
-        rpn_sample_size: Number of anchors of an image that are trained at a time.
-        rpn_positive_fraction: Largest share of positive ones among them.
-        pool_size: Height and width of the pooled regions.
-        sampling_ratio: Number of samples along each side of a bin of RoIAlign.
-        box_fg_iou: Least IoU of a positive proposal with a true box.
+        rpn_sample_size: Number of anchors sampled per image for the losses of the RPN.
+        rpn_positive_fraction: Maximum fraction of positives in this sample.
+        pool_size: Number of bins of RoIAlign along each side.
+        sampling_ratio: Number of samples of RoIAlign along each side of a bin.
+        box_fg_iou: Minimum IoU of a positive proposal with a ground-truth box.
         box_bg_iou: IoU below which a proposal is background.
-        box_sample_size: Number of proposals of an image that are trained at a time.
-        box_positive_fraction: Largest share of positive ones among them.
-        box_weights: Factors of the offsets of the box head.
-        beta: Where smooth L1 turns linear, for both regressions.
+        box_sample_size: Number of proposals sampled per image for the losses of the box head.
+        box_positive_fraction: Maximum fraction of positives in this sample.
+        box_weights: Factors of the box offsets of the box head; see `flaxvision.ops.encode_boxes`.
+        beta: Absolute difference above which smooth L1 is linear, for both regression losses.
 
     Raises:
         ValueError: `num_classes` is below 2, or `anchor_sizes` does not have one entry for each level.
@@ -135,12 +144,11 @@ class FasterRCNN(Detector):
         sizes = self.anchor_sizes
         if len(sizes) != len(levels) or len({len(shapes) for shapes in sizes}) != 1 or not sizes[0]:
             raise ValueError(
-                f"anchor_sizes must have one tuple of equal length for each of the levels {', '.join(levels)};"
-                f" got {sizes}"
+                f"anchor_sizes must have one tuple per level ({', '.join(levels)}), all of the same length; got {sizes}"
             )
 
     def setup(self):
-        """Makes the parts behind the backbone."""
+        """Creates the modules after the backbone."""
         dtypes = self.backbone.dtypes
         self.fpn = FeaturePyramid(tuple(self.backbone.strides), self.fpn_features, **dtypes)
         self.rpn = rpn.RPNHead(len(self.anchor_sizes[0]) * len(self.aspect_ratios), **dtypes)
@@ -148,14 +156,14 @@ class FasterRCNN(Detector):
 
     @property
     def num_labels(self) -> int:
-        """Number of labels that a detection can have, without the background."""
+        """Number of classes, without the background."""
         return self.num_classes - 1
 
     def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
-        """Maps images to the outputs of the heads, for the proposals of evaluation.
+        """Maps images to the outputs of both stages, with the number of proposals used in evaluation.
 
         Args:
-            images: Images `[N, H, W, C]`, normalized. Pixels outside of `sizes` count as 0.
+            images: Normalized images `[N, H, W, C]`. Pixels outside of `sizes` are set to 0.
             sizes: Valid height and width of each image, `[N, 2]`; None for the whole canvas.
             train: Whether BatchNorm uses and updates the statistics of the batch.
 
@@ -193,12 +201,12 @@ class FasterRCNN(Detector):
         """Decodes the box of every proposal and class.
 
         Args:
-            outputs: What `__call__` returns.
+            outputs: Result of `__call__`.
             sizes: Valid height and width of each image, `[N, 2]`.
 
         Returns:
-            Boxes `[N, R, K - 1, 4]`, clipped to the images; probabilities `[N, R, K - 1]`; and which proposals exist,
-            `[N, R]`.
+            Boxes `[N, R, K - 1, 4]`, clipped to the images; probabilities `[N, R, K - 1]`; and `[N, R]` bool, which
+            proposals exist.
         """
         deltas, anchors = outputs["box_deltas"][:, :, 1:], outputs["proposals"][:, :, None]
         boxes = clip_boxes(decode_boxes(deltas, anchors, self.box_weights), sizes)
@@ -208,11 +216,11 @@ class FasterRCNN(Detector):
     def losses(
         self, batch: Mapping[str, Any], rng: jax.Array | None = None, *, train: bool = True
     ) -> dict[str, jax.Array]:
-        """Computes the four losses of every image.
+        """Computes the four losses of each image.
 
         Args:
             batch: As for `Detector.losses`.
-            rng: A key, or a key for each row, for the samples of anchors and proposals.
+            rng: A PRNG key, or one key per row, for sampling anchors and proposals; see `row_keys`.
             train: Whether BatchNorm uses and updates the statistics of the batch.
 
         Returns:
@@ -295,7 +303,7 @@ class FasterRCNN(Detector):
         return levels, objectness, deltas, anchors, inside
 
     def _second_stage(self, levels: dict[str, jax.Array], regions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps regions `[N, R, 4]` to logits `[N, R, K]` and offsets `[N, R, K, 4]`."""
+        """Maps regions `[N, R, 4]` to logits `[N, R, K]` and box offsets `[N, R, K, 4]`."""
         strides = self.backbone.strides
 
         def pool(maps, rois):
@@ -306,7 +314,7 @@ class FasterRCNN(Detector):
 
     @nn.nowrap
     def _box_targets(self, key, proposals, exists, boxes, valid, ignored, labels) -> tuple[jax.Array, ...]:
-        """Samples the proposals of one image: regions, which of them exist, their classes and their offsets."""
+        """Samples proposals of one image; returns them, which of them exist, their classes and target offsets."""
         matched, label = rpn.assign(
             boxes,
             valid,

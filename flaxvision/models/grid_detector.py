@@ -1,4 +1,4 @@
-"""`GridDetector`, the interface of detectors with the grid heads of YOLO."""
+"""`GridDetector`, the base class of detectors with the grid heads of YOLO."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from flaxvision.ops import box_area, clip_boxes
 class GridDetector(Detector):
     """Base class of detectors that predict boxes on grids.
 
-    A subclass defines `heads`, and `__call__`, which returns the raw output of each of them by its name. Images are RGB
-    in [0, 1], and the canvas is a multiple of the coarsest stride. In training, `batch["seen"]`, an integer or `[N]`,
-    may give the number of images that were seen before, for the warm-up of YOLOv2; without it there is no warm-up.
+    A subclass defines `heads` and `__call__`, which returns the raw output of each head by name. Images are RGB, in
+    [0, 1]. The height and width of the canvas must be multiples of the coarsest stride. The warm-up of YOLOv2 needs
+    `batch["seen"]`, an integer or `[N]`: the number of images that training has seen before this batch. Without it
+    there is no warm-up.
     """
 
     @property
     def heads(self) -> dict[str, YoloHead | RegionHead]:
-        """The heads by the names of their raw outputs."""
+        """The heads, by the names of their raw outputs."""
         raise NotImplementedError(f"{type(self).__name__} must define heads")
 
     @property
@@ -38,12 +39,12 @@ class GridDetector(Detector):
         """Decodes raw outputs to scored boxes, ordered by head, row, column and anchor.
 
         Args:
-            outputs: What `__call__` returns.
+            outputs: Result of `__call__`.
             sizes: Valid height and width of each image, `[N, 2]`; None for the whole canvas.
 
         Returns:
             Boxes `[N, A, 4]`, clipped to the images; scores `[N, A, K]`, the objectness times the probability of the
-            class; and which boxes have an area, `[N, A]`.
+            class; and `[N, A]` bool, which boxes have an area.
         """
         boxes, scores = [], []
         for name, head in self.heads.items():
@@ -60,7 +61,7 @@ class GridDetector(Detector):
     def losses(
         self, batch: Mapping[str, Any], rng: jax.Array | None = None, *, train: bool = True
     ) -> dict[str, jax.Array]:
-        """Computes the losses `[N]` of every image: sums over cells and anchors, as darknet's.
+        """Computes the losses of each image: sums over cells and anchors, as in darknet.
 
         Args:
             batch: As for `Detector.losses`, and optionally `seen`.
@@ -68,7 +69,7 @@ class GridDetector(Detector):
             train: Whether BatchNorm uses and updates the statistics of the batch.
 
         Returns:
-            `box`, `object` and `class`, and `prior` for YOLOv2; sums over the heads.
+            `box`, `object` and `class`, and `prior` for YOLOv2, `[N]` each, summed over the heads.
         """
         outputs = self(batch["image"], batch.get("size"), train=train)
         valid, boxes = jnp.asarray(batch["valid"], bool), jnp.asarray(batch["boxes"])

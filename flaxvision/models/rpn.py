@@ -4,10 +4,13 @@ S. Ren, K. He, R. Girshick, J. Sun, "Faster R-CNN: towards real-time object dete
 NIPS 2015, section 3; on the levels of a feature pyramid as in T.-Y. Lin et al., "Feature pyramid networks for object
 detection", CVPR 2017, section 4.1.
 
-The definition is torchvision's. It differs from the papers in these points: anchors that cross the border of the image
-take part in training; the corners of anchors are rounded to whole pixels; the anchors of a level are
-`canvas // map` pixels apart, which is less than the stride where the map was rounded up; and the regression loss is
-smooth L1 with beta 1/9, divided by the number of sampled anchors.
+The definition is torchvision's. It differs from the papers in these points:
+
+* Anchors that cross the border of the image take part in training.
+* The corners of anchors are rounded to whole pixels.
+* The anchors of a level are `canvas // map` pixels apart. This is less than the stride if the size of the feature map
+  was rounded up.
+* The regression loss is smooth L1 with beta 1/9, divided by the number of sampled anchors.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ Levels = list[jax.Array]
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution and two 1x1 convolutions, shared by all levels: `conv`, `objectness` and `deltas`.
+    """The head of the RPN: a 3x3 convolution `conv` and the 1x1 convolutions `objectness` and `deltas`.
+
+    All levels share them.
 
     Attributes:
         anchors: Number of anchors at each position.
@@ -44,7 +49,7 @@ class RPNHead(nn.Module):
 
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array]) -> tuple[Levels, Levels]:
-        """Maps levels `[N, H, W, C]` to logits `[N, A]` and offsets `[N, A, 4]`, with A = `H * W * anchors`."""
+        """Maps each level `[N, H, W, C]` to logits `[N, A]` and box offsets `[N, A, 4]`; A is `H * W * anchors`."""
         make = functools.partial(
             Conv, kernel_init=nn.initializers.normal(0.01), dtype=self.dtype, param_dtype=self.param_dtype
         )
@@ -67,23 +72,23 @@ def anchors_of(
     size_divisor: int,
     dtype: Dtype = jnp.float32,
 ) -> tuple[Levels, Levels]:
-    """Lays out the anchors of every level, and tells which of them belong to an image.
+    """Generates the anchors of every level, and a mask of the anchors that belong to each image.
 
-    The image is thought to end where its sides are rounded up to multiples of `size_divisor`. An anchor whose center
-    lies beyond is one of the canvas alone.
+    An anchor belongs to an image if its center lies within it. For this test, the height and width of the image are
+    rounded up to multiples of `size_divisor`. All other anchors lie in the padding.
 
     Args:
-        levels: Height and width of each map.
-        canvas: Height and width of the canvas.
+        levels: Height and width of each feature map.
+        canvas: Height and width of the padded images.
         sizes: Valid height and width of each image, `[N, 2]`.
-        anchor_sizes: Square roots of the areas of the anchors, for each level.
-        aspect_ratios: Heights divided by widths.
-        size_divisor: See above; 1 for the valid part alone.
+        anchor_sizes: Sizes of the anchors of each level in pixels; the size is the square root of the area.
+        aspect_ratios: Ratios of height to width.
+        size_divisor: Multiple to which image sizes are rounded up; 1 for no rounding.
         dtype: Dtype of the anchors.
 
     Returns:
-        For each level, anchors `[A, 4]` in the order row, column, shape; and which of them belong to each image,
-        `[N, A]` bool.
+        For each level, anchors `[A, 4]`, ordered by row, column and shape; and for each level, `[N, A]` bool, which of
+        them belong to each image.
     """
     ends = -(-sizes // size_divisor) * size_divisor
     anchors, inside = [], []
@@ -112,22 +117,25 @@ def propose(
     min_size: float,
     score_threshold: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses proposals: the best of every level, decoded, clipped and without duplicates. They have no gradient.
+    """Selects the proposals of each image.
+
+    The anchors with the highest scores of each level are decoded and clipped, and NMS within each level removes
+    duplicates. No gradient flows through the proposals.
 
     Args:
         objectness: Logits `[N, A]` of each level.
-        deltas: Offsets `[N, A, 4]` of each level.
+        deltas: Box offsets `[N, A, 4]` of each level.
         anchors: Anchors `[A, 4]` of each level.
-        inside: Which anchors belong to the image, `[N, A]` bool, of each level.
+        inside: `[N, A]` bool of each level: which anchors belong to each image.
         sizes: Valid height and width of each image, `[N, 2]`.
-        pre_nms: Number of anchors to take from each level.
-        post_nms: Number of proposals R.
-        iou_threshold: Largest IoU of two proposals from one level.
-        min_size: Least height and width in pixels.
-        score_threshold: Least probability of an object.
+        pre_nms: Number of anchors taken from each level before NMS.
+        post_nms: Number of proposals R of all levels after NMS.
+        iou_threshold: Maximum IoU of two proposals of the same level.
+        min_size: Minimum height and width of a proposal in pixels.
+        score_threshold: Minimum objectness of a proposal, a probability.
 
     Returns:
-        Proposals `[N, R, 4]` by falling probability, and which of them exist, `[N, R]` bool.
+        Proposals `[N, R, 4]` by decreasing objectness, and `[N, R]` bool, which of them exist.
     """
 
     def of_image(objectness, deltas, inside, size):
@@ -152,21 +160,21 @@ def propose(
 def assign(
     boxes: jax.Array, valid: jax.Array, ignored: jax.Array, candidates: jax.Array, exists: jax.Array, **thresholds: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Matches candidates with the true boxes of one image.
+    """Matches candidates to the ground-truth boxes of one image.
 
     Args:
-        boxes: `[M, 4]`.
-        valid: `[M]` bool: which of them are truths.
-        ignored: `[M]` bool: which of them mark areas without a label. A negative with at least half of its area in one
-            of them is ignored.
+        boxes: Ground-truth boxes `[M, 4]`.
+        valid: `[M]` bool: which boxes are objects to detect.
+        ignored: `[M]` bool: which boxes mark regions to ignore, such as crowds. A negative with at least half of its
+            area in one of them is ignored.
         candidates: Anchors or proposals `[A, 4]`.
-        exists: `[A]` bool; the others are ignored.
+        exists: `[A]` bool: which candidates exist. The others are ignored.
         **thresholds: `low`, `high` and `allow_low_quality` of `ops.match`.
 
     Returns:
-        The index of the truth `[A]`, and 1 for positive, 0 for negative and -1 for ignored candidates, `[A]`.
+        The index of the matched box `[A]`, and the label `[A]`: 1 for positive, 0 for negative, -1 for ignored.
     """
-    # An anchor of the canvas alone must not be the best one of a truth.
+    # An anchor in the padding must not become the best match of a ground-truth box.
     matched, label = match(jnp.where(exists[None], box_iou(boxes, candidates), -1), valid, **thresholds)
     low = jnp.maximum(boxes[:, None, :2], candidates[None, :, :2])
     high = jnp.minimum(boxes[:, None, 2:], candidates[None, :, 2:])
@@ -190,25 +198,25 @@ def rpn_losses(
     positive_fraction: float,
     beta: float,
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Samples anchors and compares their outputs with the true boxes (section 3.1.2).
+    """Samples anchors and computes the losses of the RPN (section 3.1.2).
 
     Args:
-        keys: A key for each image, `[N]`.
+        keys: A PRNG key for each image, `[N]`.
         objectness: Logits `[N, A]` of each level.
-        deltas: Offsets `[N, A, 4]` of each level.
+        deltas: Box offsets `[N, A, 4]` of each level.
         anchors: Anchors `[A, 4]` of each level.
-        inside: Which anchors belong to the image, `[N, A]` bool, of each level.
-        truths: `boxes`, `valid` and `ignored` of `assign`, each with a leading N.
-        mask: `[N]`, 0 for padded rows; None if all are real.
-        fg_iou: Least IoU of a positive anchor.
+        inside: `[N, A]` bool of each level: which anchors belong to each image.
+        truths: `boxes`, `valid` and `ignored` as in `assign`, each with a leading dimension N.
+        mask: `[N]`, 0 for rows that are padding; None if all rows are real.
+        fg_iou: Minimum IoU of a positive anchor. The best anchor of a box is positive below this too.
         bg_iou: IoU below which an anchor is negative.
-        size: Number of anchors to sample from an image.
-        positive_fraction: Largest share of positive ones.
-        beta: Where smooth L1 turns linear.
+        size: Number of anchors sampled from each image.
+        positive_fraction: Maximum fraction of positives in the sample.
+        beta: Absolute difference above which smooth L1 is linear.
 
     Returns:
         The losses `objectness` and `rpn_box`, `[N]` each, scaled as `Detector.losses` requires; and the sample: indices
-        `[N, size]` into the anchors of all levels, and which of them exist.
+        `[N, size]` into the concatenated anchors of all levels, and `[N, size]` bool, which of them exist.
     """
     anchor = jnp.concatenate(anchors)
 
@@ -223,10 +231,10 @@ def rpn_losses(
 
     logits, offsets, within = (jnp.concatenate(x, axis=1) for x in (objectness, deltas, inside))
     entropy, distance, chosen = jax.vmap(of_image)(keys, logits, offsets, within, *truths)
-    count = jnp.maximum(batch_mean(chosen[1].sum(-1), mask), 1e-6)  # no anchors, no loss
+    count = jnp.maximum(batch_mean(chosen[1].sum(-1), mask), 1e-6)  # the loss is 0 without anchors
     return {"objectness": entropy / count, "rpn_box": distance / count}, chosen
 
 
 def smooth_l1(difference: jax.Array, beta: float) -> jax.Array:
-    """Computes `d^2 / (2 beta)` for `|d| < beta` and `|d| - beta / 2` beyond (Fast R-CNN, equation 3, has beta 1)."""
+    """Computes `d^2 / (2 beta)` for `|d| < beta`, else `|d| - beta / 2` (Fast R-CNN, equation 3, with beta 1)."""
     return optax.losses.huber_loss(difference, delta=beta) / beta

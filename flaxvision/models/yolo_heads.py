@@ -1,13 +1,14 @@
 """Grid heads of YOLOv2 and YOLOv3: decoding and losses.
 
-The arithmetic is that of darknet's `region_layer.c` and `yolo_layer.c` (J. Redmon). darknet states its losses by their
-gradients, the deltas, which are here the exact gradients of
+The computation is that of darknet's `region_layer.c` and `yolo_layer.c` (J. Redmon). darknet defines its losses by
+their gradients only, the deltas. These are exactly the gradients of the following losses:
 
 * the logistic loss for the center of a box within its cell and for the objectness,
-* half the squared error for the logarithm of its size over that of the anchor, and
-* the softmax cross-entropy (YOLOv2) or logistic losses (YOLOv3) for the classes,
+* half the squared error of the log size, where the size is relative to the anchor, and
+* the softmax cross-entropy (YOLOv2) or logistic losses (YOLOv3) for the classes.
 
-each minus its smallest possible value, so that a perfect prediction has a loss of 0.
+Each loss is reduced by its minimum, so that a perfect prediction has a loss of 0. The losses of the center and the size
+are multiplied by 2 - (area of the ground-truth box / area of the canvas), which gives small boxes more weight.
 
 Letters: N batch, h, w cells, A anchors of a head, M objects, K classes. A raw output is `[N, h, w, A * (5 + K)]`; an
 anchor has x, y, width, height, objectness, then the classes. Anchors are (width, height).
@@ -27,34 +28,36 @@ from flaxvision.ops import box_area, box_iou, from_centers, paired_iou, to_cente
 
 Anchors = tuple[tuple[float, float], ...]
 BOX_LOSSES = ("mse", "iou", "giou", "diou", "ciou")
-_LARGEST = 30.0  # exp(30) times an anchor is finite, and so is the area of such a box
+_LARGEST = 30.0  # limit of the log size: the size of a box, and its area, stay finite
 
 
 @dataclasses.dataclass(frozen=True)
 class YoloHead:
-    """A head of YOLOv3 (darknet's `[yolo]`): logistic boxes, objectness and classes.
+    """A head of YOLOv3 (darknet's `[yolo]`), with logistic losses for the classes.
 
-    A truth belongs to the anchor, of all heads, whose shape overlaps most with its own. If that is an anchor of this
-    head, the anchor at the cell of the truth's center learns the box, the classes and an objectness of 1. All other
-    predictions learn an objectness of 0, except those that overlap with a truth by more than `ignore_threshold`. If two
-    truths meet in one anchor, it learns the box of the last one and the classes of both.
+    A ground-truth box is matched to the anchor, of all heads, whose shape has the highest IoU with it. If this anchor
+    is one of this head, its prediction in the cell of the box center is positive: its targets are the box, the class
+    and an objectness of 1. All other predictions are negative: their target is an objectness of 0. Negatives whose IoU
+    with a ground-truth box exceeds `ignore_threshold` are ignored. If several boxes match the same prediction, its
+    targets are the last box and the classes of all of them.
 
     Attributes:
         anchors: Anchors of all heads, in pixels.
         mask: Indices of the anchors of this head.
         num_classes: Number of classes K.
         stride: Pixels per cell.
-        scale_xy: Factor by which the range of the center exceeds its cell (`scale_x_y` of YOLOv4).
-        ignore_threshold: IoU above which a prediction that is no positive does not learn its objectness.
-        iou_threshold: IoU of shapes above which further anchors also learn a truth (YOLOv4); 1 for the best alone.
+        scale_xy: Range of the predicted center in cells; above 1 the center can leave its cell (`scale_x_y` of YOLOv4).
+        ignore_threshold: IoU with a ground-truth box above which a negative is left out of the objectness loss.
+        iou_threshold: IoU of shapes above which other anchors are positive too (YOLOv4); 1 for only the best anchor.
         box_loss: `"mse"` (YOLOv3), or the kind of IoU that is maximized: `"iou"`, `"giou"`, `"diou"`, `"ciou"`. The
-            gradient of the latter is exact here, whereas darknet's omits some factors.
-        box_weight: Weight of the loss of boxes (`iou_normalizer`).
-        object_weight: Weight of the loss of the objectness (`obj_normalizer`).
-        class_weight: Weight of the loss of classes (`cls_normalizer`).
+            gradients of the IoU losses are exact here, whereas darknet omits some factors.
+        box_weight: Weight of the box loss (`iou_normalizer`).
+        object_weight: Weight of the objectness loss (`obj_normalizer`).
+        class_weight: Weight of the class loss (`cls_normalizer`).
 
     Raises:
-        ValueError: `mask` names no anchor, `box_loss` is unknown, or `num_classes` is not positive.
+        ValueError: `mask` is empty or has an index without an anchor, `box_loss` is unknown, or `num_classes` is not
+            positive.
     """
 
     anchors: Anchors
@@ -88,7 +91,7 @@ class YoloHead:
         return grid_boxes(x, self.sizes, self.stride, self.scale_xy), scores
 
     def losses(self, raw: jax.Array, truth: Truth) -> dict[str, jax.Array]:
-        """Computes the losses `box`, `object` and `class` of every image, `[N]`."""
+        """Computes the losses `box`, `object` and `class` of each image, `[N]`."""
         return jax.vmap(self._losses)(_split(raw, len(self.mask), self.num_classes), truth)
 
     def _losses(self, x: jax.Array, truth: Truth) -> dict[str, jax.Array]:
@@ -120,28 +123,30 @@ class YoloHead:
 
 @dataclasses.dataclass(frozen=True)
 class RegionHead:
-    """The head of YOLOv2 (darknet's `[region]`): logistic centers and objectness, and classes by softmax.
+    """The head of YOLOv2 (darknet's `[region]`), with a softmax over the classes.
 
-    The anchor at the cell of a truth's center whose shape overlaps most with the truth learns its box and classes. Its
-    objectness learns the IoU of its prediction with the truth. All other predictions learn an objectness of 0, except
-    those that overlap with a truth by more than `ignore_threshold`. While training has seen fewer than `prior_images`
-    images, all predictions without a truth learn the box of their anchor. If two truths meet in one anchor, it learns
-    the last one.
+    In the cell of the center of a ground-truth box, the prediction of the anchor whose shape has the highest IoU with
+    the box is positive. Its targets are the box, the class, and as objectness the IoU of its box with the ground truth.
+    All other predictions are negative: their target is an objectness of 0. Negatives whose IoU with a ground-truth box
+    exceeds `ignore_threshold` are ignored. During the warm-up, the first `prior_images` images of training, predictions
+    that are not positive also have their anchor as target. If several boxes match the same prediction, its target is
+    the last one; without `softmax`, its classes are those of all of them.
 
     Attributes:
         anchors: Anchors in cells.
         num_classes: Number of classes K.
         stride: Pixels per cell.
-        softmax: Whether the classes exclude each other; otherwise they have logistic losses.
-        match_anchors: Whether truths are matched with the anchors (`bias_match`) or with the predicted sizes.
-        rescore: Whether the target of the objectness is the IoU or 1.
-        ignore_threshold: IoU above which a prediction that is no positive does not learn its objectness (`thresh`).
-        coord_scale: Weight of the loss of boxes.
-        object_scale: Weight of the loss of the objectness of positives.
-        noobject_scale: Weight of the loss of the objectness of all others.
-        class_scale: Weight of the loss of classes.
-        prior_images: Number of images during which predictions learn their anchors.
-        prior_scale: Weight of that loss.
+        softmax: Whether the classes exclude each other. If False, each has a logistic loss.
+        match_anchors: Whether ground-truth boxes are matched to the anchors (`bias_match`) or to the predicted sizes.
+        rescore: Whether the target objectness of a positive is its IoU with the ground-truth box. If False, it is 1.
+        ignore_threshold: IoU with a ground-truth box above which a negative is left out of the objectness loss
+            (`thresh`).
+        coord_scale: Weight of the box loss.
+        object_scale: Weight of the objectness loss of positives.
+        noobject_scale: Weight of the objectness loss of negatives.
+        class_scale: Weight of the class loss.
+        prior_images: Length of the warm-up in images.
+        prior_scale: Weight of the warm-up loss.
 
     Raises:
         ValueError: There are no anchors, or `num_classes` is not positive.
@@ -163,7 +168,7 @@ class RegionHead:
 
     def __post_init__(self):
         if not self.anchors:
-            raise ValueError(f"anchors must hold a (width, height) or more; got {self.anchors}")
+            raise ValueError(f"anchors must have at least one (width, height); got {self.anchors}")
         _check_classes(self.num_classes)
 
     @property
@@ -178,7 +183,7 @@ class RegionHead:
         return grid_boxes(x, self.sizes, self.stride), jax.nn.sigmoid(x[..., 4:5]) * classes
 
     def losses(self, raw: jax.Array, truth: Truth) -> dict[str, jax.Array]:
-        """Computes the losses `box`, `object`, `class` and `prior` of every image, `[N]`."""
+        """Computes the losses `box`, `object`, `class` and `prior` of each image, `[N]`."""
         return jax.vmap(self._losses)(_split(raw, len(self.anchors), self.num_classes), truth)
 
     def _losses(self, x: jax.Array, truth: Truth) -> dict[str, jax.Array]:
@@ -219,13 +224,14 @@ class RegionHead:
 )
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """The objects of a batch.
+    """The ground truth of a batch.
 
     Attributes:
         boxes: `[N, M, 4]`, xyxy in pixels.
         labels: `[N, M]`, from 0.
-        valid: `[N, M]` bool, which objects are to be found.
-        ignored: `[N, M]` bool, objects in whose area predictions do not learn their objectness (crowds, difficult).
+        valid: `[N, M]` bool, which objects are to be detected.
+        ignored: `[N, M]` bool, crowds and difficult objects. Negatives are ignored if the fraction of their area within
+            such a box exceeds `ignore_threshold`.
         seen: `[N]`, the number of images that training has seen before.
     """
 
@@ -238,21 +244,21 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """The anchors of one image that learn a truth; every array but the last has the dimensions `[M, A]` in front."""
+    """The targets of one image, for each ground-truth box and each anchor in the cell of its center."""
 
     row: jax.Array  # [M]
     column: jax.Array  # [M]
-    winner: jax.Array  # [M, A] bool
+    winner: jax.Array  # [M, A] bool, whether the anchor is positive with this box as target
     raw: jax.Array  # [M, A, 5 + K]
     center: jax.Array  # [M, 1, 2], within the cell
     log_size: jax.Array  # [M, A, 2]
-    share: jax.Array  # [M, 1], of the area of the canvas
+    share: jax.Array  # [M, 1], area of the box / area of the canvas
     classes: jax.Array  # [M, A, K]
-    map: jax.Array  # [h, w, A] bool
+    map: jax.Array  # [h, w, A] bool, which predictions are positive
 
 
 def _assign(x: jax.Array, truth: Truth, positive: jax.Array, sizes: Anchors, stride: int) -> _Found:
-    """Collects what the positive anchors `[M, A]` at the cells of the truths learn; the last truth wins an anchor."""
+    """Collects the targets of the `positive` anchors `[M, A]`. If boxes share an anchor, the last box is its target."""
     rows, columns, _, depth = x.shape
     center, size = jnp.split(to_centers(truth.boxes.astype(x.dtype)), 2, axis=-1)
     row, column = _cells(center, (rows, columns), stride)
@@ -276,13 +282,13 @@ def _assign(x: jax.Array, truth: Truth, positive: jax.Array, sizes: Anchors, str
 
 
 def _cells(center: jax.Array, grid: tuple[int, ...], stride: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the rows and the columns `[M]` of the cells that hold the centers `[M, 2]`."""
+    """Returns the row and the column `[M]` of the cell of each center `[M, 2]`."""
     column, row = jnp.moveaxis(jnp.floor(center / stride).astype(jnp.int32), -1, 0)
     return jnp.clip(row, 0, grid[0] - 1), jnp.clip(column, 0, grid[1] - 1)
 
 
 def _overlapping(predicted: jax.Array, truth: Truth, threshold: float) -> jax.Array:
-    """Tells which predictions `[h, w, A, 4]` overlap with a truth, or lie within an ignored area; `[h, w, A]`."""
+    """Returns which predictions `[h, w, A, 4]` overlap a ground-truth box or lie in an ignored one, `[h, w, A]`."""
     boxes = jax.lax.stop_gradient(predicted).reshape(-1, 4)
     overlap = jnp.where(truth.valid[None], box_iou(boxes, truth.boxes), 0)
     corners = jnp.maximum(boxes[:, None, :2], truth.boxes[None, :, :2])
@@ -299,7 +305,7 @@ def _shape_iou(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _logistic(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """The logistic loss minus its minimum. Its derivative is `sigmoid(logits) - target`."""
+    """Returns the logistic loss minus its minimum. Its derivative is `sigmoid(logits) - target`."""
     entropy = -(xlogy(target, target) + xlogy(1 - target, 1 - target))
     return jax.nn.softplus(logits) - logits * target - jax.lax.stop_gradient(entropy)
 
@@ -319,10 +325,10 @@ def grid_boxes(x: jax.Array, sizes: Anchors, stride: int, scale_xy: float = 1.0)
     """Decodes the boxes of a grid (YOLO9000, section 2, "direct location prediction").
 
     Args:
-        x: `[..., h, w, A, 4 or more]`: x, y, width, height.
+        x: `[..., h, w, A, 4 or more]`: raw x, y, width and height.
         sizes: Width and height of the A anchors in pixels.
         stride: Pixels per cell.
-        scale_xy: Factor by which the range of the center exceeds its cell.
+        scale_xy: Range of the predicted center in cells.
 
     Returns:
         `[..., h, w, A, 4]`, xyxy in pixels, not clipped.

@@ -2,11 +2,11 @@
 
 J. Redmon, A. Farhadi, "YOLO9000: Better, faster, stronger", CVPR 2017, section 2. The definitions are those of
 darknet's `yolov2-voc.cfg`, `yolov2.cfg` (COCO), `yolov2-tiny-voc.cfg` and `yolov2-tiny.cfg`. They differ from the paper
-in the passthrough layer: a 1x1 convolution to 64 channels precedes it, and it moves pixels to channels in an order of
-its own (`layers.darknet.reorg`), where the paper speaks of stacking adjacent features.
+in the passthrough layer. A 1x1 convolution to 64 channels precedes it, and it moves pixels to channels in an unusual
+order (`layers.darknet.reorg`), whereas the paper describes stacking adjacent features.
 
-The defaults are those of VOC. For COCO: `num_classes=80, anchors=COCO_ANCHORS`, and `head_features=(512,)` for the tiny
-network, which was also trained with `rescore=False`.
+The defaults are those for VOC. For COCO, set `num_classes=80, anchors=COCO_ANCHORS`. The tiny network for COCO also has
+`head_features=(512,)` and was trained with `rescore=False`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flaxvision.models.grid_detector import GridDetector, check_canvas
 from flaxvision.models.yolo_heads import Anchors, RegionHead
 from flaxvision.registry import register
 
-# Width and height in cells, by k-means on VOC 2007 + 2012 and on COCO.
+# Width and height in cells, computed by k-means on VOC 2007 + 2012 and on COCO.
 VOC_ANCHORS: Anchors = (
     (1.3221, 1.73145),
     (3.19275, 4.00944),
@@ -44,25 +44,26 @@ TINY_VOC_ANCHORS: Anchors = ((1.08, 1.19), (3.42, 4.41), (6.63, 11.38), (9.42, 5
 
 
 class YoloV2(GridDetector):
-    """YOLOv2: 3x3 convolutions on the last stage of a backbone, joined with the stage before by the passthrough layer.
+    """YOLOv2: 3x3 convolutions on the last stage of a backbone, with a passthrough layer from the stage before.
 
-    The canvas must be a multiple of the stride of the last stage, which is 32 by default.
+    The height and width of the canvas must be multiples of the stride of the last stage, which is 32 by default.
 
     Attributes:
-        backbone: Maps images to stages; the last two are used, or the last one without passthrough.
+        backbone: Maps images to stages. The last two are used, or only the last one without a passthrough layer.
         num_classes: Number of classes.
         anchors: Width and height of the anchors, in cells.
-        head_features: Channels of the 3x3 convolutions. The passthrough joins before the last of them.
-        passthrough_features: Channels of the 1x1 convolution before the passthrough layer; 0 for no passthrough.
-        match_anchors: As in `RegionHead`, like the following fields.
-        rescore: Whether the target of the objectness is the IoU or 1.
-        ignore_threshold: IoU above which a prediction that is no positive does not learn its objectness.
-        coord_scale: Weight of the loss of boxes.
-        object_scale: Weight of the loss of the objectness of positives.
-        noobject_scale: Weight of the loss of the objectness of all others.
-        class_scale: Weight of the loss of classes.
-        prior_images: Number of images during which predictions learn their anchors; see `GridDetector`.
-        prior_scale: Weight of that loss.
+        head_features: Channels of the 3x3 convolutions. The output of the passthrough layer is concatenated before the
+            last one.
+        passthrough_features: Channels of the 1x1 convolution before the passthrough layer; 0 for no passthrough layer.
+        match_anchors: As in `RegionHead`; so are the following fields.
+        rescore: Whether the target objectness of a positive is its IoU with the ground-truth box. If False, it is 1.
+        ignore_threshold: IoU with a ground-truth box above which a negative is left out of the objectness loss.
+        coord_scale: Weight of the box loss.
+        object_scale: Weight of the objectness loss of positives.
+        noobject_scale: Weight of the objectness loss of negatives.
+        class_scale: Weight of the class loss.
+        prior_images: Length of the warm-up in images; see `RegionHead` and `GridDetector`.
+        prior_scale: Weight of the warm-up loss.
     """
 
     backbone: Backbone
@@ -82,7 +83,7 @@ class YoloV2(GridDetector):
 
     @property
     def heads(self) -> dict[str, RegionHead]:
-        """The head; its raw output is called `stride32`."""
+        """The head. Its raw output is named after the stride, `stride32` by default."""
         stride = list(self.backbone.strides.values())[-1]
         head = RegionHead(
             self.anchors,
@@ -113,7 +114,8 @@ class YoloV2(GridDetector):
             `[N, h, w, A * (5 + K)]` by the name of the head, float32 or wider.
 
         Raises:
-            ValueError: `images` is not of rank 4 or no multiple of the stride, or `sizes` has another shape.
+            ValueError: `images` is not of rank 4, H or W is not a multiple of the stride, or `sizes` has another
+                shape.
         """
         ((name, head),) = self.heads.items()
         check_canvas(images, sizes, head.stride)

@@ -1,8 +1,8 @@
-"""YOLOv3, its version with spatial pyramid pooling, and its tiny version.
+"""YOLOv3, YOLOv3 with spatial pyramid pooling, and tiny YOLOv3.
 
 J. Redmon, A. Farhadi, "YOLOv3: An incremental improvement", arXiv:1804.02767, section 2. The definitions are those of
 darknet's `yolov3.cfg`, `yolov3-spp.cfg` and `yolov3-tiny.cfg`, for COCO. The constants of the loss are those of the
-paper; `yolov3.cfg` and the other files for COCO have `ignore_threshold=0.7`. For VOC: `num_classes=20`.
+paper; `yolov3.cfg` and the other files for COCO have `ignore_threshold=0.7`. For VOC, set `num_classes=20`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flaxvision.registry import register
 
 Necks = tuple[tuple[tuple[int, int], ...], ...]
 
-# Width and height in pixels, by k-means on COCO.
+# Width and height in pixels, computed by k-means on COCO.
 ANCHORS: Anchors = (
     *((10, 13), (16, 30), (33, 23)),
     *((30, 61), (62, 45), (59, 119)),
@@ -41,29 +41,31 @@ TINY_NECKS: Necks = (((256, 1),), ())
 
 
 class YoloV3(GridDetector):
-    """YOLOv3: a head on each of the last stages of a backbone, which the coarser stages reach by upsampling.
+    """YOLOv3: a head on each stage that the backbone returns. Coarser features are upsampled and concatenated.
 
-    The canvas must be a multiple of the stride of the last stage, which is 32 by default.
+    The height and width of the canvas must be multiples of the stride of the last stage, which is 32 by default.
 
     Attributes:
-        backbone: Maps images to stages; each has a stride twice that of the one before.
+        backbone: Maps images to stages. The stride doubles from stage to stage.
         num_classes: Number of classes.
-        anchors: Width and height of the anchors of all heads, in pixels, smallest first; equally many for each head.
+        anchors: Width and height of the anchors of all heads, in pixels, smallest first. Every head has the same
+            number.
         necks: For each head, coarsest first, the features and kernel size of the convolutions before it; (0, 0) for
             spatial pyramid pooling.
         head_features: Channels of the 3x3 convolution of each head, coarsest first.
         lateral_features: Channels of the 1x1 convolution before each upsampling.
         spp_sizes: Windows of spatial pyramid pooling, largest first.
-        scale_xy: As in `YoloHead`, like the following fields.
-        ignore_threshold: IoU above which a prediction that is no positive does not learn its objectness.
-        iou_threshold: IoU of shapes above which further anchors also learn a truth; 1 for the best alone.
+        scale_xy: As in `YoloHead`; so are the following fields.
+        ignore_threshold: IoU with a ground-truth box above which a negative is left out of the objectness loss.
+        iou_threshold: IoU of shapes above which other anchors are positive too; 1 for only the best anchor.
         box_loss: `"mse"`, or the kind of IoU that is maximized.
-        box_weight: Weight of the loss of boxes.
-        object_weight: Weight of the loss of the objectness.
-        class_weight: Weight of the loss of classes.
+        box_weight: Weight of the box loss.
+        object_weight: Weight of the objectness loss.
+        class_weight: Weight of the class loss.
 
     Raises:
-        ValueError: `necks`, `head_features`, `lateral_features` and `anchors` do not go with the backbone's stages.
+        ValueError: The length of `necks`, `head_features`, `lateral_features` or `anchors` does not match the number of
+            stages of the backbone.
     """
 
     backbone: Backbone
@@ -87,8 +89,8 @@ class YoloV3(GridDetector):
         lengths = (len(self.necks), len(self.head_features), len(self.lateral_features) + 1)
         if set(lengths) != {count} or not self.anchors or len(self.anchors) % count:
             raise ValueError(
-                f"necks and head_features must have {count} entries, one for each stage of the backbone,"
-                f" lateral_features one less, and anchors a multiple; got {lengths[0]}, {lengths[1]},"
+                f"necks, head_features, lateral_features and anchors must have {count}, {count}, {count - 1} and a"
+                f" multiple of {count} entries for a backbone with {count} stages; got {lengths[0]}, {lengths[1]},"
                 f" {len(self.lateral_features)} and {len(self.anchors)}"
             )
 
@@ -127,7 +129,8 @@ class YoloV3(GridDetector):
             `[N, h, w, A * (5 + K)]` by the name of the head, float32 or wider.
 
         Raises:
-            ValueError: `images` is not of rank 4 or no multiple of the stride, or `sizes` has another shape.
+            ValueError: `images` is not of rank 4, H or W is not a multiple of the stride, or `sizes` has another
+                shape.
         """
         backbone = self.backbone
         check_canvas(images, sizes, max(backbone.strides.values()))

@@ -1,7 +1,8 @@
-"""Arithmetic of detection on arrays of fixed size: boxes, anchors, non-maximum suppression, regions and matching.
+"""Detection operators on fixed-size arrays: boxes, anchors, non-maximum suppression, RoI pooling and matching.
 
-Every function but those of `boxes` takes the arrays of one image, with a mask where their number varies; `jax.vmap`
-maps it over a batch. Nothing has a dynamic shape and nothing runs on the host.
+The box functions accept leading batch dimensions. The functions for matching, suppression and RoI pooling take the
+arrays of one image; use `jax.vmap` for a batch. Where the number of boxes varies, a mask tells which of them exist. All
+functions are pure and compile under `jit`, except `kmeans_anchors`, which runs on the host in NumPy.
 """
 
 from flaxvision.ops.anchors import kmeans_anchors, level_anchors

@@ -1,4 +1,4 @@
-"""Anchors: the boxes of every position of a feature map, and the choice of their sizes for a data set."""
+"""Anchors: generating them for a feature map, and choosing their sizes for a data set by k-means."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ def level_anchors(
     sizes: Sequence[float],
     aspect_ratios: Sequence[float],
 ) -> Array:
-    """Computes the anchors of one level (Ren et al. 2015, section 3.1.1).
+    """Generates the anchors of one feature map (Ren et al. 2015, section 3.1.1).
 
-    As in torchvision, the anchors of the position (x, y) are centered at (x * stride, y * stride), and the corners of
-    those of the first position are rounded to whole pixels (halves to even numbers).
+    As in torchvision, the anchors at position (x, y) are centered at (x * stride, y * stride). Before they are moved
+    there, their corners are rounded to whole pixels, and halves to even numbers.
 
     Args:
-        height: Rows of the feature map, H.
-        width: Columns of the feature map, W.
-        stride: Pixels of the image for each pixel of the map, or those of rows and of columns.
-        sizes: Square roots of the anchors' areas, in pixels.
+        height: Height of the feature map, H.
+        width: Width of the feature map, W.
+        stride: Stride of the feature map in pixels, or the strides of rows and of columns.
+        sizes: Sizes of the anchors in pixels; the size is the square root of the area.
         aspect_ratios: Ratios of height to width.
 
     Returns:
-        `[H * W * len(aspect_ratios) * len(sizes), 4]` float32, in order of row, column, aspect ratio, size.
+        `[H * W * len(aspect_ratios) * len(sizes), 4]` float32, ordered by row, column, aspect ratio and size.
 
     Raises:
-        ValueError: There are no sizes or aspect ratios, or one of them is not positive.
+        ValueError: `sizes` or `aspect_ratios` is empty or has a value that is not positive.
     """
     for name, values in (("sizes", sizes), ("aspect_ratios", aspect_ratios)):
         if not len(values) or min(values) <= 0:
-            raise ValueError(f"{name} must be positive numbers, at least one; got {values}")
+            raise ValueError(f"{name} must be one or more positive numbers; got {values}")
     stride_y, stride_x = (stride, stride) if isinstance(stride, int) else stride
     tall = np.sqrt(np.asarray(aspect_ratios, np.float32))
     lengths = np.asarray(sizes, np.float32)
@@ -53,19 +53,20 @@ def level_anchors(
 def kmeans_anchors(
     widths_heights: ArrayLike, k: int, seed: int = 0, *, restarts: int = 10, max_steps: int = 1000
 ) -> np.ndarray:
-    """Chooses the sizes of anchors for a data set by k-means (Redmon and Farhadi 2017, section 2, dimension clusters).
+    """Chooses anchor sizes for a data set by k-means (Redmon and Farhadi 2017, section 2, "Dimension Clusters").
 
-    The distance of a box to a cluster is 1 minus the IoU of the two when they share a center. This runs on the host.
+    The distance between a box and a cluster is 1 minus their IoU when both have the same center. This function runs on
+    the host in NumPy.
 
     Args:
         widths_heights: `[M, 2]`, the widths and heights of the boxes, in any unit.
         k: Number of anchors.
-        seed: Seed of the initial clusters, which are drawn among the boxes.
-        restarts: Number of runs; the one with the largest mean IoU of a box and its cluster wins.
-        max_steps: Most steps of a run, which ends earlier when no box changes its cluster.
+        seed: Seed of the initial clusters, which are drawn from the boxes.
+        restarts: Number of runs. The run with the highest mean IoU between boxes and their clusters is kept.
+        max_steps: Maximum number of steps of a run. A run ends earlier once no box changes its cluster.
 
     Returns:
-        `[k, 2]` float64 widths and heights, by rising area.
+        `[k, 2]` float64 widths and heights, sorted by area.
 
     Raises:
         ValueError: `widths_heights` is not `[M, 2]`, finite and positive, or k is not in [1, M].
@@ -84,7 +85,7 @@ def kmeans_anchors(
             before, member = member, np.argmax(_centered_iou(boxes, clusters), axis=1)
             if np.array_equal(before, member):
                 break
-            # A cluster without boxes stays where it is.
+            # An empty cluster keeps its size.
             clusters = np.stack([boxes[member == i].mean(0) if np.any(member == i) else clusters[i] for i in range(k)])
         overlap = float(_centered_iou(boxes, clusters).max(axis=1).mean())
         if overlap > best_overlap:

@@ -1,7 +1,7 @@
 """Arithmetic of boxes: areas, overlaps (IoU, GIoU, DIoU, CIoU), conversions, and offsets to anchors.
 
-Boxes are `[..., 4]`: x1, y1, x2, y2 in pixels, x to the right and y down. A box without an area (x2 <= x1 or y2 <= y1)
-overlaps nothing. No result and no gradient is NaN for finite boxes: where a quotient is 0 / 0 it counts as 0.
+Boxes are `[..., 4]`: x1, y1, x2, y2 in pixels, x to the right and y down. A box with x2 <= x1 or y2 <= y1 has no area,
+and its IoU with every box is 0. For finite boxes, neither results nor gradients are NaN: 0 / 0 counts as 0.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
     """Computes the intersection over union of every pair of boxes.
 
     Args:
-        a: `[A, 4]`; leading dimensions are batch dimensions of both.
-        b: `[B, 4]`.
+        a: `[..., A, 4]`.
+        b: `[..., B, 4]`, with the same leading (batch) dimensions.
 
     Returns:
-        `[A, B]` in [0, 1]; 0 where the union is empty.
+        `[..., A, B]` in [0, 1]; 0 where the union is empty.
 
     Raises:
         ValueError: The last dimension of `a` or `b` is not 4.
@@ -52,11 +52,11 @@ def box_giou(a: ArrayLike, b: ArrayLike) -> Array:
     """Computes the generalized IoU of every pair of boxes (Rezatofighi et al. 2019).
 
     Args:
-        a: `[A, 4]`; leading dimensions are batch dimensions of both.
-        b: `[B, 4]`.
+        a: `[..., A, 4]`.
+        b: `[..., B, 4]`, with the same leading (batch) dimensions.
 
     Returns:
-        `[A, B]` in [-1, 1].
+        `[..., A, B]` in [-1, 1].
 
     Raises:
         ValueError: The last dimension of `a` or `b` is not 4.
@@ -68,11 +68,11 @@ def box_diou(a: ArrayLike, b: ArrayLike) -> Array:
     """Computes the distance IoU of every pair of boxes (Zheng et al. 2020, equation 7).
 
     Args:
-        a: `[A, 4]`; leading dimensions are batch dimensions of both.
-        b: `[B, 4]`.
+        a: `[..., A, 4]`.
+        b: `[..., B, 4]`, with the same leading (batch) dimensions.
 
     Returns:
-        `[A, B]` in [-1, 1].
+        `[..., A, B]` in [-1, 1].
 
     Raises:
         ValueError: The last dimension of `a` or `b` is not 4.
@@ -84,11 +84,11 @@ def box_ciou(a: ArrayLike, b: ArrayLike) -> Array:
     """Computes the complete IoU of every pair of boxes (Zheng et al. 2020, equation 10).
 
     Args:
-        a: `[A, 4]`; leading dimensions are batch dimensions of both.
-        b: `[B, 4]`.
+        a: `[..., A, 4]`.
+        b: `[..., B, 4]`, with the same leading (batch) dimensions.
 
     Returns:
-        `[A, B]`, at most 1.
+        `[..., A, B]`, at most 1.
 
     Raises:
         ValueError: The last dimension of `a` or `b` is not 4.
@@ -97,15 +97,15 @@ def box_ciou(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def paired_iou(a: ArrayLike, b: ArrayLike, kind: str = "iou") -> Array:
-    """Computes the overlap of each box with its partner. The loss of the papers is 1 minus this value.
+    """Computes the IoU of corresponding boxes, or a variant of it. The loss of the papers is 1 minus this value.
 
-    * `"giou"` subtracts the share of the enclosing box that neither box covers (Rezatofighi et al. 2019).
-    * `"diou"` subtracts the squared distance of the centers over the squared diagonal of the enclosing box (Zheng et
-      al. 2020, equation 7).
-    * `"ciou"` also subtracts the difference of the aspect ratios, `alpha * v` (equation 10). As in the paper, `alpha`
-      has no gradient.
+    * `"giou"` subtracts the fraction of the enclosing box that neither box covers (Rezatofighi et al. 2019).
+    * `"diou"` subtracts the squared distance between the centers, divided by the squared diagonal of the enclosing box
+      (Zheng et al. 2020, equation 7).
+    * `"ciou"` also subtracts `alpha * v`, a penalty for different aspect ratios (equation 10). As in the paper, no
+      gradient flows through `alpha`.
 
-    Gradients are finite for all finite boxes, also for identical boxes and for boxes without an area.
+    Gradients are finite for all finite boxes, including identical boxes and boxes without an area.
 
     Args:
         a: `[..., 4]`.
@@ -144,18 +144,18 @@ def paired_iou(a: ArrayLike, b: ArrayLike, kind: str = "iou") -> Array:
 
 
 def clip_boxes(boxes: ArrayLike, size: ArrayLike | Sequence[float]) -> Array:
-    """Clips boxes to their image.
+    """Clips boxes to the image.
 
     Args:
         boxes: `[..., 4]`.
-        size: Height and width of the image, `[2]`, or one size for each leading index of `boxes`, such as `[N, 2]` for
-            boxes `[N, A, 4]`.
+        size: Height and width of the image in pixels: `[2]`, or one size per leading index of `boxes`, such as
+            `[N, 2]` for boxes `[N, A, 4]`.
 
     Returns:
         `[..., 4]`: x in [0, width], y in [0, height].
 
     Raises:
-        ValueError: The last dimension of `boxes` is not 4, or `size` does not fit.
+        ValueError: The last dimension of `boxes` is not 4, or the shape of `size` does not match that of `boxes`.
     """
     x1, y1, x2, y2 = _corners("boxes", boxes)
     limit: Array = jnp.asarray(size, x1.dtype)
@@ -170,7 +170,7 @@ def clip_boxes(boxes: ArrayLike, size: ArrayLike | Sequence[float]) -> Array:
 
 
 def to_centers(boxes: ArrayLike) -> Array:
-    """Converts x1, y1, x2, y2 to the center and the size.
+    """Converts corners to center and size.
 
     Args:
         boxes: `[..., 4]`.
@@ -186,13 +186,13 @@ def to_centers(boxes: ArrayLike) -> Array:
 
 
 def from_centers(boxes: ArrayLike) -> Array:
-    """Converts the center and the size to x1, y1, x2, y2; the inverse of `to_centers`.
+    """Converts center and size to corners; the inverse of `to_centers`.
 
     Args:
         boxes: `[..., 4]`: center x, center y, width, height.
 
     Returns:
-        `[..., 4]`.
+        `[..., 4]`: x1, y1, x2, y2.
 
     Raises:
         ValueError: The last dimension of `boxes` is not 4.
@@ -204,7 +204,7 @@ def from_centers(boxes: ArrayLike) -> Array:
 def encode_boxes(boxes: ArrayLike, anchors: ArrayLike, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Array:
     """Encodes boxes as offsets to anchors (Girshick et al. 2014, appendix C, equations 6 to 9).
 
-    A side that is not positive, such as that of a padded box, counts as 1 pixel, so every offset is finite.
+    A width or height that is not positive, as in padding, counts as 1 pixel, so that all offsets are finite.
 
     Args:
         boxes: `[..., 4]`.
@@ -212,8 +212,8 @@ def encode_boxes(boxes: ArrayLike, anchors: ArrayLike, weights: Sequence[float] 
         weights: Factors of the four offsets; Fast R-CNN uses (10, 10, 5, 5).
 
     Returns:
-        `[..., 4]`: the offsets of the center in units of the anchor's sides, and the logarithms of the ratios of the
-        sides, each multiplied by its weight.
+        `[..., 4]`: dx, dy, dw and dh, each multiplied by its weight. dx and dy are the offsets of the center divided by
+        the anchor's width and height. dw and dh are the logarithms of the width and height relative to the anchor's.
 
     Raises:
         ValueError: The last dimension of `boxes` or `anchors` is not 4.
@@ -247,7 +247,7 @@ def decode_boxes(
         deltas: `[..., 4]`: offsets as `encode_boxes` returns them.
         anchors: `[..., 4]`, of the same rank; dimensions of size 1 are broadcast.
         weights: The weights of `encode_boxes`.
-        max_scale: Largest logarithm of a side's ratio, so that a bad offset does not overflow.
+        max_scale: Upper limit of dw and dh after division by their weights, which prevents overflow.
 
     Returns:
         Boxes `[..., 4]`, not clipped.
@@ -267,7 +267,7 @@ def decode_boxes(
 
 
 def _corners(name: str, boxes: ArrayLike) -> tuple[Array, Array, Array, Array]:
-    """Returns the four columns, as floats."""
+    """Returns the four coordinates as floats."""
     boxes = jnp.asarray(boxes)
     if not boxes.ndim or boxes.shape[-1] != 4:
         raise ValueError(f"{name} must be [..., 4]; got {boxes.shape}")
@@ -285,27 +285,27 @@ def _area(width: Array, height: Array) -> Array:
 
 
 def rounded(product: Array) -> Array:
-    """Returns a finite product as it is, rounded before what follows.
+    """Keeps the compiler from fusing a product and a following sum into one multiply-add.
 
-    A compiler may contract a product and the sum that follows it to one operation, with one rounding. It does so
-    through a selection, but not through a maximum of two values. So an IoU is rounded as in NumPy, and ties are exact.
+    A fused multiply-add rounds once instead of twice. Without it, an IoU is rounded as in NumPy, and ties are exact.
+    The compiler fuses the operations through a `where`, but not through a maximum.
 
     Args:
-        product: Any finite array.
+        product: An array of finite values.
 
     Returns:
-        The same array.
+        The same values.
     """
     return jnp.maximum(product, jnp.finfo(product.dtype).min)
 
 
 def _divide(a: Array, b: Array) -> Array:
-    """Divides, with 0 and no gradient where the divisor is not positive."""
+    """Returns a / b, and 0 with a zero gradient where b is not positive."""
     positive = b > 0
     return jnp.where(positive, a / jnp.where(positive, b, 1), 0)
 
 
 def _slope(width: Array, height: Array) -> Array:
-    """The angle of a box's diagonal to the vertical; 0, without a gradient, for a point."""
+    """Returns the angle between a box's diagonal and the vertical; 0 with a zero gradient for a point."""
     known = (width != 0) | (height != 0)
     return jnp.arctan2(jnp.where(known, width, 0), jnp.where(known, height, jnp.ones_like(height)))

@@ -1,4 +1,4 @@
-"""Assignment of boxes to the objects of an image, and balanced random samples of them. For one image; `vmap` them."""
+"""Matching of boxes to objects, and balanced random sampling. Both take one image; use `jax.vmap` for a batch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from jax.typing import ArrayLike
 def match(
     iou: ArrayLike, valid: ArrayLike, *, low: float, high: float, allow_low_quality: bool = False
 ) -> tuple[Array, Array]:
-    """Matches each box with the object that it overlaps most (Ren et al. 2015, section 3.1.2).
+    """Matches each box to the object with the highest IoU (Ren et al. 2015, section 3.1.2).
 
     Args:
-        iou: Overlaps of the objects with the boxes, `[M, A]`, such as `box_iou(objects, anchors)`.
+        iou: IoU of each object with each box, `[M, A]`, such as `box_iou(objects, anchors)`.
         valid: `[M]` bool: which objects exist.
-        low: A box whose best overlap is below this is negative.
-        high: A box whose best overlap is at least this is positive. In between, a box is neither.
-        allow_low_quality: Whether the boxes that overlap an object most, among all boxes and with ties, are positive
-            whatever their overlap, unless it is 0. They are matched with the object that they overlap most themselves.
+        low: A box whose highest IoU is below this is negative.
+        high: A box whose highest IoU is at least this is positive. A box in between is ignored.
+        allow_low_quality: Whether the box with the highest IoU with an object is positive even if that IoU is below
+            `high`. In a tie this holds for all such boxes; an IoU of 0 does not count. Each of these boxes is still
+            matched to the object with which it has its own highest IoU.
 
     Returns:
-        matched `[A]` int32, the index of the object that each box overlaps most, the first one of several (0 if there
-        is none), and label `[A]` int8: 1 positive, 0 negative, -1 neither. Without objects all boxes are negative.
+        A pair `(matched, label)`. `matched [A]` int32 is the index of the object with the highest IoU, the first one in
+        a tie, and 0 without objects. `label [A]` int8 is 1 for positive, 0 for negative and -1 for ignored boxes.
+        Without objects all boxes are negative.
 
     Raises:
         ValueError: The shapes do not fit, or not 0 <= low <= high.
@@ -48,16 +50,18 @@ def match(
 def sample(key: Array, label: ArrayLike, *, size: int, positive_fraction: float) -> tuple[Array, Array]:
     """Draws positive and negative boxes at random, without replacement (Ren et al. 2015, section 3.1.3).
 
-    At most `int(size * positive_fraction)` of them are positive; negatives fill the rest, as far as there are enough.
+    At most `int(size * positive_fraction)` positives are drawn. Negatives fill the rest. If there are too few of them,
+    fewer than `size` boxes are drawn.
 
     Args:
-        key: Key of the image.
-        label: `[A]`, as `match` returns it: 1 positive, 0 negative, others are never drawn.
+        key: PRNG key of the image.
+        label: `[A]`, as returned by `match`: 1 for positives and 0 for negatives. Other boxes are never drawn.
         size: Number of boxes to draw.
-        positive_fraction: Largest share of positive boxes, in [0, 1].
+        positive_fraction: Maximum fraction of positives in the sample, in [0, 1].
 
     Returns:
-        indices `[size]` int32, positives first, and kept `[size]` bool: which of them exist. The other indices are 0.
+        A pair `(indices, kept)`: `indices [size]` int32, positives first, and `kept [size]` bool, which tells which
+        indices were drawn. The other indices are 0.
 
     Raises:
         ValueError: `label` is not `[A]`, `size` is below 1, or `positive_fraction` is not in [0, 1].

@@ -1,4 +1,7 @@
-"""Greedy choice of boxes: non-maximum suppression, soft-NMS and top-k. Fixed sizes, for one image; `vmap` them."""
+"""Greedy selection of boxes with fixed output sizes: non-maximum suppression (NMS), soft-NMS and top-k.
+
+The functions take one image; use `jax.vmap` for a batch.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,23 @@ from jax.typing import ArrayLike
 
 from flaxvision.ops.boxes import box_iou
 
-# Boxes that are decided together, which changes the time but not the result. On a CPU, XLA shares the work on larger
-# blocks among threads in every step: on 2 cores, 2,000 boxes take 1 to 2 ms with 32 and 2 to 20 ms with 64 or 128.
-# Elsewhere the steps are what costs.
+# Number of boxes per block. It affects the speed, but not the result. On a CPU, XLA splits the work on larger blocks
+# among threads in every step, which is slow: on 2 cores, 2,000 boxes take 1 to 2 ms with blocks of 32, and 2 to 20 ms
+# with blocks of 64 or 128. On other platforms the number of steps dominates the time.
 _CPU_BLOCK, _BLOCK = 32, 256
 
 
 def top_k(scores: ArrayLike, valid: ArrayLike | None, k: int) -> tuple[Array, Array]:
-    """Finds the k best valid scores.
+    """Finds the k highest valid scores.
 
     Args:
-        scores: `[A]` floats; an entry that is NaN does not exist.
-        valid: `[A]` bool: which entries exist; None for all.
-        k: How many, at least 1. It may exceed A.
+        scores: `[A]` floats; NaN counts as a score that does not exist.
+        valid: `[A]` bool: which scores exist; None for all.
+        k: Number of scores, at least 1. It may exceed A.
 
     Returns:
-        indices `[k]` int32, in order of falling score, equal scores in order of their indices, and kept `[k]` bool:
-        which of them exist. The other indices are 0.
+        A pair `(indices, kept)`: `indices [k]` int32, by decreasing score and in a tie by increasing index, and
+        `kept [k]` bool, which tells which of them exist. The other indices are 0.
 
     Raises:
         ValueError: `k` is below 1.
@@ -51,22 +54,22 @@ def nms(
     max_outputs: int,
     labels: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
-    """Keeps each box unless a better one that is kept overlaps it: exact greedy non-maximum suppression.
+    """Performs exact greedy non-maximum suppression (NMS).
 
-    Boxes are visited in order of falling score, equal scores in order of their indices. A box is suppressed if its IoU
-    with a kept box exceeds the threshold. Boxes without an area neither suppress nor are suppressed.
+    Boxes are visited by decreasing score, and in a tie by increasing index. A box is suppressed if its IoU with a kept
+    box exceeds `iou_threshold`. Boxes without an area neither suppress nor are suppressed.
 
     Args:
         boxes: `[A, 4]`.
         scores: `[A]`; a box whose score is NaN is never kept.
         valid: `[A]` bool: which boxes exist; None for all.
-        iou_threshold: Largest IoU of two kept boxes.
-        max_outputs: Number of boxes to return, at least 1. The search ends when it is reached.
-        labels: `[A]` integers: boxes only suppress boxes of the same label. None for a single class.
+        iou_threshold: Maximum IoU of two kept boxes.
+        max_outputs: Number of boxes to return, at least 1. The search ends once it is reached.
+        labels: `[A]` integers: boxes only suppress boxes with the same label. None for a single class.
 
     Returns:
-        indices `[max_outputs]` int32, in order of falling score, and kept `[max_outputs]` bool: which of them exist.
-        The other indices are 0.
+        A pair `(indices, kept)`: `indices [max_outputs]` int32, by decreasing score, and `kept [max_outputs]` bool,
+        which tells which of them exist. The other indices are 0.
 
     Raises:
         ValueError: The shapes do not fit, or `max_outputs` is below 1.
@@ -90,18 +93,18 @@ def nms(
 
 
 def _by_blocks(block, max_outputs, order, exists, columns, threshold) -> tuple[Array, Array]:
-    """Decides block by block.
+    """Runs NMS block by block.
 
     Args:
-        block: Boxes of a block.
-        max_outputs: Number of boxes to choose.
-        order: `[A]`, the indices of the boxes by falling score.
-        exists: `[A]` bool, which of them exist: the first ones.
+        block: Number of boxes per block.
+        max_outputs: Number of boxes to keep.
+        order: `[A]`, the indices of the boxes by decreasing score.
+        exists: `[A]` bool, which of them exist; these come first.
         columns: The boxes in this order, `[4, A]`, and possibly their labels, `[A]`.
-        threshold: Largest IoU of two chosen boxes.
+        threshold: Maximum IoU of two kept boxes.
 
     Returns:
-        The number of boxes found, which may exceed `max_outputs`, and the indices `[max_outputs]`.
+        The number of kept boxes, which may exceed `max_outputs`, and their indices `[max_outputs]`.
     """
     count = order.shape[0]
     order, exists, *columns = (_padded(x, -count % block) for x in (order, exists, *columns))
@@ -111,13 +114,13 @@ def _by_blocks(block, max_outputs, order, exists, columns, threshold) -> tuple[A
         return [lax.dynamic_slice_in_dim(x, start, block, axis=-1) for x in arrays]
 
     def suppressed_by(mine, theirs):
-        """Whether each box of a block `[block, 1]` may be suppressed by each box of another one `[1, block]`."""
+        """Returns `[block, block]`: whether box i of a block overlaps box j of another block by too much."""
         found = box_iou(mine[0].T, theirs[0].T) > threshold
         return found if len(mine) == 1 else found & (mine[1][:, None] == theirs[1][None])
 
     def unfinished(state):
         start, found, _, _ = state
-        # Boxes that exist come first.
+        # Existing boxes come first, so a block whose first box does not exist ends the search.
         return (start < count) & (found < max_outputs) & exists[jnp.minimum(start, count - 1)]
 
     def step(state):
@@ -130,7 +133,7 @@ def _by_blocks(block, max_outputs, order, exists, columns, threshold) -> tuple[A
 
         alive = lax.fori_loop(0, -(-found // block), compare, *take([exists], start))
         kept = _greedy(suppressed_by(mine, mine) & earlier, alive)
-        # A place beyond the last one is dropped.
+        # `mode="drop"` skips suppressed boxes and those beyond `max_outputs`.
         place = jnp.where(kept, found + jnp.cumsum(kept, dtype=jnp.int32) - 1, max_outputs + block)
         chosen = chosen.at[place].set(*take([order], start), mode="drop")
         better = [x.at[..., place].set(y, mode="drop") for x, y in zip(better, mine, strict=True)]
@@ -155,10 +158,10 @@ def soft_nms(
     score_threshold: float = 0.001,
     labels: ArrayLike | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Lowers the score of a box that overlaps a better one instead of removing it (Bodla et al. 2017, section 3).
+    """Lowers the scores of overlapping boxes instead of removing them (soft-NMS, Bodla et al. 2017, section 3).
 
-    The box with the highest score is taken, the scores of the others are multiplied by `1 - iou` if their IoU with it
-    is at least the threshold (`"linear"`), or by `exp(-iou^2 / sigma)` (`"gaussian"`), and so on.
+    Each step takes the box with the highest score. It then multiplies the score of every other box by
+    `exp(-iou^2 / sigma)` (`"gaussian"`), or by `1 - iou` if the IoU is at least `iou_threshold` (`"linear"`).
 
     Args:
         boxes: `[A, 4]`.
@@ -166,14 +169,15 @@ def soft_nms(
         valid: `[A]` bool: which boxes exist; None for all.
         max_outputs: Number of boxes to return, at least 1.
         method: `"linear"` or `"gaussian"`.
-        iou_threshold: The paper's N_t, for `"linear"`.
-        sigma: The paper's sigma, for `"gaussian"`.
+        iou_threshold: N_t of the paper, for `"linear"`.
+        sigma: sigma of the paper, for `"gaussian"`.
         score_threshold: A box is dropped when its score falls below this.
-        labels: `[A]` integers: boxes only lower the scores of boxes of the same label. None for a single class.
+        labels: `[A]` integers: boxes only lower the scores of boxes with the same label. None for a single class.
 
     Returns:
-        indices `[max_outputs]` int32 in the order in which the boxes are taken, their lowered scores `[max_outputs]`,
-        which fall, and kept `[max_outputs]` bool: which of them exist. The other indices and scores are 0.
+        A triple `(indices, scores, kept)`: `indices [max_outputs]` int32 in the order in which the boxes are taken;
+        `scores [max_outputs]`, the lowered scores, which decrease; and `kept [max_outputs]` bool, which tells which of
+        them exist. The other indices and scores are 0.
 
     Raises:
         ValueError: The shapes do not fit, `max_outputs` is below 1, or `method` is not one of the two.
@@ -195,7 +199,7 @@ def soft_nms(
         else:
             factor = jnp.exp(-jnp.square(iou) / sigma)
         lowered = left * factor if labels is None else jnp.where(labels == labels[at], left * factor, left)
-        # What is dropped stays at minus infinity, also where the factor is 0.
+        # A dropped box keeps a score of minus infinity, even if the factor is 0.
         lowered = jnp.where(lowered >= score_threshold, lowered, nothing)
         return lowered.at[at].set(nothing), (at.astype(jnp.int32), left[at])
 
@@ -210,10 +214,10 @@ def _padded(x: Array, count: int) -> Array:
 
 
 def _greedy(suppressed_by: Array, alive: Array) -> Array:
-    """Decides a block whose box i may be suppressed by the earlier box j: `suppressed_by[i, j]`.
+    """Decides which boxes of a block are kept; with `suppressed_by[i, j]`, box i is suppressed if box j is kept.
 
-    The decision on a box is final once those on all earlier boxes that may suppress it are, so the number of rounds is
-    the length of the longest chain of overlapping boxes.
+    The decision on a box is final once the decisions on all earlier boxes that may suppress it are final. So the number
+    of rounds is the length of the longest chain of overlapping boxes.
     """
 
     def step(state):
@@ -225,14 +229,14 @@ def _greedy(suppressed_by: Array, alive: Array) -> Array:
 
 
 def _falling(scores: Array, valid: ArrayLike | None) -> tuple[Array, Array]:
-    """Sorts: indices `[A]` by falling score, those that do not exist last, and which of them exist, `[A]`."""
+    """Returns the indices `[A]` by decreasing score, with missing boxes last, and which of them exist, `[A]`."""
     key = -_key(scores, valid)
     key, order = lax.sort((key, jnp.arange(scores.shape[0], dtype=jnp.int32)), num_keys=1, is_stable=True)
     return order, key < jnp.inf
 
 
 def _key(scores: Array, valid: ArrayLike | None) -> Array:
-    """The scores, with minus infinity for those that do not exist and for these alone."""
+    """Returns the scores, with minus infinity for those that do not exist and for no others."""
     return jnp.where(_existing(scores, valid), jnp.maximum(scores, jnp.finfo(scores.dtype).min), -jnp.inf)
 
 
@@ -241,16 +245,16 @@ def _existing(scores: Array, valid: ArrayLike | None) -> Array:
 
 
 def at_most(threshold: float, dtype) -> Array:
-    """Rounds a threshold down to `dtype`.
+    """Converts a threshold to `dtype`, rounding down.
 
-    Then `iou > threshold` decides as if the threshold had double precision. A traced threshold is only converted.
+    `iou > threshold` then gives the same result as with a threshold in double precision.
 
     Args:
-        threshold: A Python number.
-        dtype: The dtype of what is compared with it.
+        threshold: A Python number, or a `jax.Array`, which is converted without rounding down.
+        dtype: The dtype of the values that are compared with the threshold.
 
     Returns:
-        An array of that dtype.
+        A scalar array of that dtype.
     """
     if isinstance(threshold, jax.Array):
         return threshold.astype(dtype)

@@ -1,7 +1,7 @@
-"""Features of regions of interest (rois): RoIAlign, over one level or a pyramid, and RoI max-pooling.
+"""Pooling over regions of interest (RoIs): RoIAlign on one feature map or on a pyramid, and RoI max-pooling.
 
-Rois are boxes `[R, 4]` in pixels of the image. They have no gradient, as in the papers. A padded roi, such as zeros,
-gives finite features; the caller ignores them.
+RoIs are boxes `[R, 4]` in pixels of the image. As in the papers, no gradient flows to them. RoIs that are padding, such
+as zeros, give finite features, which the caller should ignore.
 """
 
 from __future__ import annotations
@@ -28,23 +28,25 @@ def roi_align(
     sampling_ratio: int = 2,
     aligned: bool = False,
 ) -> Array:
-    """Averages bilinear samples in each bin of each roi (He et al. 2017, section 3, RoIAlign).
+    """Averages bilinear samples in each bin of each RoI (He et al. 2017, section 3, "RoIAlign").
 
     Args:
         features: `[H, W, C]`.
-        rois: `[R, 4]` in pixels of the image. A point more than a pixel outside of the features counts as 0.
-        output_size: Rows and columns of bins, h and w.
-        spatial_scale: Size of the features relative to the image.
-        sampling_ratio: Samples along each side of a bin. The adaptive number that some libraries call 0 or -1 depends
-            on the sizes of the rois, which compiled code cannot do; Mask R-CNN and its FPN form use 2.
-        aligned: Whether pixel i covers the interval from i to i + 1, so that its center is at i + 0.5. If not, pixel i
-            is a point at i, and a roi has at least one pixel of the features in each direction (the first releases).
+        rois: `[R, 4]` in pixels of the image. Samples more than one pixel outside of the feature map are 0.
+        output_size: Number of bins: h and w, or one number for both.
+        spatial_scale: Size of the feature map relative to the image: 1 / stride.
+        sampling_ratio: Number of samples along each side of a bin; 2 gives the four samples per bin of the paper. The
+            adaptive number that other libraries select by 0 or -1 is not supported: it depends on the sizes of the
+            RoIs, and compiled code needs fixed shapes.
+        aligned: Whether pixel i covers the interval from i to i + 1, so that its center is at i + 0.5. If False, pixel
+            i is a point at i, and an RoI is at least one pixel of the feature map high and wide, as in the first
+            releases of RoIAlign.
 
     Returns:
-        `[R, h, w, C]`, of the features' dtype.
+        `[R, h, w, C]`, with the dtype of `features`.
 
     Raises:
-        ValueError: The shapes do not fit, or `sampling_ratio` or `output_size` is below 1.
+        ValueError: `features` or `rois` has another shape, or `sampling_ratio` or `output_size` is below 1.
     """
     features, rois = jnp.asarray(features), _checked_rois(rois)
     _check_features("features", features)
@@ -63,27 +65,27 @@ def multiscale_roi_align(
     canonical_level: int = 4,
     aligned: bool = False,
 ) -> Array:
-    """Applies RoIAlign to the level of a pyramid that fits the size of each roi (Lin et al. 2017, equation 1).
+    """Applies RoIAlign to the pyramid level that fits the size of each RoI (Lin et al. 2017, equation 1).
 
-    A roi of area A is taken from level `floor(canonical_level + log2(sqrt(A) / canonical_size))`, where level k has
-    stride 2^k, or from the nearest level that exists.
+    Level k has stride 2^k. An RoI of area A uses level `floor(canonical_level + log2(sqrt(A) / canonical_size))`, or
+    the nearest level that exists.
 
     Args:
-        features: L arrays `[H, W, C]`, finest first.
-        strides: Their L strides in pixels: powers of two, each twice the one before it.
+        features: L feature maps `[H, W, C]`, finest first.
+        strides: Stride of each feature map in pixels: powers of two, each twice the previous one.
         rois: `[R, 4]` in pixels of the image.
-        output_size: Rows and columns of bins, h and w.
+        output_size: Number of bins: h and w, or one number for both.
         sampling_ratio: See `roi_align`.
-        canonical_size: Side of the roi, in pixels, that belongs to the canonical level.
-        canonical_level: The canonical level.
+        canonical_size: Side in pixels of a square RoI that uses `canonical_level`.
+        canonical_level: Level of an RoI of `canonical_size`; k0 of the paper.
         aligned: See `roi_align`.
 
     Returns:
-        `[R, h, w, C]`, of the features' dtype.
+        `[R, h, w, C]`, with the dtype of `features`.
 
     Raises:
-        ValueError: The shapes do not fit, the strides are not such powers of two, or `sampling_ratio` or `output_size`
-            is below 1.
+        ValueError: `features`, `strides` or `rois` is not as described, the feature maps differ in C or dtype, or
+            `sampling_ratio` or `output_size` is below 1.
     """
     maps, rois = [jnp.asarray(x) for x in features], _checked_rois(rois)
     for x in maps:
@@ -95,29 +97,29 @@ def multiscale_roi_align(
         raise ValueError(
             f"strides must be {len(maps)} powers of two, one per level, each twice the one before; got {list(strides)}"
         )
-    # The small number is torchvision's: a roi of exactly the canonical size belongs to its level in spite of rounding.
+    # torchvision adds the same number. Despite rounding, an RoI of `canonical_size` then uses `canonical_level`.
     level = jnp.floor(canonical_level + jnp.log2(jnp.sqrt(box_area(rois)) / canonical_size) + 1e-6)
     level = (jnp.clip(level, first, first + len(maps) - 1) - first).astype(jnp.int32)
     return _align(maps, rois, level, output_size, [1 / stride for stride in strides], sampling_ratio, aligned)
 
 
 def roi_max_pool(features: ArrayLike, rois: ArrayLike, output_size: Size, *, spatial_scale: float = 1.0) -> Array:
-    """Takes the maximum in each bin of each roi (Girshick 2015, section 2.1).
+    """Takes the maximum in each bin of each RoI (Girshick 2015, section 2.1).
 
-    Corners are rounded to pixels of the features, and a roi includes its last pixel, as in the paper's code. Where
-    several pixels of a bin have the maximum, the gradient goes to the first one, row by row.
+    As in the paper's code, corners are rounded to pixels of the feature map, and an RoI includes its last pixel. If
+    several pixels of a bin have the maximum, the gradient goes to the first one in row-major order.
 
     Args:
         features: `[H, W, C]`.
         rois: `[R, 4]` in pixels of the image.
-        output_size: Rows and columns of bins, h and w.
-        spatial_scale: Size of the features relative to the image.
+        output_size: Number of bins: h and w, or one number for both.
+        spatial_scale: Size of the feature map relative to the image: 1 / stride.
 
     Returns:
         `[R, h, w, C]`; 0 for a bin that contains no pixel.
 
     Raises:
-        ValueError: The shapes do not fit, or `output_size` is below 1.
+        ValueError: `features` or `rois` has another shape, or `output_size` is below 1.
     """
     features, rois = jnp.asarray(features), _checked_rois(rois)
     _check_features("features", features)
@@ -134,10 +136,12 @@ def roi_max_pool(features: ArrayLike, rois: ArrayLike, output_size: Size, *, spa
 
 
 def _align(maps, rois, level, output_size, scales, sampling_ratio, aligned) -> Array:
-    """RoIAlign; `level [R]` is the index of the map and the scale of each roi."""
+    """Computes RoIAlign; `level [R]` is the index of the feature map, and of its scale, for each RoI."""
     rows, columns = _pair(output_size)
     if sampling_ratio < 1:
-        raise ValueError(f"sampling_ratio must be at least 1, since no adaptive number exists; got {sampling_ratio}")
+        raise ValueError(
+            f"sampling_ratio must be at least 1 (adaptive sampling is not supported); got {sampling_ratio}"
+        )
     # One gather serves all levels: their pixels are the rows of one table.
     heights, widths = (jnp.asarray([x.shape[axis] for x in maps], jnp.int32)[level] for axis in (0, 1))
     starts = jnp.asarray(np.cumsum([0] + [x.shape[0] * x.shape[1] for x in maps[:-1]]), jnp.int32)[level]
@@ -146,7 +150,7 @@ def _align(maps, rois, level, output_size, scales, sampling_ratio, aligned) -> A
     boxes = _product(jnp.asarray(scales, dtype)[level][:, None], rois.astype(dtype)) - (0.5 if aligned else 0.0)
     y, wy = _samples(boxes[:, 1], boxes[:, 3], rows, sampling_ratio, heights, aligned)
     x, wx = _samples(boxes[:, 0], boxes[:, 2], columns, sampling_ratio, widths, aligned)
-    # The product of the two axes: [R, h, w, taps of y, taps of x].
+    # Outer product of the two axes: [R, h, w, taps of y, taps of x].
     row_starts = starts[:, None, None] + y * widths[:, None, None]
     indices = row_starts[:, :, None, :, None] + x[:, None, :, None, :]
     weights = wy[:, :, None, :, None] * wx[:, None, :, None, :] / sampling_ratio**2
@@ -157,7 +161,7 @@ def _align(maps, rois, level, output_size, scales, sampling_ratio, aligned) -> A
 
 
 def _samples(start, end, bins, ratio, size, aligned) -> tuple[Array, Array]:
-    """Pixels and weights along one axis, `[R, bins, 2 * ratio]`; a sample lies between two pixels."""
+    """Returns pixels and weights along one axis, `[R, bins, 2 * ratio]`; a sample interpolates two pixels."""
     length = end - start if aligned else jnp.maximum(end - start, 1)
     step = _quotient(length, bins)[:, None, None]
     first = start[:, None, None] + _product(np.arange(bins, dtype=start.dtype)[None, :, None], step)
@@ -174,7 +178,7 @@ def _samples(start, end, bins, ratio, size, aligned) -> tuple[Array, Array]:
 
 
 def _bins(start, end, count, size) -> tuple[Array, Array]:
-    """First pixel of each bin and the one after its last, `[R, count]` int32."""
+    """Returns the first pixel of each bin and the pixel after its last one, `[R, count]` int32."""
     length = jnp.maximum(end - start + 1, 1)
     edges = _product(np.arange(count + 1, dtype=length.dtype)[None], _quotient(length, count)[:, None])
     low, high = jnp.floor(edges[:, :-1]), jnp.ceil(edges[:, 1:])
@@ -183,7 +187,7 @@ def _bins(start, end, count, size) -> tuple[Array, Array]:
 
 
 def _first_maximum(table, top, bottom, left, right, width) -> Array:
-    """Indices of the rows of `table [H * W, C]` with the first maximum of each bin, `[R, h, w, C]`."""
+    """Returns the row of `table [H * W, C]` that holds the first maximum of each bin, `[R, h, w, C]`."""
     start = jnp.minimum(top, bottom)[:, :, None] * width + jnp.minimum(left, right)[:, None]
     start = jnp.minimum(start, table.shape[0] - 1)
     tall = jnp.max(bottom - top, initial=0)
@@ -203,8 +207,8 @@ def _first_maximum(table, top, bottom, left, right, width) -> Array:
     return lax.fori_loop(0, tall * wide, visit, (best, jnp.broadcast_to(start[..., None], shape)))[1]
 
 
-# Compiled code rounds these as NumPy and torchvision do: at the limit of a bin or of the features one rounding decides.
-# XLA turns the division by a constant into a product.
+# These helpers make compiled code round as NumPy and torchvision do. At the border of a bin or of the feature map, a
+# single rounding changes the result. XLA would otherwise turn a division by a constant into a product.
 
 
 def _quotient(x: Array, divisor: int) -> Array:

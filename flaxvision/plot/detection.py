@@ -1,4 +1,4 @@
-"""Pictures of detectors: boxes beside the truth, precision-recall curves, kinds of false positives."""
+"""Plots for detectors: boxes next to the ground truth, precision-recall curves, kinds of false positives."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,15 +28,15 @@ def detections(
     columns: int = 2,
     path: PathLike | None = None,
 ) -> "Figure":
-    """Draws images with detected boxes, their names and scores; with `truth`, each beside its true boxes.
+    """Draws images with detected boxes, class names and scores, and optionally the ground truth next to each.
 
     Args:
         images: N images [H, W, 3] of any sizes, uint8 or floats in [0, 1].
         found: For each image `boxes` [D, 4] xyxy in pixels, `labels` and `scores` [D].
-        truth: For each image `boxes` [M, 4], `labels` [M] and optionally `crowd` and `difficult` [M], whose boxes are
-            dashed. None draws the detections only.
+        truth: Ground truth: for each image `boxes` [M, 4], `labels` [M] and optionally `crowd` and `difficult` [M],
+            which are drawn with dashed lines. None draws the detections only.
         classes: Names of the classes; None for their numbers.
-        columns: Number of images in a row; a pair of detections and truth is one.
+        columns: Number of images per row; detections and ground truth of an image count as one.
         path: File to write; None only returns the figure.
 
     Returns:
@@ -79,7 +79,7 @@ def precision_recall(
     """Draws the precision-recall curve of each class, with the area under it in the legend.
 
     Args:
-        curves: For each class recall and precision, such as `DetectionRecords.curves`; None for a class without
+        curves: For each class recall and precision, as from `DetectionRecords.curves`. None for a class without
             objects, which is left out.
         classes: Names of the classes; None for their numbers.
         path: File to write; None only returns the figure.
@@ -88,7 +88,7 @@ def precision_recall(
         The figure.
 
     Raises:
-        ValueError: There is no curve, or `classes` has another length.
+        ValueError: There is no curve, or `classes` does not have one name per class.
     """
     from flaxvision.metrics.average_precision import voc_average_precision
 
@@ -96,12 +96,12 @@ def precision_recall(
         raise ValueError(f"classes must have {len(curves)} names; got {len(classes)}")
     known = [(k, *curve) for k, curve in enumerate(curves) if curve is not None]
     if not known:
-        raise ValueError(f"curves must have a class with objects; got {len(curves)} without")
+        raise ValueError(f"curves must have a class with objects; got {len(curves)} without objects")
     figure = _figure(6.2, 4.6)
     axes = figure.subplots()
     for k, recall, precision in known:
         area = voc_average_precision(recall, precision)
-        # From the recall 0 on, and down to the precision 0 after the last detection.
+        # Extend the curve to the recall 0, and after the last detection down to the precision 0.
         x = np.concatenate([[0.0], recall, recall[-1:]])
         y = np.concatenate([precision[:1], precision, [0.0] if len(precision) else []])
         label = f"{k if classes is None else classes[k]} ({area:.3f})"
@@ -119,10 +119,10 @@ def precision_recall(
 def false_positives(
     counts: Mapping[str, np.ndarray], classes: Sequence[str] | None = None, path: PathLike | None = None
 ) -> "Figure":
-    """Draws how the best detections of each class are right or wrong, as stacked bars (Hoiem 2012).
+    """Draws the kinds of the best detections of each class as stacked bars (Hoiem et al. 2012).
 
     Args:
-        counts: Numbers of detections by kind, [K] each, as from `DetectionRecords.false_positives`.
+        counts: Number of detections of each class, [K], by kind, as from `DetectionRecords.false_positives`.
         classes: Names of the K classes; None for their numbers.
         path: File to write; None only returns the figure.
 
@@ -130,7 +130,7 @@ def false_positives(
         The figure.
 
     Raises:
-        ValueError: `counts` is empty, or `classes` has another length.
+        ValueError: `counts` is empty, or `classes` does not have one name per class.
     """
     if not counts:
         raise ValueError("counts must have at least one kind; got none")
@@ -149,13 +149,13 @@ def false_positives(
     axes.set_yticks(range(size), [f"{name} ({n})" for name, n in zip(names, totals.astype(int), strict=True)])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("share of the best detections, as many as objects (%)")
+    axes.set_xlabel("share of the detections with the highest scores, one per object (%)")
     figure.legend(loc="outside lower center", ncols=len(counts), frameon=False)
     return _save(figure, path)
 
 
 def _boxes(axes, picture, example, classes, title):
-    """Draws boxes with their names, and scores if there are any."""
+    """Draws boxes with class names, and with scores if there are any."""
     from matplotlib.patches import Rectangle
 
     height, width = picture.shape[:2]

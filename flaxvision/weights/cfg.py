@@ -23,21 +23,21 @@ _log = logging.getLogger(__name__)
 
 
 def read_cfg(path: str | os.PathLike[str], **overrides: Any) -> net.CfgDetector | net.CfgNetwork:
-    """Builds the network of a `.cfg` file.
+    """Builds the network that a `.cfg` file describes.
 
-    Supported are the sections of the cfg files of YOLO v1 to v4: convolutional, maxpool, avgpool, route, shortcut,
-    upsample, reorg, local, connected, dropout, softmax, cost, region, yolo and detection (output only).
+    It supports the sections that the cfg files of YOLO v1 to v4 use: convolutional, maxpool, avgpool, route, shortcut,
+    upsample, reorg, local, connected, dropout, softmax, cost, region, yolo and detection (raw output only).
 
     Args:
         path: The file.
         **overrides: Fields of the module, such as `epsilon`, `dtype` or `input_size`.
 
     Returns:
-        A `CfgDetector` if the network has heads, otherwise a `CfgNetwork`. It has no variables: see `load_cfg`.
+        A `CfgDetector` if the network has heads, otherwise a `CfgNetwork`. Use `load_cfg` to read the variables too.
 
     Raises:
-        ValueError: A section is unknown, an option is not supported or has an invalid value, or layers do not fit each
-            other. The message names the section and the line.
+        ValueError: A section is unknown, an option is not supported or has an invalid value, or the shapes of layers do
+            not fit together. The message names the section and the line.
         FileNotFoundError: There is no such file.
         TypeError: The module has no such field.
     """
@@ -56,17 +56,17 @@ def load_cfg(
     rng: jax.Array | None = None,
     **overrides: Any,
 ) -> tuple[net.CfgDetector | net.CfgNetwork, Variables]:
-    """Reads a network that was trained with darknet.
+    """Reads a network that was trained with darknet, and its variables.
 
     Args:
         cfg: The `.cfg` file.
         weights: The `.weights` file.
-        num_classes: Number of classes of a detector. If it is not that of the file, the last convolution before each
-            head is initialized anew; None keeps it.
-        anchors: Width and height in pixels of other anchors, see `CfgDetector.with_classes`; None keeps those of the
-            file. The last convolutions before the heads are kept unless the number of classes changes.
+        num_classes: Number of classes of a detector. If it differs from that of the file, the convolution before each
+            head is newly initialized. None keeps the number of the file.
+        anchors: Width and height in pixels of new anchors, see `CfgDetector.with_classes`. None keeps those of the
+            file. New anchors alone do not change the variables.
         rng: Key for newly initialized layers; None for `jax.random.key(0)`.
-        **overrides: As for `read_cfg`. `epsilon` is 1e-5 by default if the header of the weights is that of the fork of
+        **overrides: As for `read_cfg`. `epsilon` defaults to 1e-5 if the header of the weights is that of the fork of
             A. Bochkovskiy.
 
     Returns:
@@ -97,14 +97,14 @@ def load_cfg(
     @jax.jit
     def init(key: jax.Array) -> dict[str, jax.Array]:
         made = flat(wide.init(key, image))
-        return {path: made[path] for path in fresh}  # the compiler removes the computation of the others
+        return {path: made[path] for path in fresh}  # the compiler removes the computation of all others
 
     new = init(jax.random.key(0) if rng is None else rng)
     return wide, nested({path: np.asarray(new.get(path, leaves[path])) for path in leaves})
 
 
 def parse_cfg(text: str, name: str = "cfg", **overrides: Any) -> net.CfgDetector | net.CfgNetwork:
-    """Builds the network of the text of a `.cfg` file.
+    """Builds the network that the text of a `.cfg` file describes.
 
     Args:
         text: The content of the file.
@@ -174,7 +174,7 @@ def _convolutional(section: Section, shapes: list[Shape], shape: Shape, _) -> tu
     if c % groups or features % groups:
         section.fail(f"groups must divide the {c} input channels and the {features} filters", groups, "groups")
     if dilation > 1 and 2 * padding != size - 1:
-        section.fail("padding must be half the size of a dilated convolution", padding, "dilation")
+        section.fail("padding must be (size - 1) / 2 for a dilated convolution", padding, "dilation")
     norm = bool(section.integer("batch_normalize", 0))
     layer = net.Convolution(
         section.kind, features, size, strides, padding, groups, dilation, norm, section.activation("logistic")
@@ -187,7 +187,7 @@ def _maxpool(section: Section, shapes: list[Shape], shape: Shape, _) -> tuple[ne
     stride = section.integer("stride", 1, 1)
     for option in ("stride_x", "stride_y"):
         if section.integer(option, stride) != stride:
-            section.fail(f"{option} must be the stride, {stride}", section.text(option, ""), option)
+            section.fail(f"{option} must equal the stride, {stride}", section.text(option, ""), option)
     size = section.integer("size", stride, 1)
     padding = section.integer("padding", size - 1, 0)
     return net.Pool(section.kind, size, stride, padding), (
@@ -207,7 +207,7 @@ def _route(section: Section, shapes: list[Shape], shape: Shape, _) -> tuple[net.
     parts = [_image(section, shapes[i]) for i in layers]
     if len({part[:2] for part in parts}) > 1:
         sizes = ", ".join(f"{i}: {part[0]}x{part[1]}" for i, part in zip(layers, parts, strict=True))
-        section.fail("layers must have feature maps of one size", sizes, "layers")
+        section.fail("layers must have feature maps of the same size", sizes, "layers")
     if group >= groups or any(part[2] % groups for part in parts):
         channels = ", ".join(str(part[2]) for part in parts)
         section.fail(
@@ -278,8 +278,8 @@ def _grid(section: Section, shape: Shape, size: Shape, anchors: int, classes: in
     h, w, c = _image(section, shape)
     if c != anchors * (5 + classes):
         section.fail(
-            f"filters of the layer before must be {anchors * (5 + classes)}, {anchors} anchors times 5 and {classes}"
-            " classes",
+            f"filters of the layer before must be {anchors * (5 + classes)}, {anchors} anchors times"
+            f" (5 + {classes} classes)",
             c,
         )
     stride = size[0] // h
@@ -330,7 +330,7 @@ def _region(section: Section, shapes: list[Shape], shape: Shape, size: Shape) ->
         noobject_scale=section.number("noobject_scale", 1.0),
         class_scale=section.number("class_scale", 1.0),
     )
-    # The classes of YOLO9000 are a tree, which is a file of its own: the raw output only.
+    # The classes of YOLO9000 form a tree, which is stored in another file. Only the raw output is supported.
     tree, _labels = section.text("tree", ""), section.text("map", "")
     return net.Head(section.kind, None if tree or _labels else head), shape
 

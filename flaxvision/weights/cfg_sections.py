@@ -9,7 +9,7 @@ from flaxvision.models.darknet_cfg import ACTIVATIONS
 
 _ALIASES = {"network": "net", "conv": "convolutional", "max": "maxpool", "avg": "avgpool", "conn": "connected"}
 _ALIASES |= {"soft": "softmax"}
-# Options that change the arithmetic and have no counterpart here, with the value that leaves it as it is.
+# Options that change the computation and are not supported, with the value that has no effect.
 _NEUTRAL = {
     "convolutional": {
         **dict.fromkeys(("antialiasing", "binary", "xnor", "bin_output", "flipped", "cbn", "coordconv"), "0"),
@@ -24,7 +24,7 @@ _NEUTRAL = {
     "region": {"coords": "4", "background": "0", "focal_loss": "0", "classfix": "0"},
     "detection": {"coords": "4"},
 }
-# Options of training with darknet that have no meaning for the module.
+# Options of darknet's training, which are ignored.
 _TRAINING = {
     "convolutional": "stopbackward learning_rate dontload train_only_bn angle grad_centr burnin_update stream"
     " wait_stream",
@@ -49,10 +49,10 @@ class Section:
 
     Attributes:
         kind: Name of the section.
-        line: Number of its line.
+        line: Number of the line with its name.
         file: Name of the file.
-        options: Text of each option and the number of its line.
-        used: Options that were read.
+        options: Value of each option as text, and the number of its line.
+        used: Options that have been read.
     """
 
     kind: str
@@ -67,12 +67,12 @@ class Section:
         raise ValueError(f"{self.file}, line {line}, [{self.kind}]: {right}; got {found}")
 
     def text(self, option: str, default: str) -> str:
-        """Returns the text of an option, without spaces."""
+        """Returns the value of an option as text, without white space."""
         self.used.add(option)
         return self.options[option][0] if option in self.options else default
 
     def number(self, option: str, default: float) -> float:
-        """Returns a number."""
+        """Returns the value of an option as a number."""
         text = self.text(option, str(default))
         try:
             return float(text)
@@ -80,7 +80,7 @@ class Section:
             self.fail(f"{option} must be a number", repr(text), option)
 
     def integer(self, option: str, default: int, least: int | None = None) -> int:
-        """Returns an integer."""
+        """Returns the value of an option as an integer, which must be at least `least`."""
         value = self.number(option, default)
         if value != int(value) or (least is not None and value < least):
             right = "an integer" if least is None else f"an integer of at least {least}"
@@ -88,7 +88,7 @@ class Section:
         return int(value)
 
     def numbers(self, option: str) -> tuple[float, ...]:
-        """Returns the numbers of a list; empty if the option is missing."""
+        """Returns the value of an option as a list of numbers, which is empty if the option is missing."""
         text = self.text(option, "")
         try:
             return tuple(float(part) for part in text.split(",") if part)
@@ -96,14 +96,14 @@ class Section:
             self.fail(f"{option} must be numbers with commas between them", repr(text), option)
 
     def activation(self, default: str) -> str:
-        """Returns the name of an activation."""
+        """Returns the name of the activation."""
         name = self.text("activation", default)
         if name not in ACTIVATIONS:
             self.fail(f"activation must be one of {', '.join(ACTIVATIONS)}", name, "activation")
         return name
 
     def references(self, option: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """Returns the numbers of earlier layers; negative ones count back from this layer."""
+        """Returns the indices of earlier layers. Negative values count back from this layer."""
         numbers, here = self.numbers(option), len(shapes)
         absolute = tuple(int(n) if n >= 0 else here + int(n) for n in numbers)
         if not absolute or any(not 0 <= n < here for n in absolute):
@@ -112,7 +112,7 @@ class Section:
         return absolute
 
     def check_options(self) -> None:
-        """Raises a ValueError for an option that is unknown, or that changes the arithmetic and is not supported."""
+        """Raises ValueError for an unknown option, or an unsupported one that changes the computation."""
         neutral, training = _NEUTRAL.get(self.kind, {}), _TRAINING.get(self.kind, "").split()
         for option, (value, _) in self.options.items():
             if option in neutral:
@@ -155,5 +155,5 @@ def sections_of(text: str, file: str) -> list[Section]:
         if not equals or not sections:
             right = "an option and its value with = between them" if sections else "a section such as [net]"
             raise ValueError(f"{file}, line {number}: the line must hold {right}; got {raw.strip()!r}")
-        sections[-1].options.setdefault(option, (value, number))  # darknet reads the first of several
+        sections[-1].options.setdefault(option, (value, number))  # darknet uses the first of repeated options
     return sections

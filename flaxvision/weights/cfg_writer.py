@@ -16,14 +16,15 @@ Options = Mapping[str, object]
 def save_cfg(path: str | os.PathLike[str], model: net.CfgModule) -> None:
     """Writes a network as a `.cfg` file, which darknet and OpenCV read with the `.weights` file of `save_darknet`.
 
-    `read_cfg` builds the same network from it. The file has no options of training, such as the learning rate.
+    `read_cfg` builds the same layers from it. The file has neither training options, such as the learning rate, nor the
+    other fields of the module, such as `epsilon`.
 
     Args:
-        path: The file. It is replaced only when the new one is complete.
-        model: A network of `read_cfg` or `load_cfg`.
+        path: The file. An existing file is only replaced once the new one is complete.
+        model: A network from `read_cfg` or `load_cfg`.
 
     Raises:
-        ValueError: The network has a head whose options are not known: YOLO v1 and YOLO9000.
+        ValueError: The network has a head of YOLO v1 or YOLO9000, whose options are not stored in the module.
     """
     text = cfg_text(model)
     with replacing(Path(path)) as temporary:
@@ -34,7 +35,7 @@ def cfg_text(model: net.CfgModule) -> str:
     """Returns the text of the `.cfg` file of a network.
 
     Args:
-        model: A network of `read_cfg` or `load_cfg`.
+        model: A network from `read_cfg` or `load_cfg`.
 
     Raises:
         ValueError: As `save_cfg`.
@@ -61,7 +62,7 @@ def _text(value: object) -> str:
 
 
 def _options(layer: net.Layer) -> Options:
-    """Returns the options of a section; those that darknet would assume in any case may be missing."""
+    """Returns the options of a section. Some with darknet's default value are left out."""
     match layer:
         case net.Convolution():
             options = {

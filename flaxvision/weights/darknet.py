@@ -1,8 +1,11 @@
 """darknet's `.weights` files: a header, then the values of all layers in the order of computation.
 
-Such a file has neither names nor shapes, so it is read for a model. The order is that in which the model applies its
-layers. A convolution with BatchNorm stores shifts, scales, means, variances and the kernel, another convolution its
-biases and the kernel; a connected layer stores biases, the kernel, and then scales, means and variances.
+Such a file has neither names nor shapes, so reading it needs the model. The layers are stored in the order in which the
+model applies them:
+
+* a convolution with BatchNorm: biases, scales, means, variances, kernel;
+* any other convolution and a local layer: biases, kernel;
+* a connected layer: biases, kernel, and with BatchNorm scales, means and variances.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class DarknetFile(NamedTuple):
 
     Attributes:
         values: All values, float32 `[n]`.
-        seen: Number of images that the network was trained on.
+        seen: Number of images that training has seen.
         version: Major, minor and revision of the format. From 0.2 on, the header has 20 bytes instead of 16. The fork
             of A. Bochkovskiy writes (0, 2, 5).
     """
@@ -50,10 +53,10 @@ def read_darknet(path: str | os.PathLike[str]) -> DarknetFile:
         path: The file.
 
     Returns:
-        Its values and the content of its header.
+        The values and the content of the header.
 
     Raises:
-        ValueError: The file is not a `.weights` file, or it is cut off within a value.
+        ValueError: The file is not a `.weights` file, or it ends within the header or a value.
         FileNotFoundError: There is no such file.
     """
     path = Path(path)
@@ -62,21 +65,19 @@ def read_darknet(path: str | os.PathLike[str]) -> DarknetFile:
     data = path.read_bytes()
     version = struct.unpack_from("<3i", data) if len(data) >= 16 else (-1, -1, -1)
     if not (0 <= version[0] < 1000 and 0 <= version[1] < 1000 and 0 <= version[2] < 1000):
-        raise ValueError(f"{path} is no .weights file of darknet: its header is {data[:12].hex(' ') or 'empty'}")
+        raise ValueError(f"{path} is not a .weights file of darknet: its header is {data[:12].hex(' ') or 'empty'}")
     header = _header_size(version)
     if len(data) < header or (len(data) - header) % 4:
-        raise ValueError(
-            f"{path} must have a header of {header} bytes and 4 bytes per value; got {len(data)} bytes; copy it again"
-        )
+        raise ValueError(f"{path} must have a header of {header} bytes and 4 bytes per value; got {len(data)} bytes")
     (seen,) = struct.unpack_from("<Q" if header == 20 else "<I", data, 12)
     return DarknetFile(np.frombuffer(data, "<f4", offset=header).astype(np.float32), seen, version)
 
 
 def write_darknet(path: str | os.PathLike[str], file: DarknetFile) -> None:
-    """Writes a `.weights` file. A file that was read and is written again has the same bytes.
+    """Writes a `.weights` file. Writing the result of `read_darknet` gives an identical file.
 
     Args:
-        path: The file. It is replaced only when the new one is complete.
+        path: The file. An existing file is only replaced once the new one is complete.
         file: Values and header.
 
     Raises:
@@ -97,17 +98,17 @@ def load_darknet(model: nn.Module, path: str | os.PathLike[str], *, image_shape:
     """Reads a `.weights` file for a model.
 
     Args:
-        model: A model of `weights.read_cfg`, or one whose layers are those of darknet in the same order, such as
-            `create_model("yolo_v3")`.
+        model: A model from `weights.read_cfg`, or one that applies the same layers as darknet in the same order, such
+            as `create_model("yolo_v3")`.
         path: The file.
-        image_shape: Height, width and channels of the images; None for those of the cfg file, or 416x416x3.
+        image_shape: Height, width and channels of the images. None for those of the cfg file, or else 416x416x3.
 
     Returns:
-        A nested dict of NumPy arrays.
+        The variables, a nested dict of NumPy arrays.
 
     Raises:
-        ValueError: The file is not a `.weights` file, or has more or fewer values than the model; the message says by
-            how many they differ.
+        ValueError: The file is not a `.weights` file, or has more or fewer values than the model. The message states
+            the difference.
         FileNotFoundError: There is no such file.
     """
     tensors = split(model, read_darknet(path).values, path, image_shape)
@@ -123,14 +124,16 @@ def save_darknet(
     version: tuple[int, int, int] = ORIGINAL,
     image_shape: Shape | None = None,
 ) -> None:
-    """Writes the variables of a model as a `.weights` file, which darknet and OpenCV read with the model's cfg.
+    """Writes the variables of a model as a `.weights` file.
+
+    darknet and OpenCV read it together with the `.cfg` file of the model.
 
     Args:
         path: The file.
         model: As for `load_darknet`.
         variables: The variables of the model.
-        seen: Number of images that the network was trained on.
-        version: Version of the format; (0, 1, 0) for a header of 16 bytes.
+        seen: Number of images that training has seen.
+        version: Version of the format; (0, 1, 0) gives a header of 16 bytes.
         image_shape: As for `load_darknet`.
 
     Raises:
@@ -151,7 +154,7 @@ def values_of(model: nn.Module, image_shape: Shape | None = None) -> int:
 def split(
     model: nn.Module, values: np.ndarray, path: str | os.PathLike[str], image_shape: Shape | None = None
 ) -> dict[str, np.ndarray]:
-    """Splits the values of a file into tensors with names.
+    """Splits the values of a file into named tensors.
 
     Args:
         model: As for `load_darknet`.
@@ -160,7 +163,7 @@ def split(
         image_shape: As for `load_darknet`.
 
     Returns:
-        Tensors in darknet's order of axes, by our module paths: `backbone/stem/conv.weight`,
+        Tensors with darknet's order of axes, named after our module paths: `backbone/stem/conv.weight`,
         `backbone/stem/bn.running_mean`, ...
 
     Raises:
@@ -179,7 +182,7 @@ def split(
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """The place of a variable: our path and shape, and the name, the shape and the axes in the file."""
+    """A variable: its path and shape in the model, and its name, shape and order of axes in the file."""
 
     path: str
     our_shape: Shape
@@ -213,7 +216,7 @@ def _places(model: nn.Module, image_shape: Shape | None) -> tuple[_Place, ...]:
 
 @functools.lru_cache(maxsize=32)
 def _traced_places(model: nn.Module, image_shape: Shape) -> tuple[_Place, ...]:
-    """Traces the model once, which gives the order of its layers and the shapes of its variables."""
+    """Traces the model once to get the order of its layers and the shapes of its variables."""
     applied: list[tuple[type, str]] = []
 
     def watch(call, args, kwargs, context):
@@ -229,7 +232,7 @@ def _traced_places(model: nn.Module, image_shape: Shape) -> tuple[_Place, ...]:
         shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
     leaves = {path: tuple(leaf.shape) for path, leaf in flat(shapes).items()}
     if len(set(applied)) < len(applied):
-        raise ValueError("model must apply every layer once to have a .weights file; got a layer that is shared")
+        raise ValueError("model must apply every layer only once to have a .weights file; got a shared layer")
     return tuple(_Place(*place) for place in _in_order(applied, leaves))
 
 

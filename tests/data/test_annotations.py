@@ -115,10 +115,10 @@ def test_coco(tmp_path):
 @pytest.mark.parametrize(
     ("annotation", "message"),
     [
-        (note(image=8), r"annotation 0 in .*instances_val.json must be of an image in the file; got the image id 8"),
+        (note(image=8), r"annotation 0 in .*instances_val.json must refer to an image in the file; got the image id 8"),
         (
             note(category=3),
-            r"annotation 0 in .*instances_val.json must be of a category in the file; got the category id 3",
+            r"annotation 0 in .*instances_val.json must refer to a category in the file; got the category id 3",
         ),
         (
             note(box=(1, 2, 3)),

@@ -396,7 +396,7 @@ def test_wrong_heads_and_canvases():
         dataclasses.replace(YOLO, box_loss="l1")
     with pytest.raises(ValueError, match="num_classes must be at least 1 for a detector; got 0"):
         dataclasses.replace(REGION, num_classes=0)
-    with pytest.raises(ValueError, match=r"anchors must hold a \(width, height\) or more; got \(\)"):
+    with pytest.raises(ValueError, match=r"anchors must have at least one \(width, height\); got \(\)"):
         dataclasses.replace(REGION, anchors=())
     with pytest.raises(ValueError, match=r"height and a width that are multiples of 16; got \(60, 96\)"):
         model_of(YOLO).init(jax.random.key(0), jnp.zeros((1, 60, 96, 3)))

@@ -87,7 +87,7 @@ def test_errors():
         ops.sample(key, label, size=1, positive_fraction=2)
     with pytest.raises(ValueError, match=r"label must be \[A\]; got \(1, 4\)"):
         ops.sample(key, label[None], size=1, positive_fraction=1)
-    with pytest.raises(ValueError, match=r"sizes must be positive numbers, at least one; got \(\)"):
+    with pytest.raises(ValueError, match=r"sizes must be one or more positive numbers; got \(\)"):
         ops.level_anchors(1, 1, 1, (), (1.0,))
     with pytest.raises(ValueError, match=r"widths_heights must be positive numbers \[M, 2\]; got an array \(2, 2\)"):
         ops.kmeans_anchors([[1, 0], [1, 1]], 1)

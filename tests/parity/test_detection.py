@@ -74,7 +74,7 @@ def test_a_difference_is_seen():
     ) == [
         "boxes 5.0e-01",
         "scores nan",
-        "1 detections without a partner",
+        "1 detections without a match",
     ]
 
 

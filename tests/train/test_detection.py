@@ -77,7 +77,7 @@ def test_the_loss_is_the_sum_of_the_named_losses(model):
     assert set(plain) == {"loss", "class", "box"}
     assert plain["loss"] == pytest.approx(plain["class"] + plain["box"], rel=1e-6)
     assert losses({"box": 3.0})["loss"] == pytest.approx(plain["class"] + 3 * plain["box"], rel=1e-6)
-    with pytest.raises(ValueError, match="weights must be of the losses box, class; got 'cls'"):
+    with pytest.raises(ValueError, match="weights must be for the losses box, class; got 'cls'"):
         losses({"cls": 1.0})
     less = {k: v for k, v in batch().items() if k != "valid"}
     with pytest.raises(ValueError, match=r"batch must hold image, boxes, labels and valid; got .* without valid"):

@@ -166,7 +166,7 @@ def test_files_that_are_no_weights(tmp_path):
     path = tmp_path / "x.weights"
     for data, error in (
         (b"", "its header is empty"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is no .weights file of darknet: its header is 89 50 4e 47"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is not a .weights file of darknet: its header is 89 50 4e 47"),
         (struct.pack("<3iQ", 0, 2, 0, 7) + bytes(6), "must have a header of 20 bytes and 4 bytes per value; got 26"),
         (struct.pack("<3iI", 0, 2, 0, 7), "must have a header of 20 bytes and 4 bytes per value; got 16 bytes"),
     ):
@@ -259,7 +259,7 @@ YOLO = "[yolo]\nmask=0,1,2\nanchors=1,2, 3,4, 5,6\nnum=3\nclasses=2\n"
         ),
         (
             NET + CONV + "[maxpool]\nstride=2\n[route]\nlayers=0,1",
-            r"line 11, .* feature maps of one size; got 0: 32x32",
+            r"line 11, .* feature maps of the same size; got 0: 32x32",
         ),
         (NET + CONV + "[route]\nlayers=0\ngroups=2", r"line 10, .*: groups must divide the channels 21 and exceed"),
         (NET + CONV + "[shortcut]\nfrom=0\nweights_type=per_feature", "line 10, .*: weights_type must be none"),

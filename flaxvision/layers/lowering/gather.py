@@ -10,7 +10,7 @@ from jax import lax
 from flaxvision.layers.lowering.cpu import divisor
 from flaxvision.layers.lowering.primitive import LinearForm, call, zeros_varying_as
 
-CACHED_BYTES = 1 << 20  # addends of this size stay in the caches
+CACHED_BYTES = 1 << 20  # scattered values of this size stay in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +18,12 @@ class SumRows(LinearForm):
     """Maps `table [P, C]`, `weights [Q, S]` and `indices [Q, S]` to `[Q, C]`: see `sum_rows`."""
 
     def plain(self, table, weights, indices):
-        """Adds S gathers, which XLA fuses to one pass that writes nothing but the result."""
+        """Adds S gathers. XLA fuses them into one pass that only writes the result."""
         rows = (table.at[indices[:, s]].get(mode="promise_in_bounds") for s in range(indices.shape[1]))
         return sum(weights[:, s, None] * row for s, row in enumerate(rows))
 
     def transposed(self, index, cotangent, operands):
-        """Scatters for the table."""
+        """Scatters, for the table."""
         if index == 0:
             return call(SpreadRows(operands[0].shape[0]), cotangent, *operands[1:])
         return super().transposed(index, cotangent, operands)
@@ -36,14 +36,14 @@ class SpreadRows(LinearForm):
     rows: int
 
     def plain(self, x, weights, indices):
-        """Makes S scatters."""
+        """Adds S scatters."""
         table = zeros_varying_as(x, (self.rows, x.shape[1]), x.dtype)
         for s in range(indices.shape[1]):
             table = table.at[indices[:, s]].add(weights[:, s, None] * x, mode="promise_in_bounds")
         return table
 
     def cpu(self, x, weights, indices):
-        """Makes one scatter for a few rows of x at a time, into the same array."""
+        """Scatters a few rows of x at a time into the same array."""
         count, columns = x.shape
         few = CACHED_BYTES // (x.dtype.itemsize * columns * indices.shape[1])
         few = divisor(count, few) if isinstance(count, int) and count else 0
@@ -58,7 +58,7 @@ class SpreadRows(LinearForm):
         return lax.scan(add, table, [a.reshape(-1, few, a.shape[1]) for a in (x, weights, indices)])[0]
 
     def transposed(self, index, cotangent, operands):
-        """Gathers for x."""
+        """Gathers, for x."""
         if index == 0:
             return call(SumRows(), cotangent, *operands[1:])
         return super().transposed(index, cotangent, operands)
@@ -69,7 +69,7 @@ def sum_rows(table: jax.Array, weights: jax.Array, indices: jax.Array) -> jax.Ar
 
     Args:
         table: `[P, C]`.
-        weights: `[Q, S]`, of the same dtype. S is small: the program has a gather for each.
+        weights: `[Q, S]`, of the same dtype. S should be small: the program has S gathers.
         indices: `[Q, S]` integers in [0, P).
 
     Returns:

@@ -1,4 +1,4 @@
-"""The objective of detection: the losses of the detector itself."""
+"""The objective of detection: the sum of the losses of the detector."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ def detection(
     weights: Mapping[str, float] | None = None,
     measure: Callable[[Callable[..., Any], dict[str, Any], dict[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Objective:
-    """Makes the objective of detection: the sum of the detector's `losses`.
+    """Returns the objective of detection: the sum of the detector's `losses`.
 
     A batch holds `image` [N, H, W, C], `boxes` [N, M, 4], `labels` and `valid` [N, M], and optionally `size` [N, 2],
     `crowd` and `difficult` [N, M]. The metrics are `loss` and each of the detector's losses by name.
 
-    Detectors that sample anchors or regions use one key for each row of the global batch, so the samples do not depend
-    on the number of devices, under `jit` and under `pmap`. In evaluation the keys depend on the `index` of an image if
-    the batch has it, and never on the batch. Losses that a detector divides by a count over the batch still do.
+    Detectors that sample anchors or regions use one PRNG key per row of the global batch. The samples therefore do not
+    depend on the number of devices, under `jit` and under `pmap`. In evaluation, the key of a row depends only on the
+    `index` of the image, or without `index` on the number of the row. A loss that the detector divides by a count over
+    the batch still depends on the other rows.
 
     Args:
-        weights: Factors of the losses by name; those left out have 1.
+        weights: Factor of each loss by name; the default is 1.
         measure: `(apply_fn, variables, batch) -> metrics` by name, called in evaluation only, such as
             `average_precision(model)`.
 
     Returns:
-        The objective. When traced it raises ValueError for a weight of an unknown loss or a batch without boxes.
+        The objective. When called, it raises ValueError if `weights` has an unknown loss or the batch has no boxes.
     """
 
     def objective(apply_fn, params, collections, batch, rng, train):
@@ -57,7 +58,7 @@ def detection(
         else:
             named = apply_fn(variables, batch, keys, train=False, method="losses")
         if unknown := sorted(set(weights or ()) - set(named)):
-            raise ValueError(f"weights must be of the losses {', '.join(sorted(named))}; got {unknown[0]!r}")
+            raise ValueError(f"weights must be for the losses {', '.join(sorted(named))}; got {unknown[0]!r}")
         mask = jnp.ones(rows, jnp.float32) if mask is None else mask.astype(jnp.float32)
         total = sum(value * (weights or {}).get(name, 1.0) for name, value in named.items())
         metrics = {name: fm.Mean.of(value, mask) for name, value in {"loss": total, **named}.items()}
@@ -70,11 +71,11 @@ def detection(
 
 
 def average_precision(model: Any, num_classes: int, **options: Any) -> Callable[..., dict[str, Any]]:
-    """Returns the `measure` of `detection` that finds boxes and gives the metric `coco`, a `CocoAP`.
+    """Returns a `measure` for `detection` that runs `flaxvision.detect` and returns the metric `coco`, a `CocoAP`.
 
     Args:
         model: The detector.
-        num_classes: Number of classes of the data.
+        num_classes: Number of classes of the data, without a background class.
         **options: Options of `flaxvision.detect`, such as `score_threshold`.
     """
 
@@ -88,7 +89,7 @@ def average_precision(model: Any, num_classes: int, **options: Any) -> Callable[
 
 
 def _real_rows(batch: dict[str, Any]) -> tuple[dict[str, Any], jax.Array | None]:
-    """Returns the batch with padded rows set to 0 and without objects, and the mask."""
+    """Returns the batch, with rows that are padding set to 0 and without objects, and the mask."""
     missing = [key for key in ("image", "boxes", "labels", "valid") if key not in batch]
     if missing:
         raise ValueError(f"batch must hold image, boxes, labels and valid; got {sorted(batch)} without {missing[0]}")
@@ -103,7 +104,7 @@ def _real_rows(batch: dict[str, Any]) -> tuple[dict[str, Any], jax.Array | None]
 
 
 def _row_keys(rng: jax.Array | None, rows: int, batch: dict[str, Any]) -> jax.Array:
-    """Returns a key for each row [N], the same for any number of devices."""
+    """Returns one key per row [N], the same for any number of devices."""
     if rng is None:
         numbers = batch.get("index", jnp.arange(rows))
         return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers)

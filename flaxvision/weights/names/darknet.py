@@ -1,4 +1,4 @@
-"""The networks of darknet. Its `.weights` files have no names; `weights.darknet` gives tensors those of our modules."""
+"""Layouts of darknet's networks. `.weights` files have no names, so `weights.darknet` uses those of our modules."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from flaxvision.weights.layout import Layout
 
 
 def same(path: str) -> str:
-    """Returns the path of a module as it is."""
+    """Returns the path of a module unchanged."""
     return path
 
 
 def resized(size: int) -> Preprocessing:
-    """Returns darknet's transform for classifiers: the shorter side becomes `size`, and pixels are in [0, 1]."""
+    """Returns darknet's transform for classifiers: shorter side `size`, central crop, pixels in [0, 1]."""
     return Preprocessing(crop=size, resize=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 

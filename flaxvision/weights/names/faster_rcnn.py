@@ -1,4 +1,4 @@
-"""Faster R-CNN in torchvision."""
+"""Names of torchvision's Faster R-CNN."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OLD = re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+|rpn\.head\.conv)
 
 
 def torchvision_name(path: str) -> str:
-    """Returns `backbone.fpn.inner_blocks.2.0` for `fpn/inner_stage3`; the body has the names of the ResNet."""
+    """Returns torchvision's name of a module, such as `backbone.fpn.inner_blocks.2.0` for `fpn/inner_stage3`."""
     if path in _HEADS:
         return _HEADS[path]
     if found := _PYRAMID.fullmatch(path):
@@ -30,7 +30,7 @@ def torchvision_name(path: str) -> str:
 
 
 def current_names(tensors: Tensors) -> Tensors:
-    """Renames the tensors of files older than torchvision 0.13, whose convolutions were not in a `Sequential`."""
+    """Renames tensors of files from before torchvision 0.13, whose convolutions were not in a `Sequential`."""
 
     def renamed(name: str) -> str:
         found = _OLD.fullmatch(name)
