@@ -35,6 +35,10 @@ import flaxvision as fv
 class Recipe(fv.train.Recipe):
     """A recipe with its augmentations, which run on the device."""
 
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes."""
+    aux_weight: float = 0.3
+    """Weight of the loss of each auxiliary classifier, in models that have them; 0 builds none."""
     crop_padding: int = 4
     """Augmentation: pad every side by this many pixels and crop at a random place; 0 for no crop."""
     padding_mode: Literal["zero", "reflect"] = "zero"
@@ -50,7 +54,7 @@ class Recipe(fv.train.Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("crop_padding", "cutout", "mixup", "cutmix"):
+        for field in ("aux_weight", "crop_padding", "cutout", "mixup", "cutmix"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
 

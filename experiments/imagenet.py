@@ -40,6 +40,10 @@ import flaxvision as fv
 class Recipe(fv.train.Recipe):
     """A recipe with its augmentations. Threads decode and crop the images, the device does the rest."""
 
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes."""
+    aux_weight: float = 0.3
+    """Weight of the loss of each auxiliary classifier, in models that have them; 0 builds none."""
     size: int | None = None
     """Height and width of a training crop. Default: the published input size of the model."""
     crop: Literal["resized", "scaled"] = "resized"
@@ -66,7 +70,7 @@ class Recipe(fv.train.Recipe):
         for field in ("size", "eval_size", "eval_shorter"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1; got {value}")
-        for field in ("lighting", "mixup", "cutmix"):
+        for field in ("aux_weight", "lighting", "mixup", "cutmix"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
         if not 0 < self.area[0] <= self.area[1] <= 1:

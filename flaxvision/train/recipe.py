@@ -13,7 +13,7 @@ from flaxvision.train import optim
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a classifier is trained; the defaults train ResNet on ImageNet (He 2015; Goyal 2017, section 5.1).
+    """How a model is trained; the defaults are those of ResNet on ImageNet (He 2015; Goyal 2017, section 5.1).
 
     Points in time are fractions of the run, so that a shorter run has the same schedule. Experiments subclass it with
     their augmentations and keep their recipes in a table. The text below a field is the help text of its flag.
@@ -50,10 +50,6 @@ class Recipe:
     """Weight decay of kernels; biases and normalization parameters have none."""
     clip_norm: float | None = None
     """Largest global norm of the gradient; larger gradients are scaled down."""
-    label_smoothing: float = 0.0
-    """Share of each target that is spread over all classes."""
-    aux_weight: float = 0.3
-    """Weight of the loss of each auxiliary classifier, in models that have them; 0 builds none."""
     ema_decay: float | None = None
     """Decay per step of a moving average of the weights, which is then evaluated. Default: no average."""
     accumulate: int = 1
@@ -70,7 +66,7 @@ class Recipe:
             value = getattr(self, field)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{field} must be in [0, 1); got {value}")
-        for field in ("warmup_epochs", "weight_decay", "aux_weight"):
+        for field in ("warmup_epochs", "weight_decay"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
         if not all(0 < b < 1 for b in self.boundaries):
