@@ -1,4 +1,4 @@
-"""Command line: list models, classify images, find objects, convert weights.
+"""Command line: list models, classify images, detect objects, convert weights.
 
     flaxvision list 'resnet*'
     flaxvision predict resnet50 torchvision/IMAGENET1K_V2 photo.jpg
@@ -56,7 +56,7 @@ class List:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Print the most probable classes of images, or the objects in them, with the transform of the weights."""
+    """Print the most probable classes of images, or detect objects in them, with the transform of the weights."""
 
     model: Name
     """Name of a model, see `flaxvision list`; or a detector's .cfg file of darknet."""
@@ -72,20 +72,20 @@ class Predict:
     classes: Path | None = None
     """Text file with one class name per line. Default: the class names of the weights, or numbers if there are none."""
     top: int = 5
-    """Number of classes to print, for classifiers."""
+    """Number of classes to print; classifiers only."""
     out: Path | None = None
-    """Picture of the objects, for detectors; a folder for several images."""
+    """Picture of the detections, or a folder of pictures for several images; detectors only."""
     json: bool = False
-    """Print JSON instead of a table, for detectors."""
+    """Print JSON instead of a table; detectors only."""
     score: float = 0.3
-    """Least score of an object, for detectors."""
+    """Minimum score of a detection; detectors only."""
     iou: float = 0.5
-    """Overlap (IoU) above which an object suppresses others of its class, for detectors."""
+    """IoU above which a detection suppresses others of its class; detectors only."""
     size: int | None = None
-    """Side of the square canvas, for detectors. Default: that of the weights or of the model."""
+    """Side of the square that images are padded to; detectors only. Default: that of the weights or of the model."""
 
     def run(self) -> None:
-        """Prints one line per image and class, or per object."""
+        """Prints one line per image and class, or per detection."""
         if self.top < 1:
             raise ValueError(f"--top must be at least 1; got {self.top}")
         if not self.images:
@@ -97,7 +97,7 @@ class Predict:
         if described:
             model, variables = fv.weights.load_cfg(self.model, self.weights)
             if not isinstance(model, fv.models.CfgDetector):
-                raise ValueError(f"MODEL must have heads, [yolo] or [region], to find objects; got {self.model}")
+                raise ValueError(f"MODEL must have [yolo] or [region] heads; got {self.model}")
             names = None
         else:
             loaded = load_weights(self.model, self.weights, source=self.source)

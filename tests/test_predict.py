@@ -137,7 +137,7 @@ def test_a_cfg_file(folder, capsys, tmp_path):
     (tmp_path / "x.cfg").write_text(net + conv.format(4, 8))
     fv.weights.write_darknet(tmp_path / "x.weights", fv.weights.DarknetFile(values[:112]))
     assert run("predict", *files) == 1
-    assert "MODEL must have heads, [yolo] or [region], to find objects; got" in capsys.readouterr().err
+    assert "MODEL must have [yolo] or [region] heads; got" in capsys.readouterr().err
 
 
 def test_flags_of_detectors_are_refused_for_classifiers(folder, capsys):
