@@ -303,6 +303,51 @@ def test_tfds(tfds_objects):
         data.load_detection("tiny_objects", "val", data_dir=tfds_objects)
 
 
+@pytest.fixture
+def opened(monkeypatch):
+    """Replaces every TFDS set by one image of 20x30 pixels with one box; lists the sets and splits that are opened."""
+    import io
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    from flaxvision.data import tfds
+
+    file, opened = io.BytesIO(), []
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file, "png")
+    box = np.array([[1 / 20, 7 / 30, 20 / 20, 18 / 30]], np.float32)  # y from 1 to 20, x from 7 to 18
+    records = [{"image": file.getvalue(), "objects": {"bbox": box, "label": np.zeros(1, int)}}]
+    feature = {"bbox": None, "label": SimpleNamespace(names=["cat"])}
+    features = {"image": None, "objects": SimpleNamespace(feature=feature)}
+
+    def builder(name, data_dir):
+        return SimpleNamespace(
+            name=name.partition("/")[0],
+            info=SimpleNamespace(features=features, full_name=name, splits=()),
+            is_prepared=lambda: True,
+            as_data_source=lambda split, decoders: opened.append((name, split)) or records,
+        )
+
+    monkeypatch.setattr(tfds, "_builder", builder)
+    return opened
+
+
+def test_voc_of_tfds_counts_from_one_and_others_do_not(opened):
+    for name, first in (("voc/2007", (6, 0)), ("coco/2017", (7, 1))):
+        source = data.load_detection(name, "train")
+        np.testing.assert_allclose(source[0]["boxes"], [[*first, 18, 20]], atol=1e-5)
+        assert source.counts.tolist() == [1]
+    assert len({data.load_detection(name, "train").fingerprint for name in ("voc/2007", "coco/2017")}) == 2
+
+
+def test_coco_of_tfds_by_the_names_of_the_archives(opened, tmp_path):
+    (tmp_path / "coco" / "2017" / "1.1.0").mkdir(parents=True)
+    (tmp_path / "coco" / "2017" / "1.1.0" / "dataset_info.json").write_text("{}")
+    for split in ("train2017", "val2017", "test"):
+        data.load_detection("coco", split, data_dir=tmp_path)
+    assert opened == [("coco/2017", "train"), ("coco/2017", "validation"), ("coco", "test")]
+
+
 def test_a_set_that_is_not_prepared(tmp_path):
     with pytest.raises(RuntimeError, match="TFDS set 'voc' is not prepared in"):
         data.load_detection("voc", "train", data_dir=tmp_path)
