@@ -31,8 +31,8 @@ def random_iou_crop(
 
     One of `min_ious` is drawn. The first of `tries` random windows is used whose IoU with the box of some object is at
     least that number, and which holds the centre of an object; if there is none, or 1 was drawn, the image stays as it
-    is. Objects whose centre lies outside of the window are dropped. With `size` the aspect ratio of the window is kept,
-    otherwise the window is stretched to the canvas.
+    is. Objects whose centre lies outside of the window are dropped, but not crowds. With `size` the aspect ratio of the
+    window is kept, otherwise the window is stretched to the canvas.
 
     Args:
         key: Key of this op and example.
@@ -51,7 +51,8 @@ def random_iou_crop(
     height, width, _ = shape_of(example["image"])
     size = _size_of(example)
     boxes = jnp.asarray(example["boxes"], jnp.float32)
-    real = jnp.asarray(example["valid"]).astype(bool) & ~jnp.asarray(example.get("crowd", False)).astype(bool)
+    crowd = _crowd_of(example)
+    real = jnp.asarray(example["valid"]).astype(bool) & ~crowd
     key_option, key_extent, key_place = jax.random.split(key, 3)
     least = jnp.asarray(min_ious, jnp.float32)[jax.random.randint(key_option, (), 0, len(min_ious))]
     extent = size[None] * jax.random.uniform(key_extent, (tries, 2), minval=scales[0], maxval=scales[1])
@@ -76,7 +77,7 @@ def random_iou_crop(
     else:
         zoom, new_size = canvas / extent, canvas
     moved = _zoomed("random_iou_crop", example, zoom, -corner * zoom, new_size, fill)
-    kept = jnp.where(cropped, inside[first], True)
+    kept = jnp.where(cropped, inside[first] | crowd, True)
     return {**moved, "valid": _cleared(moved["valid"], ~kept)}
 
 
@@ -274,7 +275,14 @@ def _drop_hidden(moved, before, zoom, min_visible):
     old = jnp.asarray(before["boxes"], jnp.float32)
     whole = jnp.prod(old[:, 2:] - old[:, :2], -1) * jnp.prod(zoom)
     left = jnp.prod(moved["boxes"][:, 2:] - moved["boxes"][:, :2], -1)
-    return {**moved, "valid": _cleared(moved["valid"], left < min_visible * whole)}
+    hidden = (left < min_visible * whole) & ~_crowd_of(before)
+    return {**moved, "valid": _cleared(moved["valid"], hidden)}
+
+
+def _crowd_of(example):
+    """Returns which objects are crowds, bool [M]."""
+    none = jnp.zeros(jnp.shape(example["valid"]), bool)
+    return jnp.asarray(example.get("crowd", none)).astype(bool)
 
 
 def _cleared(valid, wrong):
