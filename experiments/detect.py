@@ -71,6 +71,10 @@ class Config(Recipe, fv.train.RunSettings):
     """A registered classifier with the detector's backbone, such as resnet50; with --backbone-weights."""
     backbone_weights: str | None = None
     """Weights of --backbone-model to start the backbone from: a published tag or a file."""
+    batch_norm: Literal["sync", "local", "ghost", "frozen"] | None = None
+    """Statistics of BatchNorm in training. sync: of the whole batch; local: of the rows on each device; ghost: of
+    groups of --ghost-size rows; frozen: the running statistics. Default: frozen for a Faster R-CNN from trained
+    weights, else sync."""
     eval_only: bool = False
     """Only evaluate --weights."""
     eval_batch_size: int = 32
@@ -195,9 +199,7 @@ class Run:
             (config.brightness, partial(a.random_brightness, max_delta=config.brightness)),
         )
         ops = [op for wanted, op in chosen if wanted]
-        objects = self.train_source.max_objects
-        mosaic = partial(a.mosaic, probability=config.mosaic, max_objects=objects, fill=fill)
-        mix = mosaic if config.mosaic else None
+        mix = partial(a.mosaic, probability=config.mosaic, fill=fill) if config.mosaic else None
         common: dict[str, Any] = {"mean": self.built.mean, "std": self.built.std, "padding": config.padding}
         self.eval_transform = a.make_transform(**common)
         self.view = a.make_transform(*ops, mix=mix)
@@ -215,7 +217,9 @@ class Run:
         """Initializes the model, or copies the weights of --weights."""
         height, width = self.train_source.canvases.sizes[0]
         sample = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-        tx = self.config.make_optimizer(learning_rate)
+        backbone = getattr(self.model, "backbone", None)
+        held = [] if backbone is None else [f"backbone/{path}" for path in backbone.frozen_params(sample)]
+        tx = dataclasses.replace(self.config, frozen=(*self.config.frozen, *held)).make_optimizer(learning_rate)
         start = detect_models.start(self.built, self.config, rng, sample)
         return fv.train.create_state(self.model, tx, rng, sample, variables=start, ema_decay=self.config.ema_decay)
 
