@@ -203,10 +203,16 @@ class Run:
         common: dict[str, Any] = {"mean": self.built.mean, "std": self.built.std, "padding": config.padding}
         self.eval_transform = a.make_transform(**common)
         self.view = a.make_transform(*ops, mix=mix)
+        augmented = a.make_transform(*ops, mix=mix, **common)
+
+        def train_transform(rng, batch):
+            # Trained weights need no warm-up, as in darknet, whose files count the images that training has seen.
+            return augmented(rng, {k: v for k, v in batch.items() if k != "seen" or config.weights is None})
+
         measure = fv.train.average_precision(self.model, len(self.classes), **self._detect_options)
         return fv.train.compile_steps(
             fv.train.detection(measure=measure),
-            train_transform=a.make_transform(*ops, mix=mix, **common),
+            train_transform=train_transform,
             eval_transform=self.eval_transform,
             accumulate=config.accumulate,
             use_ema=config.ema_decay is not None,

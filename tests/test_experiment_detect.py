@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -226,3 +227,19 @@ def test_anchors_are_those_of_the_boxes_on_their_canvases(tiny):
     sides = np.concatenate([source[i]["boxes"][source[i]["valid"]] for i in range(len(source))])
     sides = sides[:, 2:] - sides[:, :2]
     assert np.prod(sides, -1).min() < areas[0] < np.median(np.prod(sides, -1)) < areas[-1] < np.prod(sides, -1).max()
+
+
+def test_the_warm_up_of_yolo_v2_is_for_runs_from_nothing(tiny, tmp_path, monkeypatch):
+    """The step gets the number of images that the run has seen before."""
+    found = {}
+    monkeypatch.setattr(fv.train, "compile_steps", lambda *rest, **options: found.update(options) or (None, None))
+    monkeypatch.setattr(
+        detect.detect_models, "build", lambda *rest: SimpleNamespace(model=None, mean=(0.0,) * 3, std=(1.0,) * 3)
+    )
+    for weights, known in (((), True), (("--weights", "x"), False)):
+        config = detect.parse(["--model", "yolo_v2", "--canvases", "96", "--no-flip", "--zoom", "1", "1", *weights])
+        made = detect.Run(config, *detect.load(config), tmp_path)
+        with fv.data.train_batches(made.train_source, 4, seed=0).from_step(2) as iterator:
+            batch = found["train_transform"](jax.random.key(0), next(iterator))
+        assert ("seen" in batch) == known
+        assert np.asarray(batch.get("seen", [8, 9, 10, 11])).tolist() == [8, 9, 10, 11]

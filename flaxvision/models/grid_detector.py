@@ -20,7 +20,8 @@ class GridDetector(Detector):
 
     A subclass defines `heads`, and `__call__`, which returns the raw output of each of them by its name. Images are RGB
     in [0, 1], and the canvas is a multiple of the coarsest stride. In training, `batch["seen"]`, an integer or `[N]`,
-    may give the number of images that were seen before, for the warm-up of YOLOv2; without it there is no warm-up.
+    may give the number of images that were seen before, as batches on canvases do, for the warm-up of YOLOv2; without
+    it there is no warm-up.
     """
 
     @property
