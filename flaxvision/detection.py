@@ -105,7 +105,7 @@ def select_detections(
     """Selects the best candidates of each image by greedy non-maximum suppression in each class.
 
     The result is exact, whatever the number of candidates. Equal scores are visited in the order of the candidates,
-    then of the classes.
+    then of the classes. Boxes and scores have gradients, but lowered scores (`soft_sigma`) only in forward mode.
 
     Args:
         candidates: The candidates.
@@ -149,8 +149,11 @@ def select_detections(
             boxes, scores = boxes.reshape(*shape, 4), scores.reshape(*shape, 1)
     boxes = boxes if boxes.ndim == 3 else jnp.moveaxis(boxes, 2, 1)
     lower = lambda row, iou: _lowered(row, iou, threshold, soft_sigma, score_threshold)
-    place, label, found = _greedy(boxes, jnp.moveaxis(scores, 2, 1), max_detections, lower)
+    rows = jnp.moveaxis(scores, 2, 1)
+    place, label, found = _greedy(boxes, rows if soft_sigma else lax.stop_gradient(rows), max_detections, lower)
     exists = found > -jnp.inf
+    if soft_sigma is None:  # taken from the scores, which have gradients, and not from the loop
+        found = jax.vmap(lambda row, p, k: row[k, p])(rows, place, label)
     chosen = jax.vmap(lambda b, p, k: b[p] if b.ndim == 2 else b[k, p])(boxes, place, label)
     label = label if names is None else jnp.take_along_axis(names, place, axis=1)
     chosen, found, label = (
