@@ -169,7 +169,8 @@ class Run:
         self.canvases = evaluated
         self.train_source = fv.data.on_canvases(train, sizes, multiscale=config.multiscale, cache=cache)
         self.val, self.test = (fv.data.on_canvases(source, evaluated, cache=cache) for source in (val, test))
-        find_anchors = partial(detect_report.anchors_of, self.train_source, seed=config.seed)
+        # With several scales in training, anchors are those of the canvases of evaluation.
+        find_anchors = partial(detect_report.anchors_of, fv.data.on_canvases(train, evaluated), seed=config.seed)
         self.built = detect_models.build(config, len(self.classes), find_anchors)
         self.model = self.built.model
         self.train_step, self.eval_step = self._steps()

@@ -229,6 +229,21 @@ def test_anchors_are_those_of_the_boxes_on_their_canvases(tiny):
     assert np.prod(sides, -1).min() < areas[0] < np.median(np.prod(sides, -1)) < areas[-1] < np.prod(sides, -1).max()
 
 
+def test_anchors_of_several_scales_are_those_of_evaluation(tiny, tmp_path, monkeypatch):
+    found = {}
+
+    def build(config, classes, find_anchors):
+        found["anchors"] = find_anchors(3)
+        return SimpleNamespace(model=None, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+    monkeypatch.setattr(fv.train, "compile_steps", lambda *rest, **options: (None, None))
+    monkeypatch.setattr(detect.detect_models, "build", build)
+    config = detect.parse(["--canvases", "64", "192", "256", "--multiscale", "2", "--eval-canvases", "192", "--resize"])
+    train, val, test = detect.load(config)
+    detect.Run(config, train, val, test, tmp_path)
+    assert found["anchors"] == detect.detect_report.anchors_of(fv.data.on_canvases(train, 192), 3, 0)
+
+
 def test_the_warm_up_of_yolo_v2_is_for_runs_from_nothing(tiny, tmp_path, monkeypatch):
     """The step gets the number of images that the run has seen before."""
     found = {}
