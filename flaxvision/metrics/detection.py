@@ -107,7 +107,8 @@ class DetectionAP(Accumulator):
 class CocoAP(DetectionAP):
     """COCO's average precision, computed by pycocotools: `CocoAP.of(batch, found, num_classes)`.
 
-    Crowd boxes take detections without counting them. `compute` gives the twelve numbers of COCO by name, -1 where they
+    Crowd boxes take detections without counting them. Difficult objects, which COCO does not have, count as any other:
+    see `VocAP`. `compute` gives the twelve numbers of COCO by name, -1 where they
     are not defined: `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large`, `ar1`, `ar10`, `ar100`, `ar_small`,
     `ar_medium` and `ar_large`.
     """

@@ -136,6 +136,28 @@ def test_faults_of_coco(tmp_path, annotation, message):
         data.load_detection("coco", "val", data_dir=tmp_path)
 
 
+def test_damaged_files_of_coco(tmp_path):
+    files.coco(tmp_path, [note()])
+    path = tmp_path / "annotations" / "instances_val.json"
+    sound = json.loads(path.read_text())
+    for part, key in (("images", "height"), ("images", "id"), ("categories", "name")):
+        content = json.loads(path.read_text())
+        del content[part][0][key]
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"each of the {part} in .*json must have id, "):
+            data.load_detection("coco", "val", data_dir=tmp_path)
+        path.write_text(json.dumps(sound))
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="must have images, annotations and categories; got list"):
+        data.load_detection("coco", "val", data_dir=tmp_path)
+
+
+def test_an_object_of_voc_without_a_name(tmp_path):
+    files.voc(tmp_path, [CAT, ("", 1, 1, 4, 4)])
+    with pytest.raises(ValueError, match=r"every class in .* must be a known one \(such as cat\); got ''"):
+        data.load_voc(tmp_path, "train")
+
+
 def test_missing_files_of_coco(tmp_path):
     files.coco(tmp_path, [note()])
     with pytest.raises(
