@@ -5,7 +5,7 @@ darknet's `yolov2-voc.cfg`, `yolov2.cfg` (COCO), `yolov2-tiny-voc.cfg` and `yolo
 in the passthrough layer: a 1x1 convolution to 64 channels precedes it, and it moves pixels to channels in an order of
 its own (`layers.darknet.reorg`), where the paper speaks of stacking adjacent features.
 
-The defaults are those of VOC. For COCO: `num_classes=80, anchors=COCO_ANCHORS`, and `head_features=(512,)` for the tiny
+The defaults are those of VOC. For COCO: `num_classes=80`, and `head_features=(512,), anchors=COCO_ANCHORS` for the tiny
 network, which was also trained with `rescore=False`.
 """
 
@@ -51,7 +51,7 @@ class YoloV2(GridDetector):
     Attributes:
         backbone: Maps images to stages; the last two are used, or the last one without passthrough.
         num_classes: Number of classes.
-        anchors: Width and height of the anchors, in cells.
+        anchors: Width and height of the anchors, in cells; None for those of COCO with 80 classes, else those of VOC.
         head_features: Channels of the 3x3 convolutions. The passthrough joins before the last of them.
         passthrough_features: Channels of the 1x1 convolution before the passthrough layer; 0 for no passthrough.
         match_anchors: As in `RegionHead`, like the following fields.
@@ -67,7 +67,7 @@ class YoloV2(GridDetector):
 
     backbone: Backbone
     num_classes: int = 20
-    anchors: Anchors = VOC_ANCHORS
+    anchors: Anchors | None = None
     head_features: tuple[int, ...] = (1024, 1024, 1024)
     passthrough_features: int = 64
     match_anchors: bool = True
@@ -85,7 +85,7 @@ class YoloV2(GridDetector):
         """The head; its raw output is called `stride32`."""
         stride = list(self.backbone.strides.values())[-1]
         head = RegionHead(
-            self.anchors,
+            self.anchors or (COCO_ANCHORS if self.num_classes == 80 else VOC_ANCHORS),
             self.num_classes,
             stride,
             match_anchors=self.match_anchors,
@@ -128,7 +128,7 @@ class YoloV2(GridDetector):
                 y = unit(self.passthrough_features, (1, 1), padding=0, name="passthrough")(features[stages[-2]])
                 x = jnp.concatenate([reorg(y, y.shape[1] // x.shape[1]), x], axis=-1)
             x = unit(channels, (3, 3), padding=1, name=f"head_conv{number}")(x)
-        depth = len(self.anchors) * (5 + self.num_classes)
+        depth = len(head.anchors) * (5 + self.num_classes)
         out = Conv(depth, (1, 1), kernel_init=nn.initializers.he_normal(), name="head_out", **backbone.dtypes)
         return {name: as_float32(out(x))}
 
