@@ -197,6 +197,18 @@ def test_the_header_of_the_fork_sets_epsilon(tmp_path):
     assert (model.epsilon, model.dtype) == (0.1, jnp.bfloat16)
 
 
+def test_a_registered_network_of_the_fork_has_its_epsilon(tmp_path):
+    fields = {"convs": (((4, 3),), ((4, 3),)), "num_classes": 3}
+    model, path = fv.create_model("tiny_darknet", **fields), tmp_path / "x.weights"
+    for version, epsilon in (((0, 2, 0), 1e-6), ((0, 2, 5), 1e-5)):
+        write_darknet(path, DarknetFile(drawn(values_of(model)), 0, version))
+        loaded, _ = fv.weights.load_model("tiny_darknet", path, source="darknet", **fields)
+        assert loaded.backbone.epsilon == epsilon
+    with pytest.raises(ValueError, match="overrides must include epsilon=1e-05 for darknet's tiny_darknet"):
+        fv.weights.load("tiny_darknet", path, source="darknet", **fields)
+    fv.weights.load("tiny_darknet", path, source="darknet", epsilon=1e-5, **fields)
+
+
 def test_another_number_of_classes(tmp_path, caplog):
     """The last convolution before each head is new, and the others keep their values."""
     sections = narrow_tiny("yolo_v3_tiny")[2]
