@@ -78,6 +78,10 @@ class Config(Recipe, fv.train.RunSettings):
     """A registered classifier with the backbone of the detector, such as resnet50; only with --backbone-weights."""
     backbone_weights: str | None = None
     """Pretrained weights of --backbone-model for the backbone: a published tag or a file."""
+    batch_norm: Literal["sync", "local", "ghost", "frozen"] | None = None
+    """Statistics of BatchNorm in training. sync: of the whole batch; local: of the rows on each device; ghost: of
+    groups of --ghost-size rows; frozen: the running statistics. Default: frozen for a Faster R-CNN with pretrained
+    weights, else sync."""
     eval_only: bool = False
     """Only evaluate the model of --weights."""
     eval_batch_size: int = 32
@@ -172,7 +176,8 @@ class Run:
         self.canvases = evaluated
         self.train_source = fv.data.on_canvases(train, sizes, multiscale=config.multiscale, cache=cache)
         self.val, self.test = (fv.data.on_canvases(source, evaluated, cache=cache) for source in (val, test))
-        find_anchors = partial(detect_report.anchors_of, self.train_source, seed=config.seed)
+        # With several scales in training, anchors are those of the canvases of evaluation.
+        find_anchors = partial(detect_report.anchors_of, fv.data.on_canvases(train, evaluated), seed=config.seed)
         self.built = detect_models.build(config, len(self.classes), find_anchors)
         self.model = self.built.model
         self.train_step, self.eval_step = self._steps()
@@ -202,16 +207,20 @@ class Run:
             (config.brightness, partial(a.random_brightness, max_delta=config.brightness)),
         )
         ops = [op for wanted, op in chosen if wanted]
-        objects = self.train_source.max_objects
-        mosaic = partial(a.mosaic, probability=config.mosaic, max_objects=objects, fill=fill)
-        mix = mosaic if config.mosaic else None
+        mix = partial(a.mosaic, probability=config.mosaic, fill=fill) if config.mosaic else None
         common: dict[str, Any] = {"mean": self.built.mean, "std": self.built.std, "padding": config.padding}
         self.eval_transform = a.make_transform(**common)
         self.view = a.make_transform(*ops, mix=mix)
+        augmented = a.make_transform(*ops, mix=mix, **common)
+
+        def train_transform(rng, batch):
+            # Trained weights need no warm-up, as in darknet, whose files count the images that training has seen.
+            return augmented(rng, {k: v for k, v in batch.items() if k != "seen" or config.weights is None})
+
         measure = fv.train.average_precision(self.model, len(self.classes), **self._detect_options)
         return fv.train.compile_steps(
             fv.train.detection(measure=measure),
-            train_transform=a.make_transform(*ops, mix=mix, **common),
+            train_transform=train_transform,
             eval_transform=self.eval_transform,
             accumulate=config.accumulate,
             use_ema=config.ema_decay is not None,
@@ -222,7 +231,9 @@ class Run:
         """Creates the train state, with newly initialized variables or those of the weights."""
         height, width = self.train_source.canvases.sizes[0]
         sample = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-        tx = self.config.make_optimizer(learning_rate)
+        backbone = getattr(self.model, "backbone", None)
+        held = [] if backbone is None else [f"backbone/{path}" for path in backbone.frozen_params(sample)]
+        tx = dataclasses.replace(self.config, frozen=(*self.config.frozen, *held)).make_optimizer(learning_rate)
         start = detect_models.start(self.built, self.config, rng, sample)
         return fv.train.create_state(self.model, tx, rng, sample, variables=start, ema_decay=self.config.ema_decay)
 

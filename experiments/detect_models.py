@@ -84,12 +84,19 @@ def build(config: Any, num_classes: int, find_anchors: Callable[[int], Any]) -> 
     if is_cfg(config.model):
         return _from_cfg(config, num_classes, find_anchors)
     name = "yolo_v3_tiny" if config.model == "small" else config.model
-    info = fv.model_info(name)
-    fields = fv.model_fields(fv.create_model(name))
+    info, usual = fv.model_info(name), fv.create_model(name)
+    fields = fv.model_fields(usual)
     overrides: dict[str, Any] = dict(SMALL) if config.model == "small" else {}
+    if config.weights or config.backbone_weights:
+        overrides["frozen_stages"] = config.frozen_stages
+    if name.startswith("faster_rcnn") and not config.weights:
+        # The published network has the frozen statistics of a trained backbone, and an epsilon that goes with its own.
+        overrides |= {"epsilon": 1e-5, "batch_norm": "frozen" if config.backbone_weights else "sync"}
     overrides |= config.model_overrides(fields, num_classes + int(name.startswith("faster_rcnn")))
     if config.anchors:
-        overrides["anchors"] = find_anchors(config.anchors)
+        # Those of YOLOv2 are in cells.
+        unit = next(iter(usual.heads.values())).stride if isinstance(usual, fv.models.YoloV2) else 1
+        overrides["anchors"] = tuple((width / unit, height / unit) for width, height in find_anchors(config.anchors))
     built = Built(fv.create_model(name, **overrides), name, overrides, info.mean, info.std)
     if config.weights is None:
         return built

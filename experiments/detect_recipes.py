@@ -43,6 +43,8 @@ class Recipe(fv.train.Recipe):
     """Augmentation: maximum change of the brightness."""
     padding: float = 0.0
     """Value of the padding after normalization."""
+    frozen_stages: int = 0
+    """Stages of the backbone, from the image on, that stay as they are if it starts from weights."""
     anchors: int = 0
     """YOLO: number of anchors to compute from the boxes by k-means. 0: the anchors of the model."""
     score_threshold: float = 0.01
@@ -65,10 +67,12 @@ RECIPES = {
         weight_decay=5e-4, canvases=_SIDES, eval_canvases=("416",), multiscale=10, zoom=(0.7, 1.4), hue=0.1,
         saturation=0.5, brightness=0.2, padding=0.5,
     ),
-    # torchvision's recipe for Faster R-CNN on COCO: 26 epochs of 16 images, with 1,000 steps of warm-up.
+    # torchvision's recipe for Faster R-CNN on COCO: 26 epochs of 16 images, with 1,000 steps of warm-up. It trains
+    # three stages of a trained backbone.
     "faster_rcnn": Recipe(
         epochs=26.0, batch_size=16, learning_rate=0.02, boundaries=(16 / 26, 22 / 26), warmup_epochs=0.14,
         weight_decay=1e-4, canvases=("800x1344", "1344x800"), shorter=800, longer=1333, score_threshold=0.05,
+        frozen_stages=2,
     ),
     # Fine-tuning on small data sets, from pretrained weights.
     "finetune": Recipe(

@@ -130,5 +130,4 @@ def anchors_of(placed: fv.data.CanvasSource, count: int, seed: int) -> tuple[tup
         boxes = np.asarray(example["boxes"], np.float64)
         sides.append((boxes[:, 2:] - boxes[:, :2]) * (np.array(size) / sizes[index])[None, ::-1])
     found = fv.ops.kmeans_anchors(np.concatenate(sides), count, seed)
-    found = found[np.argsort(found.prod(-1), kind="stable")]
     return tuple((max(1, round(w)), max(1, round(h))) for w, h in found.tolist())

@@ -2,7 +2,7 @@
 
     flaxvision list 'resnet*'
     flaxvision predict resnet50 torchvision/IMAGENET1K_V2 photo.jpg
-    flaxvision predict yolo_v3 yolov3.weights street.jpg --source darknet --out boxes.png
+    flaxvision predict yolo_v3 darknet/coco street.jpg --out boxes.png
     flaxvision predict yolov4-tiny.cfg yolov4-tiny.weights street.jpg --classes coco.names --out boxes.png
     flaxvision convert resnet20_cifar resnet20.npz resnet20.safetensors --source akamaster
 

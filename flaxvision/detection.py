@@ -108,7 +108,8 @@ def select_detections(
     """Selects the detections of each image by greedy non-maximum suppression (NMS) within each class.
 
     The result is exact for any number of candidates. Equal scores are visited by increasing index of the candidate,
-    then of the class.
+    then of the class. Boxes and scores can be differentiated. With `soft_sigma`, the scores can only be differentiated
+    in forward mode.
 
     Args:
         candidates: Result of `Detector.candidates`.
@@ -152,8 +153,11 @@ def select_detections(
             boxes, scores = boxes.reshape(*shape, 4), scores.reshape(*shape, 1)
     boxes = boxes if boxes.ndim == 3 else jnp.moveaxis(boxes, 2, 1)
     lower = lambda row, iou: _lowered(row, iou, threshold, soft_sigma, score_threshold)
-    place, label, found = _greedy(boxes, jnp.moveaxis(scores, 2, 1), max_detections, lower)
+    rows = jnp.moveaxis(scores, 2, 1)
+    place, label, found = _greedy(boxes, rows if soft_sigma else lax.stop_gradient(rows), max_detections, lower)
     exists = found > -jnp.inf
+    if soft_sigma is None:  # taken from the scores, which have gradients, and not from the loop
+        found = jax.vmap(lambda row, p, k: row[k, p])(rows, place, label)
     chosen = jax.vmap(lambda b, p, k: b[p] if b.ndim == 2 else b[k, p])(boxes, place, label)
     label = label if names is None else jnp.take_along_axis(names, place, axis=1)
     chosen, found, label = (

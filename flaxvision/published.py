@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 # One table per library. A model lists its tags in this order.
-LIBRARIES = ("torchvision", "timm", "keras")
+LIBRARIES = ("torchvision", "timm", "keras", "darknet")
 
 _FOLDER = resources.files("flaxvision").joinpath("weights", "published")
 _NOT_MODELS = ("defaults", "normalizations")
@@ -21,7 +21,7 @@ _NOT_MODELS = ("defaults", "normalizations")
 def table() -> dict[str, dict[str, dict[str, Any]]]:
     """Returns the entries of all tables by model and tag, with the defaults of their table filled in.
 
-    Lists become tuples. `preprocessing` holds the fields of `flaxvision.data.Preprocessing`.
+    Lists become tuples. `preprocessing` holds the fields of `flaxvision.data.Preprocessing`; it may be missing.
 
     Raises:
         ValueError: A table is not valid TOML, or an entry names a normalization that its table lacks.
@@ -48,6 +48,9 @@ def _entries(library: str) -> list[tuple[str, str, dict[str, Any]]]:
             continue
         for name, given in tags.items():
             entry = {**stored.get("defaults", {}), **given}
+            if "preprocessing" not in entry:
+                found.append((model, f"{library}/{name}", entry))
+                continue
             preprocessing = dict(entry["preprocessing"])
             if (chosen := preprocessing.pop("normalization", None)) is not None:
                 if chosen not in normalizations:
@@ -70,7 +73,8 @@ def tags(model: str) -> tuple[str, ...]:
 def class_names(name: str) -> tuple[str, ...]:
     """Returns the class names in `weights/published/class_names/NAME.txt`, in the order of the outputs.
 
-    `"imagenet1001"` stands for the names of `imagenet1k` with `background` first.
+    `"imagenet1001"` stands for the names of `imagenet1k` with `background` first, `"coco80"` for those of `coco90`
+    without the ids that have no category.
 
     Args:
         name: The name of the list.
@@ -83,8 +87,10 @@ def class_names(name: str) -> tuple[str, ...]:
     """
     if name == "imagenet1001":
         return ("background", *class_names("imagenet1k"))
+    if name == "coco80":
+        return tuple(one for one in class_names("coco90") if one != "N/A")
     path = _FOLDER.joinpath("class_names", f"{name}.txt")
     if not path.is_file():
         known = sorted(one.name.removesuffix(".txt") for one in path.parent.iterdir() if one.name.endswith(".txt"))
-        raise ValueError(f"class_names must be one of {', '.join([*known, 'imagenet1001'])}; got {name!r}")
+        raise ValueError(f"class_names must be one of {', '.join([*known, 'coco80', 'imagenet1001'])}; got {name!r}")
     return tuple(path.read_text(encoding="utf-8").splitlines())

@@ -104,3 +104,20 @@ def test_errors():
         fv.select_detections(given, max_detections=0)
     with pytest.raises(ValueError, match="soft_sigma must be positive; got 0"):
         fv.select_detections(given, soft_sigma=0)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_scores_and_boxes_have_gradients(per_class):
+    """Such as those with respect to the pixels: each goes to the candidate that was selected."""
+    boxes, scores, valid = (jnp.asarray(x) for x in candidates(0, per_class))
+
+    def total(boxes, scores):
+        found = fv.select_detections(fv.Candidates(boxes, scores, valid), max_detections=7)
+        return found.scores.sum() + found.boxes.sum(), found
+
+    (to_boxes, to_scores), found = jax.grad(total, argnums=(0, 1), has_aux=True)(boxes, scores)
+    assert sorted(np.unique(to_scores)) == [0, 1]
+    for i in range(N):
+        chosen = np.asarray(scores[i])[np.asarray(to_scores[i]) > 0]
+        np.testing.assert_array_equal(np.sort(chosen), np.sort(found.scores[i][found.valid[i]]))
+    assert float(to_boxes.sum()) == 4 * float(found.valid.sum())

@@ -7,7 +7,10 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -131,6 +134,62 @@ def test_a_folder_of_voc_from_given_weights(tiny, tmp_path):
         run(*data, "--faulty-boxes", "refuse", "--workdir", tmp_path / "d")
 
 
+@pytest.mark.slow
+def test_a_backbone_from_a_classifier_whose_first_stages_stay(tiny, tmp_path):
+    convs = detect.detect_models.SMALL["convs"]
+    donor = fv.create_model("darknet19", convs=convs, num_classes=2)
+    variables = jax.jit(donor.init)(jax.random.key(9), jnp.zeros((1, 32, 32, 3)))
+    file = tmp_path / "donor.safetensors"
+    fv.weights.save(file, variables, name="darknet19", convs=convs, num_classes=2)
+    backbone = ("--backbone-model", "darknet19", "--backbone-weights", file, "--frozen-stages", 2)
+    run(*FLAGS, *backbone, "--weight-decay", 0.5, "--workdir", tmp_path / "a")
+    given, found = fv.weights.read(file), fv.weights.read(tmp_path / "a" / "weights.safetensors")
+    kernels = [key for key in given if "backbone/" in key and key.endswith("_conv1/conv/kernel")]
+    assert [("stem" in key or "stage1" in key) for key in sorted(kernels)] == [True, False, False, False, True]
+    for key in kernels:
+        same = np.allclose(found[key], given[key], rtol=1e-5, atol=0)
+        assert same == ("stem" in key or "stage1" in key), key
+        # All of them started from the classifier: one epoch changes them little.
+        assert np.corrcoef(found[key].ravel(), given[key].ravel())[0, 1] > 0.9, key
+
+
+def built(*flags, classes=3):
+    config = detect.parse([str(flag) for flag in flags])
+    detect.check(config)
+    return detect.detect_models.build(
+        config, classes, lambda count: tuple((32 * i, 64 * i) for i in range(1, count + 1))
+    )
+
+
+def test_faster_rcnn_from_nothing_and_from_a_classifier():
+    """The frozen statistics, the epsilon of 0 and the frozen stages of the published network need trained weights."""
+    backbone = built("--model", "faster_rcnn_resnet50_fpn").model.backbone
+    assert (backbone.batch_norm, backbone.epsilon, backbone.frozen_stages) == ("sync", 1e-5, 0)
+    donor = ("--backbone-model", "resnet50", "--backbone-weights", "x")
+    backbone = built("--model", "faster_rcnn_resnet50_fpn", *donor).model.backbone
+    assert (backbone.batch_norm, backbone.epsilon, backbone.frozen_stages) == ("frozen", 1e-5, 2)
+    chosen = ("--batch-norm", "sync", "--frozen-stages", 0)
+    backbone = built("--model", "faster_rcnn_resnet50_fpn", *donor, *chosen).model.backbone
+    assert (backbone.batch_norm, backbone.frozen_stages) == ("sync", 0)
+
+
+def test_a_mosaic_keeps_the_objects_of_all_four_images(tiny, tmp_path):
+    """An object that is left out would be learned as background."""
+    config = detect.parse(["--mosaic", "1.0"])
+    made = detect.Run(config, *detect.load(config), tmp_path)
+    examples = [made.train_source[i] for i in range(8)]
+    batch = {key: np.stack([one[key] for one in examples]) for key in examples[0]}
+    valid = np.asarray(jax.jit(made.view)(jax.random.key(0), batch)["valid"])
+    assert valid.sum(1).max() > made.train_source.max_objects
+
+
+def test_anchors_are_in_the_unit_of_the_model():
+    assert built("--model", "yolo_v3", "--anchors", 9).model.anchors[1] == (64, 128)
+    found = built("--model", "yolo_v2", "--anchors", 5).model
+    assert found.anchors[1] == (2, 4)
+    assert next(iter(found.heads.values())).sizes[1] == (64, 128)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -168,3 +227,34 @@ def test_anchors_are_those_of_the_boxes_on_their_canvases(tiny):
     sides = np.concatenate([source[i]["boxes"][source[i]["valid"]] for i in range(len(source))])
     sides = sides[:, 2:] - sides[:, :2]
     assert np.prod(sides, -1).min() < areas[0] < np.median(np.prod(sides, -1)) < areas[-1] < np.prod(sides, -1).max()
+
+
+def test_anchors_of_several_scales_are_those_of_evaluation(tiny, tmp_path, monkeypatch):
+    found = {}
+
+    def build(config, classes, find_anchors):
+        found["anchors"] = find_anchors(3)
+        return SimpleNamespace(model=None, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+    monkeypatch.setattr(fv.train, "compile_steps", lambda *rest, **options: (None, None))
+    monkeypatch.setattr(detect.detect_models, "build", build)
+    config = detect.parse(["--canvases", "64", "192", "256", "--multiscale", "2", "--eval-canvases", "192", "--resize"])
+    train, val, test = detect.load(config)
+    detect.Run(config, train, val, test, tmp_path)
+    assert found["anchors"] == detect.detect_report.anchors_of(fv.data.on_canvases(train, 192), 3, 0)
+
+
+def test_the_warm_up_of_yolo_v2_is_for_runs_from_nothing(tiny, tmp_path, monkeypatch):
+    """The step gets the number of images that the run has seen before."""
+    found = {}
+    monkeypatch.setattr(fv.train, "compile_steps", lambda *rest, **options: found.update(options) or (None, None))
+    monkeypatch.setattr(
+        detect.detect_models, "build", lambda *rest: SimpleNamespace(model=None, mean=(0.0,) * 3, std=(1.0,) * 3)
+    )
+    for weights, known in (((), True), (("--weights", "x"), False)):
+        config = detect.parse(["--model", "yolo_v2", "--canvases", "96", "--no-flip", "--zoom", "1", "1", *weights])
+        made = detect.Run(config, *detect.load(config), tmp_path)
+        with fv.data.train_batches(made.train_source, 4, seed=0).from_step(2) as iterator:
+            batch = found["train_transform"](jax.random.key(0), next(iterator))
+        assert ("seen" in batch) == known
+        assert np.asarray(batch.get("seen", [8, 9, 10, 11])).tolist() == [8, 9, 10, 11]

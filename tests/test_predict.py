@@ -1,5 +1,6 @@
 """`flaxvision predict` for detectors: from a file to boxes in its pixels."""
 
+import importlib
 import json
 
 import jax
@@ -138,6 +139,34 @@ def test_a_cfg_file(folder, capsys, tmp_path):
     fv.weights.write_darknet(tmp_path / "x.weights", fv.weights.DarknetFile(values[:112]))
     assert run("predict", *files) == 1
     assert "MODEL must have [yolo] or [region] heads; got" in capsys.readouterr().err
+
+
+def test_a_tag_of_darknet(folder, capsys, tmp_path, monkeypatch):
+    """The published file has no names: it is read for the model, and its classes are those of COCO."""
+    model = fv.create_model("yolo_v3_tiny")
+    values = np.random.default_rng(0).normal(0, 0.05, fv.weights.darknet.values_of(model)).astype(np.float32)
+    fv.weights.write_darknet(tmp_path / "yolov3-tiny.weights", fv.weights.DarknetFile(np.abs(values)))
+    asked = []
+    load = importlib.import_module("flaxvision.weights.load")
+    fetch = lambda url, digest, revision: asked.append((url, digest)) or tmp_path / url.rpartition("/")[2]
+    monkeypatch.setattr(load, "fetch", fetch)
+    arguments = (
+        "predict",
+        "yolo_v3_tiny",
+        "darknet/coco",
+        folder / "wide.png",
+        "--json",
+        "--score",
+        0.01,
+        "--size",
+        64,
+    )
+    assert run(*arguments) == 0
+    assert [digest for _, digest in asked] == [fv.weights.tag_of("yolo_v3_tiny", "darknet/coco").digest]
+    (found,) = json.loads(capsys.readouterr().out)
+    names = fv.weights.class_names_for("yolo_v3_tiny", "darknet/coco")
+    assert found["objects"]
+    assert all(one["name"] == names[one["label"]] for one in found["objects"])
 
 
 def test_flags_of_detectors_are_refused_for_classifiers(folder, capsys):

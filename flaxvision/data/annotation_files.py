@@ -76,7 +76,7 @@ def _voc_tree(path: Path) -> ElementTree.Element:
 
 
 def _voc_names(path: Path) -> set[str]:
-    return {(element.findtext("name") or "").strip() for element in _voc_tree(path).iter("object")}
+    return {(element.findtext("name") or "").strip() for element in _voc_tree(path).iter("object")} - {""}
 
 
 def _voc_annotation(
@@ -142,9 +142,13 @@ def load_coco(annotations: Path, images: Path, *, drop_empty: bool = False, name
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from error
-    missing = [key for key in ("images", "annotations", "categories") if key not in content]
-    if missing:
-        raise ValueError(f"{path} must have images, annotations and categories; got {', '.join(content) or 'nothing'}")
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} must have images, annotations and categories; got {found or 'nothing'}")
+    for part, keys in (("images", ("id", "file_name", "height", "width")), ("categories", ("id", "name"))):
+        for entry in content[part]:
+            if any(entry.get(key) is None for key in keys):
+                raise ValueError(f"each of the {part} in {path} must have {', '.join(keys)}; got {entry}")
     categories = sorted(content["categories"], key=lambda category: category["id"])
     labels = {category["id"]: label for label, category in enumerate(categories)}
     classes = [category["name"] for category in categories]

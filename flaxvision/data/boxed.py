@@ -31,9 +31,9 @@ def random_iou_crop(
 
     One of `min_ious` is drawn as the minimum IoU. Then `tries` random windows are drawn. The first one is used that has
     at least this IoU with the box of some object and contains the centre of some object. If there is none, or if the
-    minimum IoU is 1 or more, the image is not changed. Objects with the centre outside of the window are dropped, and
-    so are all crowd boxes. If the example has `size`, the aspect ratio of the window is kept. Otherwise the window is
-    stretched.
+    minimum IoU is 1 or more, the image is not changed. Objects with the centre outside of the window are dropped; crowd
+    boxes are kept while a part of them is visible. If the example has `size`, the aspect ratio of the window is kept.
+    Otherwise the window is stretched.
 
     Args:
         key: PRNG key of this op and example.
@@ -52,7 +52,8 @@ def random_iou_crop(
     height, width, _ = shape_of(example["image"])
     size = _size_of(example)
     boxes = jnp.asarray(example["boxes"], jnp.float32)
-    real = jnp.asarray(example["valid"]).astype(bool) & ~jnp.asarray(example.get("crowd", False)).astype(bool)
+    crowd = _crowd_of(example)
+    real = jnp.asarray(example["valid"]).astype(bool) & ~crowd
     key_option, key_extent, key_place = jax.random.split(key, 3)
     least = jnp.asarray(min_ious, jnp.float32)[jax.random.randint(key_option, (), 0, len(min_ious))]
     extent = size[None] * jax.random.uniform(key_extent, (tries, 2), minval=scales[0], maxval=scales[1])
@@ -77,7 +78,7 @@ def random_iou_crop(
     else:
         zoom, new_size = canvas / extent, canvas
     moved = _zoomed("random_iou_crop", example, zoom, -corner * zoom, new_size, fill)
-    kept = jnp.where(cropped, inside[first], True)
+    kept = jnp.where(cropped, inside[first] | crowd, True)
     return {**moved, "valid": _cleared(moved["valid"], ~kept)}
 
 
@@ -276,7 +277,14 @@ def _drop_hidden(moved, before, zoom, min_visible):
     old = jnp.asarray(before["boxes"], jnp.float32)
     whole = jnp.prod(old[:, 2:] - old[:, :2], -1) * jnp.prod(zoom)
     left = jnp.prod(moved["boxes"][:, 2:] - moved["boxes"][:, :2], -1)
-    return {**moved, "valid": _cleared(moved["valid"], left < min_visible * whole)}
+    hidden = (left < min_visible * whole) & ~_crowd_of(before)
+    return {**moved, "valid": _cleared(moved["valid"], hidden)}
+
+
+def _crowd_of(example):
+    """Returns which objects are crowds, bool [M]."""
+    none = jnp.zeros(jnp.shape(example["valid"]), bool)
+    return jnp.asarray(example.get("crowd", none)).astype(bool)
 
 
 def _cleared(valid, wrong):

@@ -17,6 +17,8 @@ from flaxvision.data.canvas import CanvasSource
 class CanvasTrainBatches(pipeline.TrainBatches):
     """The batches of a training run, created by `train_batches` for a `CanvasSource`.
 
+    They also have `seen` int32 [N], the number of images of the run before each, for the warm-up of YOLOv2.
+
     Attributes:
         source: The images.
         batch_size: Rows per batch, summed over all processes.
@@ -58,7 +60,8 @@ class CanvasTrainBatches(pipeline.TrainBatches):
             indices[here] = members[self._order(key, int(epoch), len(members))[offsets[here]]]
         if self.source.multiscale is not None:
             indices = (1 + canvas) * len(self.source) + indices
-        return pipeline._Plan(indices, positions, {})
+        seen = np.minimum(positions, np.iinfo(np.int32).max).astype(np.int32)
+        return pipeline._Plan(indices, positions, {"seen": seen})
 
     def _ordered(self, key: int, epoch: int, length: int) -> np.ndarray:
         if not self._identity["shuffle"]:

@@ -22,6 +22,8 @@ NAMES = ("shapes", "voc_xml", "coco", "yolo")
 _COCO_JSON = ("annotations/instances_{split}.json", "annotations/{split}.json", "{split}.json")
 _COCO_BESIDE = "{split}/_annotations.coco.json"
 _COCO_IMAGES = ("{split}", "images/{split}", "images", ".")
+# The names of the official archives for what TFDS has in another set than its default, which is that of 2014.
+_COCO_OF_TFDS = {"train2017": ("coco/2017", "train"), "val2017": ("coco/2017", "validation")}
 
 
 def load_detection(
@@ -44,7 +46,8 @@ def load_detection(
             * "shapes": drawn discs, boxes and triangles, which need no files; see `ShapesSource`;
             * "voc_xml": a folder in the layout of PASCAL VOC; see `load_voc`;
             * "coco": a folder with `annotations/instances_SPLIT.json` and the images in `SPLIT`, as in the official
-              archives, or a TFDS directory in which "coco" is prepared;
+              archives; or a TFDS directory in which "coco" is prepared, where the splits "train2017" and "val2017" are
+              "train" and "validation" of "coco/2017";
             * "yolo": a folder of YOLO text files; see `load_yolo`;
             * the name of a prepared TFDS set with boxes, such as "voc/2007" or "coco/2017".
         split: Name of the split.
@@ -80,6 +83,8 @@ def load_detection(
         return annotation_files.load_yolo(folder, split, classes=classes, drop_empty=drop_empty)  # pyright: ignore[reportArgumentType]
     if name == "coco" and folder is not None and not any((folder / "coco").rglob("dataset_info.json")):
         return _load_coco_folder(folder, split, drop_empty)
+    if name == "coco":
+        name, split = _COCO_OF_TFDS.get(split, (name, split))
     return load_tfds_detection(name, split, data_dir=folder, drop_empty=drop_empty)
 
 
@@ -102,6 +107,7 @@ class TfdsDetectionSource:
         name: Name of the source.
         version: Full TFDS name of the set, with its version.
         drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
+        one_based: Whether the first corners of the boxes count pixels from 1.
 
     Attributes:
         sizes: Height and width of each image, int [N, 2].
@@ -109,8 +115,18 @@ class TfdsDetectionSource:
         dropped: Descriptions of the boxes that were left out.
     """
 
-    def __init__(self, records: Any, classes: Sequence[str], name: str, *, version: str, drop_empty: bool):
+    def __init__(
+        self,
+        records: Any,
+        classes: Sequence[str],
+        name: str,
+        *,
+        version: str,
+        drop_empty: bool,
+        one_based: bool = False,
+    ):
         self._records, self._drop_empty = records, drop_empty
+        self._offset = 1 if one_based else 0
         self.classes, self.name, self.version = tuple(classes), name, version
 
     def __len__(self) -> int:
@@ -165,8 +181,10 @@ class TfdsDetectionSource:
             label = int(values["label"][k])
             if not 0 <= label < len(self.classes):
                 raise ValueError(f"the class in {where} must lie between 0 and {len(self.classes) - 1}; got {label}")
+            faulty = x2 <= x1 or y2 <= y1  # with the offset it could look right
+            offset = 0 if faulty else self._offset
             objects.add(
-                (x1 * width, y1 * height, x2 * width, y2 * height),
+                (x1 * width - offset, y1 * height - offset, x2 * width, y2 * height),
                 label,
                 name=self.classes[label],
                 crowd=bool(values["is_crowd"][k]) if "is_crowd" in values else False,
@@ -177,8 +195,8 @@ class TfdsDetectionSource:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the full TFDS name, the split, the length and `drop_empty`."""
-        identity = f"{self.version}/{self.name}/{len(self)}/{self._drop_empty}"
+        """Hexadecimal digest of the full TFDS name, the split, the length and how boxes are read."""
+        identity = f"{self.version}/{self.name}/{len(self)}/{self._drop_empty}/{self._offset}"
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 
@@ -186,6 +204,9 @@ def load_tfds_detection(
     name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None, drop_empty: bool = False
 ) -> TfdsDetectionSource:
     """Opens one split of a prepared TFDS set of images with boxes, such as "voc/2007" or "coco/2017".
+
+    TFDS divides the coordinates of VOC, which count pixels from 1, by the size of the image. So 1 is taken off the
+    first corner of these boxes, as `load_voc` does.
 
     Args:
         name: TFDS name with an optional config or version.
@@ -226,5 +247,5 @@ def load_tfds_detection(
             known = ", ".join(map(repr, builder.info.splits)) or "none"
             raise ValueError(f"split must name one or more of {known} for {name!r}; got {split!r} ({error})") from error
     classes = boxes["label"].names
-    version = builder.info.full_name
-    return TfdsDetectionSource(records, classes, f"{name}/{split}", version=version, drop_empty=drop_empty)
+    options: Any = {"drop_empty": drop_empty, "one_based": builder.name == "voc"}
+    return TfdsDetectionSource(records, classes, f"{name}/{split}", version=builder.info.full_name, **options)

@@ -109,9 +109,10 @@ class DetectionAP(Accumulator):
 class CocoAP(DetectionAP):
     """COCO's average precision, computed by pycocotools: `CocoAP.of(batch, found, num_classes)`.
 
-    Detections that match a crowd box are not counted. `compute` returns the twelve metrics of COCO by name: `ap`,
-    `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large`, `ar1`, `ar10`, `ar100`, `ar_small`, `ar_medium` and `ar_large`.
-    A metric that is not defined is -1.
+    Detections that match a crowd box are not counted. Difficult objects, which COCO does not have, count like any other
+    object; see `VocAP`. `compute` returns the twelve metrics of COCO by name: `ap`, `ap50`, `ap75`, `ap_small`,
+    `ap_medium`, `ap_large`, `ar1`, `ar10`, `ar100`, `ar_small`, `ar_medium` and `ar_large`. A metric is -1 if it is not
+    defined.
     """
 
 

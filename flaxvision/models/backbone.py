@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from flaxvision.layers import BatchNorm, global_avg_pool
 from flaxvision.layers.normalization import BatchNormMode, check_mode
@@ -42,7 +43,8 @@ class Backbone(nn.Module, kw_only=True):
             `train.optimizer`, leaves them as they are too. See `layers.BatchNorm`.
         ghost_size: Number of rows in a group for `"ghost"`; it must divide the rows on each device.
         frozen_stages: Number of stages, from the image on, whose parameters get no gradient. Their backward pass is not
-            computed. An optimizer with weight decay must mask them. It does not affect their BatchNorm statistics.
+            computed. An optimizer with weight decay must mask them, see `frozen_params`. It does not affect their
+            BatchNorm statistics.
         dtype: Dtype of the computation, None for that of the inputs and parameters.
         param_dtype: Dtype of the parameters.
         axis_name: Mapped axis over which the batch is split, for BatchNorm. `pmap_step` sets it; models that are mapped
@@ -116,6 +118,23 @@ class Backbone(nn.Module, kw_only=True):
             for name, stride in self.stage_strides.items()
             if self.stages is None or name in self.stages
         }
+
+    @nn.nowrap
+    def frozen_params(self, images: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, ...]:
+        """Returns the paths of the parameters of the frozen stages, such as `"stem_conv/kernel"`.
+
+        For the argument `frozen` of `train.optimizer`, with the name of the backbone in front: their gradients are
+        zero, but weight decay would change them.
+
+        Args:
+            images: Images, or their shape and dtype, as for `init`.
+        """
+        if not self.frozen_stages:
+            return ()
+        # Layers after the last stage that is wanted have no parameters.
+        frozen = self.clone(stages=(list(self.stage_strides)[self.frozen_stages - 1],))
+        params = jax.eval_shape(frozen.init, jax.random.key(0), images)["params"]
+        return tuple(flatten_dict(params, sep="/"))
 
     @property
     def dtypes(self) -> dict[str, Any]:

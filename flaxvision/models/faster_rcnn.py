@@ -231,7 +231,8 @@ class FasterRCNN(Detector):
         boxes, ignored = batch["boxes"], jnp.zeros(batch["valid"].shape, bool)
         for kind in ("crowd", "difficult"):
             ignored |= jnp.asarray(batch.get(kind, ignored), bool)
-        valid, ignored = batch["valid"] & ~ignored, batch["valid"] & ignored
+        valid = jnp.asarray(batch["valid"], bool)
+        valid, ignored = valid & ~ignored, valid & ignored
         levels, objectness, deltas, anchors, inside = self._first_stage(images, sizes, train)
         boxes = boxes.astype(anchors[0].dtype)
 

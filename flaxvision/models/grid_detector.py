@@ -20,8 +20,8 @@ class GridDetector(Detector):
 
     A subclass defines `heads` and `__call__`, which returns the raw output of each head by name. Images are RGB, in
     [0, 1]. The height and width of the canvas must be multiples of the coarsest stride. The warm-up of YOLOv2 needs
-    `batch["seen"]`, an integer or `[N]`: the number of images that training has seen before this batch. Without it
-    there is no warm-up.
+    `batch["seen"]`, an integer or `[N]`: the number of images that training has seen before this batch. The batches of
+    `train_batches` for images on canvases have it. Without it there is no warm-up.
     """
 
     @property

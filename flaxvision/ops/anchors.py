@@ -38,7 +38,7 @@ def level_anchors(
     for name, values in (("sizes", sizes), ("aspect_ratios", aspect_ratios)):
         if not len(values) or min(values) <= 0:
             raise ValueError(f"{name} must be one or more positive numbers; got {values}")
-    stride_y, stride_x = (stride, stride) if isinstance(stride, int) else stride
+    stride_y, stride_x = np.broadcast_to(stride, 2).tolist()
     tall = np.sqrt(np.asarray(aspect_ratios, np.float32))
     lengths = np.asarray(sizes, np.float32)
     heights, widths = ((side[:, None] * lengths[None]).reshape(-1) for side in (tall, 1 / tall))

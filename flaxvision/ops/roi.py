@@ -227,7 +227,7 @@ def _round(x: Array) -> Array:
 
 
 def _pair(size: Size) -> tuple[int, int]:
-    rows, columns = (size, size) if isinstance(size, int) else size
+    rows, columns = np.broadcast_to(size, 2).tolist()
     if min(rows, columns) < 1:
         raise ValueError(f"output_size must be at least 1; got {size}")
     return rows, columns

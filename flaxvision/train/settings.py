@@ -117,9 +117,10 @@ class RunSettings:
             ValueError: `batch_norm` or `ghost_size` is set, but the model has no such field.
         """
         overrides: dict[str, Any] = {"num_classes": num_classes, "dtype": jnp.bfloat16 if self.bfloat16 else None}
-        for field, default in (("batch_norm", "sync"), ("ghost_size", None)):
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for field in ("batch_norm", "ghost_size"):
             value = getattr(self, field)
-            if value == default:
+            if value == defaults[field]:
                 continue
             if field not in fields:
                 raise ValueError(f"--{field.replace('_', '-')} must be left out for a model without it; got {value}")

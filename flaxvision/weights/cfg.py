@@ -44,7 +44,7 @@ def read_cfg(path: str | os.PathLike[str], **overrides: Any) -> net.CfgDetector 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be an existing file; got {path}")
-    return parse_cfg(path.read_text(errors="replace"), path.name, **overrides)
+    return parse_cfg(path.read_text(encoding="utf-8-sig", errors="replace"), path.name, **overrides)
 
 
 def load_cfg(
@@ -259,7 +259,10 @@ def _connected(section: Section, shapes: list[Shape], shape: Shape, _) -> tuple[
 
 
 def _dropout(section: Section, shapes: list[Shape], shape: Shape, _) -> tuple[net.Layer, Shape]:
-    return net.Dropout(section.kind, section.number("probability", 0.5)), shape
+    rate = section.number("probability", 0.5)
+    if not 0 <= rate < 1:
+        section.fail("probability must be in [0, 1)", rate, "probability")
+    return net.Dropout(section.kind, rate), shape
 
 
 def _passing(section: Section, shapes: list[Shape], shape: Shape, _) -> tuple[net.Layer, Shape]:
@@ -270,6 +273,8 @@ def _anchors(section: Section) -> tuple[tuple[float, float], ...]:
     numbers, wanted = section.numbers("anchors"), section.integer("num", 1, 1)
     if len(numbers) < 2 * wanted:
         section.fail(f"anchors must be {2 * wanted} numbers, 2 for each of num={wanted}", len(numbers), "anchors")
+    if min(numbers) <= 0:
+        section.fail("anchors must be positive", min(numbers), "anchors")
     return tuple(zip(numbers[: 2 * wanted : 2], numbers[1 : 2 * wanted : 2], strict=True))
 
 
@@ -290,9 +295,11 @@ def _grid(section: Section, shape: Shape, size: Shape, anchors: int, classes: in
 
 def _yolo(section: Section, shapes: list[Shape], shape: Shape, size: Shape) -> tuple[net.Layer, Shape]:
     anchors, classes = _anchors(section), section.integer("classes", 20, 1)
-    mask = tuple(map(int, section.numbers("mask"))) or tuple(range(len(anchors)))
-    if not set(mask) <= set(range(len(anchors))):
+    mask = section.integers("mask") or tuple(range(len(anchors)))
+    if not set(mask) <= set(range(len(anchors))) or len(set(mask)) < len(mask):
         section.fail(f"mask must hold indices of the {len(anchors)} anchors", section.text("mask", ""), "mask")
+    if section.number("scale_x_y", 1.0) <= 0:
+        section.fail("scale_x_y must be positive", section.text("scale_x_y", ""), "scale_x_y")
     loss = section.text("iou_loss", "mse")
     if loss not in BOX_LOSSES:
         section.fail(f"iou_loss must be one of {', '.join(BOX_LOSSES)}", loss, "iou_loss")

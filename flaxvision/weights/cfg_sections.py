@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NoReturn
 
 from flaxvision.models.darknet_cfg import ACTIVATIONS
@@ -72,12 +73,15 @@ class Section:
         return self.options[option][0] if option in self.options else default
 
     def number(self, option: str, default: float) -> float:
-        """Returns the value of an option as a number."""
+        """Returns the value of an option as a finite number."""
         text = self.text(option, str(default))
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
             self.fail(f"{option} must be a number", repr(text), option)
+        return value
 
     def integer(self, option: str, default: int, least: int | None = None) -> int:
         """Returns the value of an option as an integer, which must be at least `least`."""
@@ -88,12 +92,22 @@ class Section:
         return int(value)
 
     def numbers(self, option: str) -> tuple[float, ...]:
-        """Returns the value of an option as a list of numbers, which is empty if the option is missing."""
+        """Returns the value of an option as a list of finite numbers, which is empty if the option is missing."""
         text = self.text(option, "")
         try:
-            return tuple(float(part) for part in text.split(",") if part)
+            values = tuple(float(part) for part in text.split(",") if part)
         except ValueError:
+            values = (math.nan,)
+        if not all(map(math.isfinite, values)):
             self.fail(f"{option} must be numbers with commas between them", repr(text), option)
+        return values
+
+    def integers(self, option: str) -> tuple[int, ...]:
+        """Returns the integers of a list; empty if the option is missing."""
+        values = self.numbers(option)
+        if any(value != int(value) for value in values):
+            self.fail(f"{option} must be integers with commas between them", repr(self.text(option, "")), option)
+        return tuple(map(int, values))
 
     def activation(self, default: str) -> str:
         """Returns the name of the activation."""
@@ -104,8 +118,8 @@ class Section:
 
     def references(self, option: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
         """Returns the indices of earlier layers. Negative values count back from this layer."""
-        numbers, here = self.numbers(option), len(shapes)
-        absolute = tuple(int(n) if n >= 0 else here + int(n) for n in numbers)
+        here = len(shapes)
+        absolute = tuple(n if n >= 0 else here + n for n in self.integers(option))
         if not absolute or any(not 0 <= n < here for n in absolute):
             given = self.options.get(option, ("nothing", 0))[0]
             self.fail(f"{option} must name layers before this one, number {here}", given, option)

@@ -28,7 +28,7 @@ from flaxvision.layers import BatchNorm
 from flaxvision.layers.darknet import LocallyConnected
 from flaxvision.weights.convert import Shape, Variables, check, flat, nested
 
-ORIGINAL, FORK = (0, 2, 0), (0, 2, 5)
+ORIGINAL, FORK = (0, 2, 0), (0, 2, 5)  # the latter's BatchNorm has another epsilon
 
 
 class DarknetFile(NamedTuple):

@@ -33,7 +33,7 @@ from flaxvision.weights.convert import (
     shapes_of,
     sources,
 )
-from flaxvision.weights.darknet import read_darknet, split, values_of
+from flaxvision.weights.darknet import FORK, read_darknet, split, values_of
 from flaxvision.weights.download import fetch
 from flaxvision.weights.files import read
 from flaxvision.weights.layout import Layout
@@ -107,7 +107,8 @@ def load(
         name: A registry name.
         weights: A tag of `weights.tags(name)`, such as `"torchvision/IMAGENET1K_V1"`; or the path of a file that
             `weights.read` reads, of a `.weights` file of darknet, or of a bundle that `weights.save` wrote. The file of
-            a tag is downloaded into the cache (`weights.cache_dir()`) unless it is already there.
+            a tag is downloaded into the cache (`weights.cache_dir()`) unless it is already there. Networks trained with
+            A. Bochkovskiy's fork of darknet have `epsilon=1e-5`.
         source: The library that named the tensors; needed for files that are not bundles.
         num_classes: Number of outputs; None for that of the weights.
         channels: Number of image channels; None for that of the weights.
@@ -188,10 +189,13 @@ def load_weights(
         names = card["class_names"]
     else:
         layout = layout_of(name, source)
+        theirs = dict(layout.fields)
+        if path.suffix == ".weights" and read_darknet(path).version == FORK:
+            theirs["epsilon"] = 1e-5
         if strict:
             numbered = overrides if num_classes is None else {"num_classes": num_classes, **overrides}
-            require_fields(name, layout.fields, numbered, f"{source}'s {name}")
-        fields = {**layout.fields, **overrides}
+            require_fields(name, theirs, numbered, f"{source}'s {name}")
+        fields = {**theirs, **overrides}
         network = _Network(name, fields, input_size)
         stored = network.named(path) if path.suffix == ".weights" else read(path)
         tensors = adapted(name, stored, layout, network.shapes(None, None))

@@ -20,7 +20,8 @@ class WeightsInfo:
         url: The publisher's address, or `hf://OWNER/REPOSITORY/FILE` on the Hugging Face hub.
         digest: `sha256:` or `md5:`, then the digest of the file or its beginning. None if the publisher states none in
             advance; then the file is checked against what the server states.
-        preprocessing: The evaluation transform of the published accuracy: a `DetectionPreprocessing` for detectors.
+        preprocessing: The evaluation transform of the published accuracy: a `DetectionPreprocessing` for R-CNNs; None
+            for detectors whose images fill the published input of the model as far as their aspect ratio allows.
         revision: Commit on the hub; None for the newest one.
         classes: Number of outputs; for R-CNNs with the background.
         class_list: The list that `class_names` reads; empty if the classes have no known names. R-CNNs have no name for
@@ -36,7 +37,7 @@ class WeightsInfo:
     tag: str
     url: str
     digest: str | None
-    preprocessing: Preprocessing | DetectionPreprocessing
+    preprocessing: Preprocessing | DetectionPreprocessing | None
     revision: str | None = None
     classes: int = 1000
     class_list: str = ""
@@ -98,7 +99,8 @@ def tag_of(name: str, tag: str) -> WeightsInfo:
 @functools.cache
 def _info(name: str, tag: str) -> WeightsInfo:
     entry = dict(published.table()[name][tag])
-    values = entry.pop("preprocessing")
-    preprocessing = (DetectionPreprocessing if "min_size" in values else Preprocessing)(**values)
+    preprocessing = None
+    if (values := entry.pop("preprocessing", None)) is not None:
+        preprocessing = (DetectionPreprocessing if "min_size" in values else Preprocessing)(**values)
     entry["class_list"] = entry.pop("class_names", "")
     return WeightsInfo(tag=tag, digest=entry.pop("digest", None), preprocessing=preprocessing, **entry)

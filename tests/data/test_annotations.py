@@ -136,6 +136,28 @@ def test_faults_of_coco(tmp_path, annotation, message):
         data.load_detection("coco", "val", data_dir=tmp_path)
 
 
+def test_damaged_files_of_coco(tmp_path):
+    files.coco(tmp_path, [note()])
+    path = tmp_path / "annotations" / "instances_val.json"
+    sound = json.loads(path.read_text())
+    for part, key in (("images", "height"), ("images", "id"), ("categories", "name")):
+        content = json.loads(path.read_text())
+        del content[part][0][key]
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"each of the {part} in .*json must have id, "):
+            data.load_detection("coco", "val", data_dir=tmp_path)
+        path.write_text(json.dumps(sound))
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="must have images, annotations and categories; got list"):
+        data.load_detection("coco", "val", data_dir=tmp_path)
+
+
+def test_an_object_of_voc_without_a_name(tmp_path):
+    files.voc(tmp_path, [CAT, ("", 1, 1, 4, 4)])
+    with pytest.raises(ValueError, match=r"every class in .* must be a known one \(such as cat\); got ''"):
+        data.load_voc(tmp_path, "train")
+
+
 def test_missing_files_of_coco(tmp_path):
     files.coco(tmp_path, [note()])
     with pytest.raises(
@@ -301,6 +323,51 @@ def test_tfds(tfds_objects):
     assert placed[first]["boxes"].shape == (2, 4)
     with pytest.raises(ValueError, match=r"split must name one or more of 'train' for 'tiny_objects'; got 'val'"):
         data.load_detection("tiny_objects", "val", data_dir=tfds_objects)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Replaces every TFDS set by one image of 20x30 pixels with one box; lists the sets and splits that are opened."""
+    import io
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    from flaxvision.data import tfds
+
+    file, opened = io.BytesIO(), []
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file, "png")
+    box = np.array([[1 / 20, 7 / 30, 20 / 20, 18 / 30]], np.float32)  # y from 1 to 20, x from 7 to 18
+    records = [{"image": file.getvalue(), "objects": {"bbox": box, "label": np.zeros(1, int)}}]
+    feature = {"bbox": None, "label": SimpleNamespace(names=["cat"])}
+    features = {"image": None, "objects": SimpleNamespace(feature=feature)}
+
+    def builder(name, data_dir):
+        return SimpleNamespace(
+            name=name.partition("/")[0],
+            info=SimpleNamespace(features=features, full_name=name, splits=()),
+            is_prepared=lambda: True,
+            as_data_source=lambda split, decoders: opened.append((name, split)) or records,
+        )
+
+    monkeypatch.setattr(tfds, "_builder", builder)
+    return opened
+
+
+def test_voc_of_tfds_counts_from_one_and_others_do_not(opened):
+    for name, first in (("voc/2007", (6, 0)), ("coco/2017", (7, 1))):
+        source = data.load_detection(name, "train")
+        np.testing.assert_allclose(source[0]["boxes"], [[*first, 18, 20]], atol=1e-5)
+        assert source.counts.tolist() == [1]
+    assert len({data.load_detection(name, "train").fingerprint for name in ("voc/2007", "coco/2017")}) == 2
+
+
+def test_coco_of_tfds_by_the_names_of_the_archives(opened, tmp_path):
+    (tmp_path / "coco" / "2017" / "1.1.0").mkdir(parents=True)
+    (tmp_path / "coco" / "2017" / "1.1.0" / "dataset_info.json").write_text("{}")
+    for split in ("train2017", "val2017", "test"):
+        data.load_detection("coco", split, data_dir=tmp_path)
+    assert opened == [("coco/2017", "train"), ("coco/2017", "validation"), ("coco", "test")]
 
 
 def test_a_set_that_is_not_prepared(tmp_path):

@@ -104,6 +104,23 @@ def test_objects_of_which_little_is_left_are_dropped():
     assert 0 < found["valid"][:, :2].sum() < 64
 
 
+def test_a_crowd_stays_while_a_part_of_it_is_visible():
+    """Its area must not become background: neither in a crop around another object, nor if little of it is left."""
+    example = {**scene(), "crowd": jnp.asarray([False, True, False])}
+    ops = (
+        partial(augment.random_iou_crop, min_ious=(0.0,), scales=(0.4, 0.9)),
+        partial(augment.random_zoom, factors=(2.5, 2.5), min_visible=0.9),
+    )
+    for op in ops:
+        found = jax.jit(jax.vmap(op, (0, None)))(jax.random.split(jax.random.key(0), 32), example)
+        sides = np.asarray(found["boxes"][:, 1, 2:] - found["boxes"][:, 1, :2])
+        left = (sides > 0).all(-1)
+        np.testing.assert_array_equal(np.asarray(found["valid"][:, 1]), left)
+        assert 16 < left.sum() <= 32
+        assert (np.prod(sides[left], -1) < 0.5 * np.prod(sides.max(0))).any()
+        assert not found["valid"][:, 2].any()
+
+
 def test_the_fill_lies_beyond_the_new_image():
     op = partial(augment.random_expand, ratios=(2.0, 2.0), probability=1.0, fill=0.5)
     found = op(jax.random.key(0), scene((30, 40)))

@@ -159,6 +159,17 @@ def test_training_visits_the_canvases_in_proportion_and_resumes_at_any_step():
 
 
 @pytest.mark.parametrize("multiscale", [None, 3])
+def test_training_batches_count_the_images_seen(multiscale):
+    batches = data.train_batches(data.on_canvases(Photos(), SIZES, multiscale=multiscale), 4, seed=0)
+    with batches.from_step(5) as iterator:
+        for step in (5, 6):
+            seen = next(iterator)["seen"]
+            assert seen.dtype == np.int32
+            assert seen.tolist() == [4 * step, 4 * step + 1, 4 * step + 2, 4 * step + 3]
+    assert "seen" not in next(iter(data.eval_batches(batches.source, 4)))
+
+
+@pytest.mark.parametrize("multiscale", [None, 3])
 def test_any_number_of_processes_sees_the_same_batches(multiscale):
     source = data.on_canvases(Photos(), SIZES, multiscale=multiscale)
     whole = indices(source, 9)

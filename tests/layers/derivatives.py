@@ -12,7 +12,7 @@ from jax import export, lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from flaxvision.layers.lowering import convolution, pooling, reductions, rows
+from flaxvision.layers.lowering import convolution, gather, pooling, reductions, rows
 
 DEVICES = 2
 
@@ -31,7 +31,7 @@ def plain_lax(exact_max=True):
             slices_max(form, *operands) if exact_max and isinstance(form, pooling.MaxWindows) else form.plain(*operands)
         )
 
-    modules = (convolution, pooling, reductions, rows)
+    modules = (convolution, gather, pooling, reductions, rows)
     kept = [module.call for module in modules]
     jax.clear_caches()
     try:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import flaxvision as fv
 from flaxvision import models
@@ -252,3 +253,16 @@ def test_dilation_as_torchvision():
         assert np.linalg.norm(stages[stage] - value) <= 1e-5 * np.linalg.norm(value)
     ours = jax.jit(model.apply)(variables, x)
     assert np.linalg.norm(ours - logits) <= 1e-5 * np.linalg.norm(logits)
+
+
+def test_the_parameters_of_frozen_stages():
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    assert fv.create_backbone("resnet18").frozen_params(image) == ()
+    backbone = fv.create_backbone("resnet18", frozen_stages=2, stages=("stage3", "stage4"))
+    found = backbone.frozen_params(image)
+    assert {path.partition("/")[0].partition("_")[0] for path in found} == {"stem", "stage1"}
+    shapes = flatten_dict(jax.eval_shape(backbone.init, jax.random.key(0), image)["params"], sep="/")
+    assert set(found) == {path for path in shapes if path.startswith(("stem", "stage1"))}
+    # Layers whose names do not tell their stage.
+    found = fv.create_backbone("squeezenet1_0", frozen_stages=2).frozen_params(image)
+    assert {path.partition("/")[0] for path in found} == {"stem_conv", "fire2", "fire3", "fire4"}

@@ -230,6 +230,17 @@ def test_padded_rows_and_padded_objects_change_nothing():
         np.testing.assert_allclose(found[name][:3], wanted, rtol=2e-5, err_msg=name)
 
 
+def test_valid_may_be_numbers():
+    """Augmentations keep its dtype."""
+    model, batch = tiny(), batch_of()
+    shapes = functools.partial(jax.eval_shape, functools.partial(losses_of, model), variables_of(model))
+    wanted = shapes(batch, jax.random.key(0))
+    for dtype in (np.float32, np.uint8):
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            shapes(batch | {"valid": batch["valid"].astype(dtype)}, jax.random.key(0)), wanted
+        )
+
+
 def test_an_image_without_objects_and_one_with_a_crowd():
     model, batch, key = tiny(), batch_of(), jax.random.split(jax.random.key(0), 4)
     run = compiled_losses(model)

@@ -62,6 +62,9 @@ def test_level_anchors():
     assert anchors[:4, 2].tolist() == [23, 45, 16, 32]  # by aspect ratio, then by size
     assert anchors[4].tolist() == [-23 + 16, -11, 23 + 16, 11]  # the next column
     assert anchors[12].tolist() == [-23, -11 + 8, 23, 11 + 8]  # the next row
+    np.testing.assert_array_equal(
+        ops.level_anchors(2, 3, np.int64(8), (32,), (1.0,)), ops.level_anchors(2, 3, (8, 8), (32,), (1.0,))
+    )
     assert ops.level_anchors(1, 1, 1, [5], [1.0]).tolist() == [[-2, -2, 2, 2]]  # 2.5: halves to even numbers
 
 

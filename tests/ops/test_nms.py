@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 
 import jax
@@ -42,6 +43,20 @@ def test_nms_over_several_blocks_ends_when_there_are_enough():
         run = jax.jit(partial(ops.nms, iou_threshold=0.5, max_outputs=count))
         indices, kept = run(boxes, scores)
         assert indices[kept].tolist() == expected[:count]
+
+
+@pytest.mark.parametrize("block", [1, 7, 256])
+def test_the_size_of_a_block_does_not_matter(block, monkeypatch):
+    """GPUs and TPUs decide more boxes at a time than the CPU of this test."""
+    rng = np.random.default_rng(1)
+    boxes = operators.boxes(rng, 300, extent=25)
+    scores = (rng.integers(0, 90, 300) / 90).astype(np.float32)
+    labels, valid = rng.integers(0, 3, 300), rng.random(300) < 0.9
+    expected = loops.nms(boxes, scores, valid, 0.5, labels)
+    monkeypatch.setattr(sys.modules["flaxvision.ops.nms"], "_CPU_BLOCK", block)
+    run = jax.jit(partial(ops.nms, iou_threshold=0.5, max_outputs=300))
+    indices, kept = run(boxes, scores, valid, labels=labels)
+    assert indices[kept].tolist() == expected
 
 
 def test_a_chain_of_overlapping_boxes():

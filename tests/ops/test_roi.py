@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from flaxvision import ops
+from flaxvision.layers.lowering import gather
 from flaxvision.ops import roi
 from parity import operators
+from tests.layers.derivatives import plain_lax
 from tests.ops import loops
 
 
@@ -30,6 +32,26 @@ def test_roi_align_is_a_loop(options):
     np.testing.assert_allclose(value, [v for v, _ in expected], atol=1e-5)
     back = sum(np.einsum("ijvu,ijc->vuc", w, g) for (_, w), g in zip(expected, cotangent, strict=True))
     np.testing.assert_allclose(gradient, back, atol=1e-5)
+
+
+def test_roi_align_on_other_platforms():
+    """The gradient has a form of its own on a CPU; the others run plain lax."""
+    features, rois = case_of(operators.ROI_ALIGN[1])
+    function = partial(ops.roi_align, **operators.ROI_ALIGN[1])
+    value, gradient, _ = with_gradient(function, features, rois)
+    with plain_lax():
+        plain, back, _ = with_gradient(lambda *given: function(*given), features, rois)
+    np.testing.assert_allclose(value, plain, atol=1e-6)
+    np.testing.assert_allclose(gradient, back, atol=1e-5)
+    assert float(jnp.abs(back).max()) > 0
+    # The scatters of the gradient there.
+    rng = np.random.default_rng(0)
+    x, weights, indices = rng.normal(size=(12, 5)), rng.normal(size=(12, 4)), rng.integers(0, 7, (12, 4))
+    form, operands = gather.SpreadRows(7), [jnp.asarray(a, jnp.float32) for a in (x, weights)]
+    wanted = np.zeros((7, 5))
+    np.add.at(wanted, indices, weights[:, :, None] * x[:, None])
+    for run in (form.plain, form.cpu):
+        np.testing.assert_allclose(jax.jit(run)(*operands, indices), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", operators.ROI_POOL, ids=str)

@@ -197,6 +197,18 @@ def test_the_header_of_the_fork_sets_epsilon(tmp_path):
     assert (model.epsilon, model.dtype) == (0.1, jnp.bfloat16)
 
 
+def test_a_registered_network_of_the_fork_has_its_epsilon(tmp_path):
+    fields = {"convs": (((4, 3),), ((4, 3),)), "num_classes": 3}
+    model, path = fv.create_model("tiny_darknet", **fields), tmp_path / "x.weights"
+    for version, epsilon in (((0, 2, 0), 1e-6), ((0, 2, 5), 1e-5)):
+        write_darknet(path, DarknetFile(drawn(values_of(model)), 0, version))
+        loaded, _ = fv.weights.load_model("tiny_darknet", path, source="darknet", **fields)
+        assert loaded.backbone.epsilon == epsilon
+    with pytest.raises(ValueError, match="overrides must include epsilon=1e-05 for darknet's tiny_darknet"):
+        fv.weights.load("tiny_darknet", path, source="darknet", **fields)
+    fv.weights.load("tiny_darknet", path, source="darknet", epsilon=1e-5, **fields)
+
+
 def test_another_number_of_classes(tmp_path, caplog):
     """The last convolution before each head is new, and the others keep their values."""
     sections = narrow_tiny("yolo_v3_tiny")[2]
@@ -277,6 +289,16 @@ YOLO = "[yolo]\nmask=0,1,2\nanchors=1,2, 3,4, 5,6\nnum=3\nclasses=2\n"
             r"line 9, .*: mask must hold indices of the 3 anchors; got 0,1,3",
         ),
         (NET + CONV + YOLO.replace(", 5,6", ""), r"line 10, .*: anchors must be 6 numbers, 2 for each of num=3; got 4"),
+        (NET + CONV + "size=nan", r"line 8, \[convolutional\]: size must be a number; got 'nan'"),
+        (NET + CONV + "[route]\nlayers=-1.5", r"line 9, \[route\]: layers must be integers with commas .*; got '-1.5'"),
+        (NET + CONV + "[dropout]\nprobability=1", r"line 9, .*: probability must be in \[0, 1\); got 1.0"),
+        (
+            NET + CONV + YOLO.replace("0,1,2", "0,1,1"),
+            r"line 9, .*: mask must hold indices of the 3 anchors; got 0,1,1",
+        ),
+        (NET + CONV + YOLO.replace("5,6", "5,-6"), r"line 10, .*: anchors must be positive; got -6"),
+        (NET + CONV + YOLO.replace("5,6", "5,inf"), r"line 10, .*: anchors must be numbers with commas"),
+        (NET + CONV + YOLO + "scale_x_y=0", r"line 13, .*: scale_x_y must be positive; got 0"),
         (NET + CONV + YOLO + "new_coords=1", r"line 13, \[yolo\]: new_coords must be 0, since nothing else"),
         (NET + CONV + YOLO + "iou_loss=best", r"line 13, \[yolo\]: iou_loss must be one of mse, iou, giou"),
         (
@@ -302,12 +324,14 @@ def test_a_cfg_that_is_not_there(tmp_path):
         parse_cfg(text_of(POOLED, 8, 8), foo=1)
 
 
-def test_comments_spaces_and_repetitions():
+def test_comments_spaces_and_repetitions(tmp_path):
     """darknet removes all white space and reads the first of several equal options."""
     text = "[network]\r\n height = 8 # rows\nwidth\t=8\nchannels= 3\n;x\n"
     text += "[conv]\nfilters = 1 2\nfilters=5\nactivation = relu"
     (layer,) = parse_cfg(text).layers
     assert (layer.features, layer.activation, layer.kind) == (12, "relu", "convolutional")
+    (tmp_path / "x.cfg").write_text(text, encoding="utf-8-sig")  # as some editors write it
+    assert fv.weights.read_cfg(tmp_path / "x.cfg").layers == (layer,)
 
 
 def conv(filters, size, stride=1):

@@ -24,7 +24,7 @@ def test_class_names():
     cifar = fv.weights.class_names_for(NAME, "akamaster")
     assert cifar == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     with pytest.raises(
-        ValueError, match=r"class_names must be one of cifar10, coco90, imagenet1k, imagenet1001; got 'coco'"
+        ValueError, match=r"class_names must be one of cifar10, coco90, imagenet1k, coco80, imagenet1001; got 'coco'"
     ):
         published.class_names("coco")
 
@@ -52,7 +52,7 @@ def test_the_registry_names_the_published_weights(name):
         assert info.url.startswith(("https://", "hf://"))
         assert info.digest is None or info.digest.startswith(("sha256:", "md5:"))
         assert info.classes == fv.create_model(name).num_classes
-        assert (info.box_ap is None) == (fv.model_info(name).task == "classification")
+        assert (info.box_ap is None) == (fv.model_info(name).task == "classification" or info.source == "darknet")
         assert info.box_ap is None or 10 < info.box_ap < 60
         assert info.top1 is None or 50 < info.top1 < info.top5 < 100
         assert info.licence
@@ -68,6 +68,9 @@ def test_facts_of_some_tags():
     assert fv.weights.tag_of("inception_v3", "torchvision/IMAGENET1K_V1").preprocessing.mean == (0.5, 0.5, 0.5)
     assert fv.weights.tag_of("inception_v3", "timm/tv_in1k").preprocessing.interpolation == "bicubic"
     assert fv.weights.tag_of("xception", "timm/tf_in1k").preprocessing.resize == 333
+    yolo = fv.weights.tag_of("yolo_v3", "darknet/coco")
+    assert (len(yolo.class_names), yolo.class_names[16], yolo.class_names[79]) == (80, "dog", "toothbrush")
+    assert yolo.preprocessing is None
     keras = fv.weights.tag_of("vgg16", "keras/imagenet")
     assert keras.digest == "md5:64373286793e3c8b2b4e3219cbf3544b"
     assert keras.preprocessing.order == "BGR"
