@@ -136,14 +136,16 @@ def load(config: Config):
     names = SPLITS.get(config.dataset, ("train", "validation", None))
     given = (config.train_split, config.eval_split, config.test_split)
     splits = [own or usual for own, usual in zip(given, names, strict=True)]
+    classes = detect_models.class_names(config)
     sources = []
     for split in splits:
         if split is None:
             sources.append(sources[1])
             continue
-        source = fv.data.load_detection(
-            config.dataset, split, data_dir=config.data_dir, drop_empty=config.faulty_boxes == "drop"
-        )
+        options: Any = {"data_dir": config.data_dir, "drop_empty": config.faulty_boxes == "drop"}
+        source = fv.data.load_detection(config.dataset, split, **options)
+        if classes and source.classes != classes and set(source.classes) < set(classes):
+            source = fv.data.load_detection(config.dataset, split, classes=classes, **options)
         for text in getattr(source, "dropped", ()):
             fv.train.print_once(f"left out of {source.name}: {text}")
         fv.data.validate(source, task="detection", channels=3, num_classes=len(source.classes), verify=False)

@@ -67,6 +67,16 @@ def check(config: Any) -> None:
         raise ValueError(f"--model must be small, a .cfg file or a detector ({known}); got {config.model!r}")
 
 
+def class_names(config: Any) -> tuple[str, ...] | None:
+    """Returns the classes of the model of --eval-only, if its weights state them.
+
+    Models trained on COCO may have more labels than COCO has classes: torchvision's have the ids of the categories.
+    """
+    if not config.eval_only or config.source or config.model == "small" or is_cfg(config.model):
+        return None
+    return fv.weights.class_names_for(config.model, config.weights)
+
+
 def build(config: Any, num_classes: int, find_anchors: Callable[[int], Any]) -> Built:
     """Builds the detector of a run.
 

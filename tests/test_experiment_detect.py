@@ -134,6 +134,21 @@ def test_a_folder_of_voc_from_given_weights(tiny, tmp_path):
         run(*data, "--faulty-boxes", "refuse", "--workdir", tmp_path / "d")
 
 
+def test_published_weights_are_evaluated_in_their_own_classes(tmp_path):
+    """torchvision's weights for COCO have 90 labels, and COCO has 80 classes."""
+    box = {"image_id": 7, "bbox": [1, 2, 3, 4], "area": 5, "iscrowd": 0}
+    files.coco(tmp_path, [{**box, "category_id": 2}, {**box, "category_id": 5}])
+    splits = [flag for split in ("train", "eval", "test") for flag in (f"--{split}-split", "val")]
+    model = ["--model", "faster_rcnn_resnet50_fpn", "--eval-only", "--weights", "torchvision/COCO_V1"]
+    config = detect.parse(["--dataset", "coco", "--data-dir", str(tmp_path), *splits, *model])
+    source = detect.load(config)[0]
+    assert len(source.classes) == 90
+    assert [source.classes[label] for label in source[1]["labels"]] == ["cat", "dog"]
+    model = ["--model", "yolo_v3", "--eval-only", "--weights", "x.weights", "--source", "darknet"]
+    config = detect.parse(["--dataset", "coco", "--data-dir", str(tmp_path), *splits, *model])
+    assert detect.load(config)[0].classes == ("cat", "dog")
+
+
 @pytest.mark.slow
 def test_a_backbone_from_a_classifier_whose_first_stages_stay(tiny, tmp_path):
     convs = detect.detect_models.SMALL["convs"]

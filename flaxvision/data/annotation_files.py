@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxvision.data.annotations import Annotation, DetectionSource, Objects
+from flaxvision.data.annotations import Annotation, DetectionSource, Objects, labels_in
 from flaxvision.data.folder import SUFFIXES
 from flaxvision.data.workers import bounded_map
 
@@ -119,23 +119,32 @@ def _class_index(name: str, classes: Sequence[str], path: Path) -> int:
     return tuple(classes).index(name)
 
 
-def load_coco(annotations: Path, images: Path, *, drop_empty: bool = False, name: str | None = None) -> DetectionSource:
+def load_coco(
+    annotations: Path,
+    images: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    drop_empty: bool = False,
+    name: str | None = None,
+) -> DetectionSource:
     """Reads a JSON file of object instances in the format of COCO.
 
     Args:
         annotations: The JSON file, such as `annotations/instances_val2017.json`.
         images: Folder with the images.
+        classes: Class names that include those of the categories, such as the classes of a model. None takes the
+            categories by increasing id.
         drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
         name: Name of the source; None uses that of the file.
 
     Returns:
-        The source. Labels number the categories by increasing id; `category_ids` holds the ids. `crowd` is `iscrowd`,
-        and `difficult` is False. `area` is that of the file, which is the area of the segmentation in COCO, or else the
-        area of the box.
+        The source. Labels number the classes; `category_ids` holds their ids, -1 for a class without a category.
+        `crowd` is `iscrowd`, and `difficult` is False. `area` is that of the file, or else the area of the box. In
+        COCO's files it is the area of the segmentation.
 
     Raises:
-        ValueError: The file is missing or damaged, an annotation refers to an unknown image or category, an image is
-            missing, or a box is invalid.
+        ValueError: The file is missing or damaged, an annotation refers to an unknown image or category, a category is
+            not in `classes`, an image is missing, or a box is invalid.
     """
     path = Path(annotations)
     try:
@@ -150,8 +159,9 @@ def load_coco(annotations: Path, images: Path, *, drop_empty: bool = False, name
             if any(entry.get(key) is None for key in keys):
                 raise ValueError(f"each of the {part} in {path} must have {', '.join(keys)}; got {entry}")
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    labels = {category["id"]: label for label, category in enumerate(categories)}
-    classes = [category["name"] for category in categories]
+    own = [category["name"] for category in categories]
+    classes = own if classes is None else classes
+    labels = dict(zip((category["id"] for category in categories), labels_in(classes, own, path), strict=True))
     if len(labels) != len(categories):
         raise ValueError(f"{path} is damaged: two categories have the same id")
     dropped: list[str] = []
@@ -196,7 +206,10 @@ def load_coco(annotations: Path, images: Path, *, drop_empty: bool = False, name
         if not (Path(images) / image["file_name"]).is_file():
             raise ValueError(f"{path} has no image {image['id']}: {Path(images) / image['file_name']} is missing")
     found = [objects[image["id"]].annotation(image["file_name"]) for image in order]
-    options: Any = {"dropped": dropped, "category_ids": [category["id"] for category in categories]}
+    category_ids = [-1] * len(classes)
+    for category, label in labels.items():
+        category_ids[label] = category
+    options: Any = {"dropped": dropped, "category_ids": category_ids}
     return DetectionSource(Path(images), found, classes, name or path.stem, **options)
 
 

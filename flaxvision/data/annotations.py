@@ -234,6 +234,24 @@ class Objects:
         )
 
 
+def labels_in(classes: Sequence[str], own: Sequence[str], where: object) -> list[int]:
+    """Returns the label of each class of a data set in a list of classes that includes them.
+
+    Args:
+        classes: The list.
+        own: The classes of the data set.
+        where: The data set, for the error message.
+
+    Raises:
+        ValueError: A class of the data set is not in the list.
+    """
+    if missing := [name for name in own if name not in classes]:
+        raise ValueError(f"classes must include those of {where}; got none named {', '.join(missing)}")
+    if list(classes) == list(own):
+        return [*range(len(own))]
+    return [list(classes).index(name) for name in own]
+
+
 def pad_objects(example: dict[str, Any], count: int, name: str = "the example") -> dict[str, Any]:
     """Pads the objects of an example to a fixed number.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flaxvision.data import annotation_files
-from flaxvision.data.annotations import Objects
+from flaxvision.data.annotations import Objects, labels_in
 from flaxvision.data.arrays import Source
 from flaxvision.data.decode import decode_image
 from flaxvision.data.shapes import ShapesSource
@@ -52,7 +52,8 @@ def load_detection(
             * the name of a prepared TFDS set with boxes, such as "voc/2007" or "coco/2017".
         split: Name of the split.
         data_dir: The folder. For a TFDS name, the directory of prepared sets; None for the default of TFDS.
-        classes: Class names for "voc_xml" and "yolo"; None reads them from the files.
+        classes: Class names. For "voc_xml" and "yolo", None reads them from the files. For COCO and TFDS, they must
+            include the classes of the data, whose order is the default; a model may have others in between.
         drop_empty: Whether to leave out boxes of zero width or height and list them in the attribute `dropped`,
             instead of raising an error.
         one_based: For "voc_xml"; see `load_voc`.
@@ -65,9 +66,9 @@ def load_detection(
             invalid.
         RuntimeError: The TFDS set is not prepared.
     """
-    if classes is not None and name not in ("voc_xml", "yolo"):
-        raise ValueError(f"classes must be None for {name!r}, which has its own; got {list(classes)}")
     if name == "shapes":
+        if classes is not None:
+            raise ValueError(f"classes must be None for 'shapes', which has its own; got {list(classes)}")
         if data_dir is not None:
             raise ValueError(f"data_dir must be None for 'shapes', which has no files; got {os.fspath(data_dir)!r}")
         return ShapesSource(split)
@@ -82,20 +83,21 @@ def load_detection(
     if name == "yolo":
         return annotation_files.load_yolo(folder, split, classes=classes, drop_empty=drop_empty)  # pyright: ignore[reportArgumentType]
     if name == "coco" and folder is not None and not any((folder / "coco").rglob("dataset_info.json")):
-        return _load_coco_folder(folder, split, drop_empty)
+        return _load_coco_folder(folder, split, classes, drop_empty)
     if name == "coco":
         name, split = _COCO_OF_TFDS.get(split, (name, split))
-    return load_tfds_detection(name, split, data_dir=folder, drop_empty=drop_empty)
+    return load_tfds_detection(name, split, data_dir=folder, classes=classes, drop_empty=drop_empty)
 
 
-def _load_coco_folder(folder: Path, split: str, drop_empty: bool) -> Source:
+def _load_coco_folder(folder: Path, split: str, classes: Sequence[str] | None, drop_empty: bool) -> Source:
     files = [folder / pattern.format(split=split) for pattern in (*_COCO_JSON, _COCO_BESIDE)]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise ValueError(f"{folder} must have annotations of {split!r} in {files[0].relative_to(folder)}; got none")
     places = [folder / pattern.format(split=split) for pattern in _COCO_IMAGES]
     images = next(place for place in places if place.is_dir())
-    return annotation_files.load_coco(file, images, drop_empty=drop_empty, name=f"{folder.resolve().name}/{split}")
+    options: Any = {"classes": classes, "drop_empty": drop_empty, "name": f"{folder.resolve().name}/{split}"}
+    return annotation_files.load_coco(file, images, **options)
 
 
 class TfdsDetectionSource:
@@ -108,6 +110,7 @@ class TfdsDetectionSource:
         version: Full TFDS name of the set, with its version.
         drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
         one_based: Whether the first corners of the boxes count pixels from 1.
+        labels: For each class of the set, its index in `classes`. None if they are the same.
 
     Attributes:
         sizes: Height and width of each image, int [N, 2].
@@ -124,8 +127,10 @@ class TfdsDetectionSource:
         version: str,
         drop_empty: bool,
         one_based: bool = False,
+        labels: Sequence[int] | None = None,
     ):
         self._records, self._drop_empty = records, drop_empty
+        self._labels = [*range(len(classes))] if labels is None else [*labels]
         self._offset = 1 if one_based else 0
         self.classes, self.name, self.version = tuple(classes), name, version
 
@@ -179,8 +184,9 @@ class TfdsDetectionSource:
         height, width = size
         for k, (y1, x1, y2, x2) in enumerate(np.asarray(values["bbox"], np.float64).reshape(-1, 4)):
             label = int(values["label"][k])
-            if not 0 <= label < len(self.classes):
-                raise ValueError(f"the class in {where} must lie between 0 and {len(self.classes) - 1}; got {label}")
+            if not 0 <= label < len(self._labels):
+                raise ValueError(f"the class in {where} must lie between 0 and {len(self._labels) - 1}; got {label}")
+            label = self._labels[label]
             faulty = x2 <= x1 or y2 <= y1  # with the offset it could look right
             offset = 0 if faulty else self._offset
             objects.add(
@@ -197,11 +203,18 @@ class TfdsDetectionSource:
     def fingerprint(self) -> str:
         """Hexadecimal digest of the full TFDS name, the split, the length and how boxes are read."""
         identity = f"{self.version}/{self.name}/{len(self)}/{self._drop_empty}/{self._offset}"
+        if self._labels != [*range(len(self.classes))]:
+            identity += f"/{self._labels}/{self.classes}"
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 
 def load_tfds_detection(
-    name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None, drop_empty: bool = False
+    name: str,
+    split: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    classes: Sequence[str] | None = None,
+    drop_empty: bool = False,
 ) -> TfdsDetectionSource:
     """Opens one split of a prepared TFDS set of images with boxes, such as "voc/2007" or "coco/2017".
 
@@ -212,13 +225,15 @@ def load_tfds_detection(
         name: TFDS name with an optional config or version.
         split: TFDS split, such as "train", "validation" or "test[:100]".
         data_dir: Directory of prepared sets; None for the default of TFDS.
+        classes: As in `load_detection`.
         drop_empty: As in `load_detection`.
 
     Returns:
         The source.
 
     Raises:
-        ValueError: The set or split does not exist, or its examples are not images with boxes.
+        ValueError: The set or split does not exist, a class is not in `classes`, or its examples are not images with
+            boxes.
         RuntimeError: The set is not prepared.
     """
     from flaxvision.data.tfds import _builder, _quiet, is_known, names
@@ -246,6 +261,9 @@ def load_tfds_detection(
         except (KeyError, ValueError, AssertionError) as error:
             known = ", ".join(map(repr, builder.info.splits)) or "none"
             raise ValueError(f"split must name one or more of {known} for {name!r}; got {split!r} ({error})") from error
-    classes = boxes["label"].names
+    own = boxes["label"].names
     options: Any = {"drop_empty": drop_empty, "one_based": builder.name == "voc"}
-    return TfdsDetectionSource(records, classes, f"{name}/{split}", version=builder.info.full_name, **options)
+    if classes is not None:
+        options["labels"] = labels_in(classes, own, f"{name}/{split}")
+    version, chosen = builder.info.full_name, own if classes is None else classes
+    return TfdsDetectionSource(records, chosen, f"{name}/{split}", version=version, **options)

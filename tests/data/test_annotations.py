@@ -108,6 +108,19 @@ def test_coco(tmp_path):
     assert example["labels"].tolist() == [1, 0]
     assert example["crowd"].tolist() == [False, True]
     assert example["area"].tolist() == [5.5, 5.5]
+
+
+def test_coco_with_the_classes_of_a_model(tmp_path):
+    """torchvision's detectors have a label for every category id, also for those that COCO does not use."""
+    files.coco(tmp_path, [note(), note(category=2)])
+    names = ("N/A", "dog", "N/A", "cat")
+    source = data.load_detection("coco", "val", data_dir=tmp_path, classes=names)
+    assert source.classes == names
+    assert source[1]["labels"].tolist() == [1, 3]
+    assert source.category_ids == (-1, 5, -1, 2)
+    assert source.fingerprint != data.load_detection("coco", "val", data_dir=tmp_path).fingerprint
+    with pytest.raises(ValueError, match=r"classes must include those of .*instances_val.json; got none named dog"):
+        data.load_detection("coco", "val", data_dir=tmp_path, classes=("cat", "cow"))
     assert source[0]["area"].shape == (0,)
     data.validate(source, task="detection")
 
@@ -319,6 +332,9 @@ def test_tfds(tfds_objects):
     assert example["image"].shape == (20, 30, 3)
     assert source[1 - first]["boxes"].shape == (0, 4)
     data.validate(source, task="detection")
+    other = data.load_detection("tiny_objects", "train", data_dir=tfds_objects, classes=("cow", "dog", "cat"))
+    assert other[first]["labels"].tolist() == [1, 2]
+    assert other.fingerprint != source.fingerprint
     placed = data.on_canvases(source, 32)
     assert placed[first]["boxes"].shape == (2, 4)
     with pytest.raises(ValueError, match=r"split must name one or more of 'train' for 'tiny_objects'; got 'val'"):
