@@ -180,10 +180,11 @@ def test_anchors_beyond_the_image_do_not_take_part():
     """On a large canvas, the anchors inside are those of the canvas that is just large enough."""
     layout = {"anchor_sizes": ((8,), (16, 20)), "aspect_ratios": (0.5, 1.0), "size_divisor": 32}
     sizes = jnp.asarray([[33, 70], [64, 96], [128, 1]])
-    anchors, inside = rpn.anchors_of([(32, 40), (16, 20)], (128, 160), sizes, **layout)
+    anchors_of = jax.jit(functools.partial(rpn.anchors_of, **layout), static_argnums=(0, 1))
+    anchors, inside = anchors_of(((32, 40), (16, 20)), (128, 160), sizes)
     for row, (height, width) in enumerate([(64, 96), (64, 96), (128, 32)]):
-        maps = [(height // 4, width // 4), (height // 8, width // 8)]
-        alone, whole = rpn.anchors_of(maps, (height, width), sizes[row : row + 1], **layout)
+        maps = ((height // 4, width // 4), (height // 8, width // 8))
+        alone, whole = anchors_of(maps, (height, width), sizes[row : row + 1])
         for some, mask, wanted, every in zip(anchors, inside, alone, whole, strict=True):
             assert bool(every.all())
             np.testing.assert_array_equal(some[mask[row]], wanted)
@@ -280,9 +281,9 @@ def test_every_parameter_gets_a_gradient_and_frozen_ones_none():
 
 
 def test_one_compilation_for_each_canvas():
-    """50 images of 50 sizes on three canvases."""
+    """50 images of 50 sizes on two canvases."""
     model, rng = tiny(), np.random.default_rng(0)
-    canvases = [(64, 96), (96, 64), (96, 96)]
+    canvases = [(64, 96), (96, 64)]
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     @chex.assert_max_traces(n=len(canvases))
