@@ -106,14 +106,14 @@ def check(got, want, tolerance=1e-5):
 
 @pytest.mark.slow
 def test_several_processes_give_the_results_of_one(tmp_path):
-    ((one,), (eight,)) = (results(tmp_path / f"1x{devices}", 1, devices) for devices in (4, 8))
-    for count, devices in ((2, 2), (4, 1), (4, 2)):
-        same_devices = one if count * devices == 4 else eight
+    """Several processes with one device each, and processes with several devices."""
+    (one,) = results(tmp_path / "1x4", 1, 4)
+    for count, devices in ((2, 2), (4, 1)):
         for got in results(tmp_path / f"{count}x{devices}", count, devices):
             for name in ("jit", "sharded"):
                 check(got[name], one["jit"])
             # Under pmap, dropout and augmentation draw by device; without them it agrees with jit.
-            check(got["pmap"], same_devices["pmap"])
+            check(got["pmap"], one["pmap"])
             check(got["plain pmap"], one["plain jit"])
             check(got["plain jit"], one["plain jit"])
     assert one["jit"]["losses"] != one["plain jit"]["losses"]
