@@ -163,10 +163,13 @@ def test_the_help_shows_every_flag(capsys):
         assert f"--{field.name.replace('_', '-')} " in text.replace(",", " ")
 
 
-@pytest.mark.parametrize(("recipe", "options"), [
-    ("long", {"size": 24, "eval_size": 32, "eval_shorter": 36, "warmup_epochs": 0.0, "learning_rate": 0.1}),
-    ("alexnet", {"size": 32, "shorter": (36, 40), "eval_shorter": 36, "parallel": "pmap", "learning_rate": 0.1}),
-])  # fmt: skip
+LONG = {"size": 24, "eval_size": 32, "eval_shorter": 36, "warmup_epochs": 0.0, "learning_rate": 0.1}
+ALEXNET = {"size": 32, "shorter": (36, 40), "eval_shorter": 36, "parallel": "pmap", "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"), [("long", LONG), pytest.param("alexnet", ALEXNET, marks=pytest.mark.slow)]
+)
 def test_a_folder_trains_and_every_photograph_counts_once(tmp_path, folder, tiny, recipe, options, capsys):
     config = config_of(tmp_path, recipe, folder, **options)
     assert imagenet.main(config) == 0

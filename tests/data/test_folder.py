@@ -345,6 +345,3 @@ def test_a_subset_of_a_folder(flat_folder):
     data.validate(part, channels=3)
     batch = next(iter(data.eval_batches(part, 2)))
     assert batch["label"].tolist() == [source.label[13], source.label[1]]
-
-
-# decoding
