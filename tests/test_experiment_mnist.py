@@ -21,9 +21,10 @@ from PIL import Image
 import flaxvision as fv
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "mnist.py"
+KILLS = int(os.environ.get("FLAXVISION_KILLS", "5"))
 # Five steps between evaluations and saves: a save takes most of the time, so most kills hit one.
 RUN = [
-    *("--model=mlp", "--hidden=24", "--epochs=14", "--batch-size=64", "--eval-every=0.25", "--log-every=3"),
+    *("--model=mlp", "--hidden=24", f"--epochs={9 + KILLS}", "--batch-size=64", "--eval-every=0.25", "--log-every=3"),
     *("--ema-decay=0.9", "--shift=1", "--no-progress"),
 ]
 
@@ -126,7 +127,7 @@ def terminated(workdir):
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_and_terminated_ends_in_the_same_bits(tmp_path, uninterrupted):
     random = np.random.default_rng(0)
-    in_saves = [killed(tmp_path / "killed", random) for _ in range(int(os.environ.get("FLAXVISION_KILLS", "4")))]
+    in_saves = [killed(tmp_path / "killed", random) for _ in range(KILLS)]
     assert any(in_saves), "no kill hit a save"
     terminated(tmp_path / "killed")
     assert finished(tmp_path / "killed") == outcome(uninterrupted)

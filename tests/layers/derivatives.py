@@ -134,8 +134,9 @@ def over_devices(function, params, x):
         return lax.psum(loss(params, x), "data"), (lax.psum(gradients[0], "data"), gradients[1])
 
     rows = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), x)
-    mapped = jax.pmap(mapped, "data", in_axes=(None, 0), devices=jax.devices()[:DEVICES])
-    value, (of_params, of_x) = mapped.lower(params, rows).compile(QUICK)(params, rows)
+    value, (of_params, of_x) = jax.pmap(mapped, "data", in_axes=(None, 0), devices=jax.devices()[:DEVICES])(
+        params, rows
+    )
     first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
     return {"shard_map": sharded, "pmap": (first(value), (first(of_params), of_x.reshape(x.shape)))}
 
