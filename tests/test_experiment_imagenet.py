@@ -15,6 +15,7 @@ from PIL import Image
 import flaxvision as fv
 from flaxvision import registry
 from flaxvision.models.resnet import CifarResNet, CifarResNetBackbone
+from tests.models.smallest import filled
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "imagenet.py"
 
@@ -231,7 +232,7 @@ def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny
     rng = np.random.default_rng(2)
     variables = jax.tree.map(
         lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32) * np.where(rng.random(x.shape) < 0.5, -1, 1),
-        model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)),
+        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)),
     )
     variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
     photos = fv.data.load("patterns", "test", as_stored=True)
@@ -245,7 +246,7 @@ def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny
         (own, {"preprocessing": dataclasses.asdict(own)}, {}),
     ):
         fv.weights.save(tmp_path / "tiny.safetensors", variables, name="tiny", metadata=metadata)
-        logits = model.apply(variables, np.stack([prepare(photos[i]["image"]) for i in range(len(photos))]))
+        logits = jax.jit(model.apply)(variables, np.stack([prepare(photos[i]["image"]) for i in range(len(photos))]))
         ranks = np.argsort(-np.asarray(logits), -1)
         top1, top5 = (np.mean([photos.label[i] in ranks[i, :k] for i in range(250)]) for k in (1, 5))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, photos.label[:250]).mean().item()
@@ -266,8 +267,10 @@ def test_what_can_not_be_evaluated_is_refused(tmp_path, folder, tiny):
         imagenet.main(config_of(tmp_path, "demo", folder, eval_only=True))
     with pytest.raises(ValueError, match="must be given together; got False and torchvision/IMAGENET1K_V1"):
         imagenet.main(config_of(tmp_path, "demo", folder, weights="torchvision/IMAGENET1K_V1"))
-    fresh = fv.create_model("tiny").init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
-    fv.weights.save(tmp_path / "ten.safetensors", fresh, name="tiny")
+    ten = jax.eval_shape(
+        fv.create_model("tiny").init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    )
+    fv.weights.save(tmp_path / "ten.safetensors", filled(ten), name="tiny")
     options = {"eval_only": True, "weights": str(tmp_path / "ten.safetensors")}
     with pytest.raises(ValueError, match=r"--weights must be for the 2 classes of photos/test; got .* for 10"):
         imagenet.main(config_of(tmp_path, "demo", folder, **options))
