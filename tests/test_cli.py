@@ -10,6 +10,7 @@ from PIL import Image
 import flaxvision as fv
 from flaxvision import cli
 from flaxvision.weights.convert import nested, shapes_of
+from tests.models.smallest import filled
 
 NAME = "resnet20_cifar"
 
@@ -45,7 +46,7 @@ def test_predict_and_convert(folder, capsys):
     lines = [line.rsplit("  ", 2) for line in said.splitlines()]
     model, variables = fv.weights.load_model(NAME, theirs, source="akamaster")
     pixels = fv.weights.preprocessing_for(NAME, "akamaster")(Image.open(photo))
-    logits = np.asarray(model.apply(variables, pixels[None]))[0]
+    logits = np.asarray(jax.jit(model.apply)(variables, pixels[None]))[0]
     likely = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     order = np.argsort(-likely)[:3]
     cifar = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -82,7 +83,7 @@ def test_convert_for_other_classes_and_channels(folder, capsys):
 
 def test_networks_that_flatten_keep_their_size(folder, capsys):
     model = fv.create_model("lenet_dli")
-    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    variables = filled(jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)))
     path, again = folder / "lenet.safetensors", folder / "lenet2.safetensors"
     fv.weights.save(path, variables, name="lenet_dli", channels=3, input_size=(32, 32), metadata={"licence": "MIT"})
     assert fv.weights.preprocessing_for("lenet_dli", str(path)).crop == 32

@@ -257,10 +257,10 @@ def _placed(name: str, leaf: Any, about: dict[str, Any], part: Part | None) -> A
         return part(...)
     sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
     everywhere = sharding is not None and not sharding.is_fully_addressable  # over several processes
-    if everywhere:
+    if sharding is not None and everywhere:
         read: dict[Index, np.ndarray] = {}  # replicas on the devices of this process need the same
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: Any) -> np.ndarray:  # JAX's type includes None, which it never passes
             bounds = _bounds(index, about["shape"])
             if bounds not in read:
                 read[bounds] = part(index)

@@ -10,7 +10,7 @@ from benchmarks import input_pipeline
 @pytest.mark.slow
 def test_a_line_per_source_and_pipeline(tmp_path):
     output = tmp_path / "new" / "results.jsonl"
-    config = input_pipeline.Config(rounds=2, quick=True, output=output)
+    config = input_pipeline.Config(rounds=1, quick=True, output=output)
     assert input_pipeline.main(config) == 0
     folder, *lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert folder["case"] == "folder"

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from flaxvision.layers.lowering import convolution, gather, pooling, reductions, rows
+from tests.models.smallest import QUICK
 
 DEVICES = 2
 
@@ -122,7 +123,8 @@ def over_devices(function, params, x):
 
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:DEVICES])
     split = {"in_specs": (P(), P("data"), P(), P("data")), "out_specs": (P(), P(), (P(), P("data")))}
-    sharded = jax.jit(jax.shard_map(local, mesh=mesh, check_vma=True, **split))(params, x, dp, dx)
+    local = jax.shard_map(local, mesh=mesh, check_vma=True, **split)
+    sharded = jax.jit(local, compiler_options=QUICK)(params, x, dp, dx)
 
     def mapped(params, x):
         def loss(params, x):
@@ -150,4 +152,4 @@ def exported(function, params, x):
     like = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
     program = export.export(jax.jit(run), platforms=["cpu", "cuda", "tpu"])(params, like)
     assert program.platforms == ("cpu", "cuda", "tpu")
-    return {"export": program.call(params, x)}
+    return {"export": jax.jit(program.call, compiler_options=QUICK)(params, x)}

@@ -14,6 +14,7 @@ from flaxvision import layers
 from flaxvision.layers.lowering import cpu, rows
 from flaxvision.models.lenet import PartialConv
 from tests.layers.derivatives import drawn, exported, over_devices, plain_lax, transformed
+from tests.models.smallest import QUICK
 
 CONV = {
     "conv": layers.Conv(5, (3, 3)),
@@ -91,14 +92,18 @@ def float64():
 )
 def test_every_transformation(name, float64):
     function, params, x = function_of(*CASES[name])
-    got = jax.jit(lambda params, x: transformed(function, params, x))(params, x)
+    run = lambda params, x: transformed(function, params, x)
+    got = jax.jit(run, compiler_options=QUICK)(params, x)
     devices, program = over_devices(function, params, x), exported(function, params, x)
     with plain_lax():
-        want = jax.jit(lambda params, x: transformed(function, params, x))(params, x)
+        want = jax.jit(lambda params, x: run(params, x), compiler_options=QUICK)(params, x)
         loss = lambda params, x: jnp.sum(jnp.sin(function(params, x)))
-        gradients = jax.jit(jax.grad(loss, (0, 1)))(params, x)
-        value, tangent = jax.jvp(loss, (params, x), drawn((params, x), 1))
-        of_x = jax.jvp(lambda x: loss(params, x), (x,), (x,))
+
+        def plain(params, x):
+            forward = jax.jvp(loss, (params, x), drawn((params, x), 1))
+            return forward, jax.jvp(lambda x: loss(params, x), (x,), (x,)), jax.grad(loss, (0, 1))(params, x)
+
+        (value, tangent), of_x, gradients = jax.jit(plain, compiler_options=QUICK)(params, x)
     for key in want:
         chex.assert_trees_all_close(got[key], want[key], rtol=1e-9, atol=1e-9, custom_message=key)
     close = lambda a, b: chex.assert_trees_all_close(a, b, rtol=1e-9, atol=1e-9)
@@ -114,9 +119,9 @@ def test_batch_norm_in_training(float64):
     statistics = {"batch_stats": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
     params = {"scale": jnp.linspace(0.5, 2, 3), "bias": jnp.ones(3)}
     run = lambda params, x: transformed(function, params, x)
-    got = jax.jit(run)(params, x)
+    got = jax.jit(run, compiler_options=QUICK)(params, x)
     with plain_lax():
-        want = jax.jit(lambda params, x: run(params, x))(params, x)
+        want = jax.jit(lambda params, x: run(params, x), compiler_options=QUICK)(params, x)
     chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
 
 

@@ -8,7 +8,8 @@ import flaxvision as fv
 from flaxvision.models import Classifier
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # halves the compilation
-SHORT, NARROW = {"stage_sizes": (1, 1, 1, 1)}, {"features": (8, 8, 16, 16)}
+# One stage without and one with a stride.
+SHORT, NARROW = {"stage_sizes": (1, 1)}, {"features": (8, 16)}
 # One model of each body: a small input, fields that make it narrow and leave out repetitions, and the number of its
 # pooled features.
 SMALLEST: dict[str, tuple[tuple[int, ...], dict, int]] = {

@@ -193,7 +193,7 @@ ATROUS = {
     ),
     "mobilenet v1": models.MobileNetV1Backbone(width_multiplier=0.1, padding=((1, 1), (1, 1))),
     "mobilenet v2": models.MobileNetV2Backbone(width_multiplier=0.1),
-    "xception": models.XceptionBackbone(pool_padding=((1, 1), (1, 1))),
+    "xception": models.XceptionBackbone(middle_blocks=1, pool_padding=((1, 1), (1, 1))),
 }
 
 

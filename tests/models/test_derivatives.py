@@ -27,8 +27,12 @@ def function_of(name):
     return (lambda params, x: model.apply({"params": params, **variables}, x)), params, drawn(like, 0)
 
 
-# What the layers' tests repeat with other operands.
-WITHOUT = ("reverse over reverse", "vmap over params", "vmap over both")
+# What the layers' tests do, and what others imply for a whole network: `linearize`, `jacfwd` and `jacrev` are `jvp` and
+# `vjp` with `vmap`.
+WITHOUT = (
+    *("reverse over reverse", "reverse over forward", "vmap over params", "vmap over both"),
+    *("linearize", "jacfwd", "jacrev", "scan"),
+)
 
 
 @pytest.mark.slow
@@ -45,9 +49,12 @@ def test_every_transformation(name):
             want = jax.jit(lambda params, x: run(params, x), compiler_options=QUICK)(params, x)
             loss = lambda params, x: jnp.sum(jnp.sin(function(params, x)))
             dp, dx = drawn((params, x), 1)
-            value, tangent = jax.jit(lambda params, x: jax.jvp(loss, (params, x), (dp, dx)))(params, x)
-            of_x = jax.jit(lambda params, x: jax.jvp(lambda x: loss(params, x), (x,), (x,)))(params, x)
-            gradients = jax.jit(jax.grad(loss, (0, 1)))(params, x)
+
+            def plain(params, x):
+                forward = jax.jvp(loss, (params, x), (dp, dx))
+                return forward, jax.jvp(lambda x: loss(params, x), (x,), (x,)), jax.grad(loss, (0, 1))(params, x)
+
+            (value, tangent), of_x, gradients = jax.jit(plain, compiler_options=QUICK)(params, x)
         close(got, want)
         close(devices, {"shard_map": (value, tangent, gradients), "pmap": (value, gradients)})
         close(program, {"export": (gradients, of_x)})

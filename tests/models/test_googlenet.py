@@ -61,7 +61,7 @@ def test_the_inception_module_against_a_numpy_loop(wide):
         numpy_conv(numpy_conv(x, p["branch5x5_1"]), p["branch5x5_2"]),
         numpy_conv(pooled, p["branch_pool"]),
     ]
-    np.testing.assert_allclose(module.apply(variables, x), np.concatenate(expected, -1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), np.concatenate(expected, -1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "googlenet_bn"])

@@ -103,7 +103,9 @@ def test_units_against_numpy(unit, strides, shortcut):
     unit = unit.clone(norm=eval_norm)
     variables = variables_of(unit, x.shape)
     expected = numpy_unit(variables, x, strides, shortcut)
-    np.testing.assert_allclose(unit.apply(variables, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(unit.apply)(variables, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4
+    )
     assert ("shortcut_conv" in variables["params"]) == (shortcut == "projection")
 
 
@@ -196,7 +198,7 @@ def test_a_trunk_against_numpy():
     padded = np.pad(stem, ((0, 0), (1, 1), (1, 1), (0, 0)))  # after a ReLU, zeros never win over a number
     pooled = np.asarray([[padded[0, i : i + 3, j : j + 3].max((0, 1)) for j in (0, 2, 4)] for i in (0, 2, 4)])[None]
     unit = {collection: v["stage1_block1"] for collection, v in variables.items()}
-    stages = backbone.apply(variables, jnp.asarray(x, jnp.float32))
+    stages = jax.jit(backbone.apply)(variables, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(stages["stem"], stem, rtol=1e-4, atol=1e-4)
     expected = numpy_unit(unit, pooled, (1, 1, 1), "projection", epsilon=0.5)
     np.testing.assert_allclose(stages["stage1"], expected, rtol=1e-4, atol=1e-3)

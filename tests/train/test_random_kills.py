@@ -56,7 +56,7 @@ BOUND = 60.0  # seconds that a process may outlive the other one
 
 @pytest.mark.slow
 def test_random_kills(tmp_path):
-    kills = int(os.environ.get("FLAXVISION_KILLS", "6"))
+    kills = int(os.environ.get("FLAXVISION_KILLS", "4"))
     steps, chance = 200 + 100 * kills, random.Random(0)
     multiprocess.run(PROGRAM, 2, arguments=[tmp_path / "whole", steps])
     starts = []

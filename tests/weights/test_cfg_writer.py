@@ -11,7 +11,8 @@ from flaxvision.weights import DarknetFile, parse_cfg, write_darknet
 from flaxvision.weights.cfg_writer import cfg_text
 from flaxvision.weights.darknet import values_of
 from tests.models.darknet_loops import text_of
-from tests.weights.test_darknet import CLASSIFIER, DETECTOR, POOLED, V1, narrow_tiny, narrow_v2, narrow_v3
+from tests.weights.test_darknet import CLASSIFIER, DETECTOR, POOLED, V1
+from tests.weights.test_darknet_networks import narrow_tiny, narrow_v2, narrow_v3
 
 YOLO_V4 = {"num": 1, "anchors": [3.25, 4], "classes": 2}
 YOLO_V4 |= {"iou_loss": "ciou", "iou_normalizer": 0.07, "cls_normalizer": 0.5, "obj_normalizer": 2, "iou_thresh": 0.213}
