@@ -176,7 +176,7 @@ def test_batches_dtypes_and_second_derivatives():
 
 def test_errors():
     features, rois = np.zeros((4, 5, 2), np.float32), np.zeros((3, 4))
-    with pytest.raises(ValueError, match=r"sampling_ratio must be at least 1, .*; got 0"):
+    with pytest.raises(ValueError, match=r"sampling_ratio must be at least 1 \(.*\); got 0"):
         ops.roi_align(features, rois, 7, sampling_ratio=0)
     with pytest.raises(ValueError, match=r"output_size must be at least 1; got \(7, 0\)"):
         ops.roi_max_pool(features, rois, (7, 0))
