@@ -9,9 +9,8 @@ r"""Trains and evaluates detectors, with the recipe of their family.
 The first command needs no files and no GPU. With seed 0 it took 6 minutes on 2 shared CPU cores, and reached an AP50
 (average precision at an IoU of 0.5) of 0.923 on the 500 test images.
 
-FOLDER has the layout of PASCAL VOC, COCO or YOLO. For `--dataset coco` it can also be a TFDS directory; then add
-`--train-split train --eval-split validation`. Batch sizes and learning rates are those of the papers. If you change
---batch-size, scale --learning-rate too.
+FOLDER has the layout of PASCAL VOC, COCO or YOLO. For `--dataset coco` it can also be a TFDS directory. Batch sizes and
+learning rates are those of the papers. If you change --batch-size, scale --learning-rate too.
 
 At the end, a run prints the metrics of each class and draws pictures in its work directory. For
 `flaxvision predict`, it writes `weights.safetensors`, or with a .cfg file `model.cfg`, `model.weights` and
@@ -67,7 +66,8 @@ class Config(Recipe, fv.train.RunSettings):
     eval_split: str | None = None
     """Split to evaluate on during training. Default: val; for coco, val2017; for a TFDS name, validation."""
     test_split: str | None = None
-    """Split for the final metrics. Default: test for shapes and voc_xml, else that of --eval-split."""
+    """Split for the final metrics. Default: test for shapes and for a voc_xml folder that has it, else that of
+    --eval-split."""
     faulty_boxes: Literal["drop", "refuse"] = "drop"
     """Boxes of zero width or height: drop leaves them out and lists them, refuse raises an error."""
     weights: str | None = None
@@ -136,6 +136,9 @@ def load(config: Config):
     names = SPLITS.get(config.dataset, ("train", "validation", None))
     given = (config.train_split, config.eval_split, config.test_split)
     splits = [own or usual for own, usual in zip(given, names, strict=True)]
+    if config.dataset == "voc_xml" and config.data_dir and not given[2]:  # VOC2012 has no test split
+        listed = Path(config.data_dir).expanduser() / "ImageSets" / "Main" / "test.txt"
+        splits[2] = "test" if listed.is_file() else None
     classes = detect_models.class_names(config)
     sources = []
     for split in splits:

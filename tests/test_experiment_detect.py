@@ -134,6 +134,17 @@ def test_a_folder_of_voc_from_given_weights(tiny, tmp_path):
         run(*data, "--faulty-boxes", "refuse", "--workdir", tmp_path / "d")
 
 
+def test_a_folder_of_voc_without_a_test_split(tmp_path):
+    for split in ("train", "val"):
+        files.voc(tmp_path, [("cat", 3, 5, 20, 15)], stem=split, split=split)
+    flags = ["--dataset", "voc_xml", "--data-dir", str(tmp_path)]
+    train, val, test = detect.load(detect.parse(flags))
+    assert test is val
+    assert train is not val
+    files.voc(tmp_path, [("cat", 3, 5, 20, 15)], stem="test", split="test")
+    assert detect.load(detect.parse(flags))[2].name.endswith("/test")
+
+
 def test_published_weights_are_evaluated_in_their_own_classes(tmp_path):
     """torchvision's weights for COCO have 90 labels, and COCO has 80 classes."""
     box = {"image_id": 7, "bbox": [1, 2, 3, 4], "area": 5, "iscrowd": 0}
