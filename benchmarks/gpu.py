@@ -53,7 +53,7 @@ class Part:
 
     def records(self) -> Iterator[Record]:
         """Yields what was measured."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define records")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,14 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "imagenet.py"
 
 
 def load_script():
-    found = importlib.util.spec_from_file_location("imagenet_experiment", SCRIPT)
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        found = importlib.util.spec_from_file_location("imagenet_experiment", SCRIPT)
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module
+        found.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
     return module
 
 

@@ -53,24 +53,26 @@ from flaxvision.data.colour import (
 )
 from flaxvision.data.geometry import (
     crop,
-    draw_crop_box,
     move,
     random_crop,
     random_flip,
-    random_resized_crop,
     random_rotation,
     random_scale,
     random_shift,
-    resize_or_pad,
-    resized_crop,
     rotate,
     scale,
-    size_matrix,
-    to_size,
     translate,
 )
 from flaxvision.data.mixing import cutmix, mixing, mixup
 from flaxvision.data.pixels import PerChannel, Size, pair, per_channel, standardize, to_float
+from flaxvision.data.resizing import (
+    draw_crop_box,
+    random_resized_crop,
+    resize_or_pad,
+    resized_crop,
+    size_matrix,
+    to_size,
+)
 
 __all__ = [
     "add_lighting",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flaxvision.data.geometry import _affine, move
+from flaxvision.data.geometry import affine, move
 from flaxvision.data.pixels import PerChannel, per_channel, shape_of
 
 _OBJECT_KEYS = ("boxes", "labels", "valid", "crowd", "difficult")
@@ -254,7 +254,7 @@ def _zoomed(op, example, zoom, shift, size, fill):
     content = jnp.where(_within(height, width, size), content, 0.0) + background
     keeps = example.get("size")
     new_size = None if keeps is None else size.astype(jnp.asarray(keeps).dtype)
-    moved = move(op, example, content, _affine(zoom[1], shift[1], zoom[0], shift[0]), size=new_size)
+    moved = move(op, example, content, affine(zoom[1], shift[1], zoom[0], shift[0]), size=new_size)
     return _clipped(moved, jnp.zeros(2), size) if "boxes" in moved else moved
 
 

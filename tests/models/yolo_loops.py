@@ -80,18 +80,24 @@ def bce(p, target):
     return sum(parts)
 
 
+def put_negative(delta, loss, at, x, weight, head, box, truths, ignored):
+    """The objectness of an anchor that no truth belongs to."""
+    best = max((iou_loop(box, truth) for truth in truths), default=0)
+    if best > head.ignore_threshold or within_ignored(box, ignored, head.ignore_threshold):
+        delta[(*at, 4)] = loss["object"][at] = 0
+        return
+    objectness = sigmoid(x[(*at, 4)])
+    delta[(*at, 4)] = weight * (0 - objectness)
+    loss["object"][at] = weight * bce(objectness, 0)
+
+
 def yolo_loop(head, raw, truths, labels, ignored=()):
     """darknet's forward_yolo_layer: deltas [h, w, A, 5 + K] and losses; also the further anchors of its fork."""
     x = raw.reshape(*GRID, len(head.mask), -1).astype(np.float64)
     delta, loss = np.zeros_like(x), {"box": {}, "object": {}, "class": {}}
     for j, i, n in np.ndindex(*x.shape[:3]):
         box = predicted(x[j, i, n], j, i, head.anchors[head.mask[n]], head.scale_xy)
-        best = max((iou_loop(box, truth) for truth in truths), default=0)
-        objectness = sigmoid(x[j, i, n, 4])
-        delta[j, i, n, 4] = head.object_weight * (0 - objectness)
-        loss["object"][j, i, n] = head.object_weight * bce(objectness, 0)
-        if best > head.ignore_threshold or within_ignored(box, ignored, head.ignore_threshold):
-            delta[j, i, n, 4] = loss["object"][j, i, n] = 0
+        put_negative(delta, loss, (j, i, n), x, head.object_weight, head, box, truths, ignored)
     for truth, label in zip(truths, labels, strict=True):
         i, j = int(truth[0] * GRID[1]), int(truth[1] * GRID[0])
         best, overlaps = best_of([(w / WIDTH, h / HEIGHT) for w, h in head.anchors], truth)
@@ -126,12 +132,7 @@ def region_loop(head, raw, truths, labels, seen, ignored=()):
     delta, loss = np.zeros_like(x), {"box": {}, "object": {}, "class": {}, "prior": {}}
     for j, i, n in np.ndindex(*x.shape[:3]):
         box = predicted(x[j, i, n], j, i, head.sizes[n])
-        best = max((iou_loop(box, truth) for truth in truths), default=0)
-        objectness = sigmoid(x[j, i, n, 4])
-        delta[j, i, n, 4] = head.noobject_scale * (0 - objectness)
-        loss["object"][j, i, n] = head.noobject_scale * bce(objectness, 0)
-        if best > head.ignore_threshold or within_ignored(box, ignored, head.ignore_threshold):
-            delta[j, i, n, 4] = loss["object"][j, i, n] = 0
+        put_negative(delta, loss, (j, i, n), x, head.noobject_scale, head, box, truths, ignored)
         if seen < head.prior_images:
             center = sigmoid(x[j, i, n, :2])
             delta[j, i, n, :2] = head.prior_scale * (0.5 - center)
