@@ -205,8 +205,8 @@ def photographs(folder: Path) -> dict[str, np.ndarray]:
     from PIL import Image
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-    fv_transform = fv.weights.tag_of(rcnn.NAME, "torchvision/COCO_V1").preprocessing
-    transform = GeneralizedRCNNTransform(800, 1333, list(fv_transform.mean), list(fv_transform.std)).eval()
+    info = fv.model_info(rcnn.NAME)
+    transform = GeneralizedRCNNTransform(800, 1333, list(info.mean), list(info.std)).eval()
     images = {}
     for path in sorted(folder.glob("*.jpg")):
         with Image.open(path) as image:
