@@ -59,6 +59,8 @@ def _entries(library: str) -> list[tuple[str, str, dict[str, Any]]]:
                         f" {', '.join(normalizations) or 'none'}; got {chosen!r}"
                     )
                 preprocessing |= normalizations[chosen]
+            if preprocessing.get("crop") == "none":  # TOML has no null
+                preprocessing["crop"] = None
             entry["preprocessing"] = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items()}
             found.append((model, f"{library}/{name}", entry))
     return found

@@ -19,7 +19,7 @@ class Preprocessing:
     with zeros.
 
     Attributes:
-        crop: Height and width of the result; an int for a square.
+        crop: Height and width of the result; an int for a square; None to keep the size after the resize.
         resize: Length of the shorter side before the crop, keeping the aspect ratio; or height and width; None to keep
             the size of the image.
         interpolation: `"nearest"`, `"bilinear"` or `"bicubic"`.
@@ -32,7 +32,7 @@ class Preprocessing:
         ValueError: `interpolation` or `order` is none of these values.
     """
 
-    crop: int | tuple[int, int] = 224
+    crop: int | tuple[int, int] | None = 224
     resize: int | tuple[int, int] | None = 256
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -53,7 +53,8 @@ class Preprocessing:
             image: A PIL image of any mode, or a uint8 array `[H, W, 3]`, `[H, W, 1]` or `[H, W]`.
 
         Returns:
-            `[crop, crop, 3]` float32, or `[crop, crop, 1]` with `order="L"`.
+            `[crop, crop, 3]` float32, or `[crop, crop, 1]` with `order="L"`; without a crop, of the resized height and
+            width.
 
         Raises:
             TypeError: The array has another dtype.
@@ -84,6 +85,8 @@ class Preprocessing:
         if self.resize is not None:
             size = _resized(image.size, self.resize)
             image = image.resize(size, getattr(Image.Resampling, self.interpolation.upper()))
+        if self.crop is None:
+            return image
         height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
         # An image smaller than the crop is padded first. An odd pixel goes to the end.
         left, top = (-((w - s) // 2) if s < w else 0 for s, w in zip(image.size, (width, height), strict=True))

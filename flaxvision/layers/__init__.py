@@ -34,6 +34,7 @@ from flaxvision.layers.pooling import (
     l2_norm_pool,
     max_pool,
 )
+from flaxvision.layers.resize import resize_bilinear
 from flaxvision.layers.squeeze_excite import SqueezeExcite
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "local_response_norm",
     "max_pool",
     "random_codes",
+    "resize_bilinear",
     "routing_by_agreement",
     "separable_conv",
     "sign",

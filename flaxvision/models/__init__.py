@@ -25,6 +25,8 @@ from flaxvision.models.darknet import Darknet53Backbone as Darknet53Backbone
 from flaxvision.models.darknet import DarknetBackbone as DarknetBackbone
 from flaxvision.models.darknet_cfg import CfgDetector as CfgDetector
 from flaxvision.models.darknet_cfg import CfgNetwork as CfgNetwork
+from flaxvision.models.deeplab import ASPP as ASPP
+from flaxvision.models.deeplab import DeepLabV3 as DeepLabV3
 from flaxvision.models.detector import Detector as Detector
 from flaxvision.models.detector import batch_mean as batch_mean
 from flaxvision.models.detector import row_keys as row_keys
@@ -32,6 +34,9 @@ from flaxvision.models.detector import valid_sizes as valid_sizes
 from flaxvision.models.fashion_cnn import FashionCNN as FashionCNN
 from flaxvision.models.faster_rcnn import BoxHead as BoxHead
 from flaxvision.models.faster_rcnn import FasterRCNN as FasterRCNN
+from flaxvision.models.fcn import FCN as FCN
+from flaxvision.models.fcn import FCNVGG as FCNVGG
+from flaxvision.models.fcn import FCNHead as FCNHead
 from flaxvision.models.googlenet import GoogLeNet as GoogLeNet
 from flaxvision.models.googlenet import GoogLeNetAux as GoogLeNetAux
 from flaxvision.models.googlenet import GoogLeNetBackbone as GoogLeNetBackbone
@@ -76,6 +81,7 @@ from flaxvision.models.resnet import ResNet as ResNet
 from flaxvision.models.resnet import ResNetBackbone as ResNetBackbone
 from flaxvision.models.resnet import pad_shortcut as pad_shortcut
 from flaxvision.models.rpn import RPNHead as RPNHead
+from flaxvision.models.segmenter import Segmenter as Segmenter
 from flaxvision.models.senet import SEBasicBlock as SEBasicBlock
 from flaxvision.models.senet import SEBottleneck as SEBottleneck
 from flaxvision.models.senet import SENet as SENet
@@ -83,6 +89,9 @@ from flaxvision.models.senet import SENetBackbone as SENetBackbone
 from flaxvision.models.squeezenet import Fire as Fire
 from flaxvision.models.squeezenet import SqueezeNet as SqueezeNet
 from flaxvision.models.squeezenet import SqueezeNetBackbone as SqueezeNetBackbone
+from flaxvision.models.unet import UNet as UNet
+from flaxvision.models.unet import UNetBackbone as UNetBackbone
+from flaxvision.models.unet import UNetSame as UNetSame
 from flaxvision.models.vgg import VGG as VGG
 from flaxvision.models.vgg import VGGBackbone as VGGBackbone
 from flaxvision.models.xception import Xception as Xception

@@ -36,10 +36,10 @@ BLOCKS = (
 _he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def rounded(channels: float) -> int:
-    """Returns the multiple of 8 nearest to `channels` that is at least 8 and not below 90 % of `channels`."""
-    near = max(8, int(channels + 4) // 8 * 8)
-    return near + 8 if near < 0.9 * channels else near
+def rounded(channels: float, multiple: int = 8) -> int:
+    """Returns the multiple of `multiple` nearest to `channels` that is not 0 and not below 90 % of `channels`."""
+    near = max(multiple, int(channels + multiple / 2) // multiple * multiple)
+    return near + multiple if near < 0.9 * channels else near
 
 
 class InvertedResidual(nn.Module):
@@ -89,11 +89,13 @@ class InvertedResidual(nn.Module):
 class MobileNetV2Backbone(Backbone):
     """MobileNetV2 without its head: a 3x3 convolution, 17 inverted residual blocks and a 1x1 convolution.
 
-    The stages have 16, 24, 32, 96 and 1280 channels. The other fields are those of `Backbone`.
+    The stages have 16, 24, 32, 96 and `last_features` channels. The other fields are those of `Backbone`.
 
     Attributes:
-        width_multiplier: Factor of the channels, which are rounded to multiples of 8. The last convolution has at least
-            1280 channels.
+        width_multiplier: Factor of the channels. The last convolution has at least `last_features` channels.
+        channel_multiple: The channels are rounded to multiples of it. TensorFlow's DeepLab has 8 times a
+            `width_multiplier` below 1.
+        last_features: Channels of the 1x1 convolution of the last stage; 0 omits it, as DeepLab does.
         blocks: For each stage, the rows of table 2: expansion factor, output channels, repetitions, first stride.
         padding: Padding of the 3x3 convolutions: symmetric (torchvision) or "SAME" (TensorFlow, Keras).
         epsilon: Epsilon of BatchNorm: 1e-5 (torchvision), 1e-3 (TensorFlow, Keras).
@@ -101,6 +103,8 @@ class MobileNetV2Backbone(Backbone):
     """
 
     width_multiplier: float = 1.0
+    channel_multiple: int = 8
+    last_features: int = 1280
     blocks: tuple[tuple[tuple[int, int, int, int], ...], ...] = BLOCKS
     padding: Padding = SYMMETRIC
     epsilon: float = 1e-5
@@ -121,7 +125,9 @@ class MobileNetV2Backbone(Backbone):
         norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
         unit = functools.partial(InvertedResidual, padding=self.padding, conv=conv, depthwise=depthwise, norm=norm)
 
-        stem = conv(rounded(32 * self.width_multiplier), (3, 3), strides=2, padding=self.padding, name="stem_conv")
+        width = functools.partial(rounded, multiple=self.channel_multiple)
+
+        stem = conv(width(32 * self.width_multiplier), (3, 3), strides=2, padding=self.padding, name="stem_conv")
         x = nn.relu6(norm(name="stem_bn")(stem(x)))
         reached = 2
         last = list(self.stage_strides)[-1]
@@ -129,11 +135,11 @@ class MobileNetV2Backbone(Backbone):
             blocks = [(*row[:2], row[3] if i == 0 else 1) for row in rows for i in range(row[2])]
             for number, (expansion, channels, strides) in enumerate(blocks, start=1):
                 fields = self.atrous_fields(reached, strides)
-                features = rounded(channels * self.width_multiplier)
+                features = width(channels * self.width_multiplier)
                 x = unit(features, expansion, **fields, name=f"{stage}_block{number}")(x)
                 reached *= strides
-            if stage == last:
-                x = conv(rounded(1280 * max(1.0, self.width_multiplier)), (1, 1), name=f"{stage}_conv")(x)
+            if stage == last and self.last_features:
+                x = conv(width(self.last_features * max(1.0, self.width_multiplier)), (1, 1), name=f"{stage}_conv")(x)
                 x = nn.relu6(norm(name=f"{stage}_bn")(x))
             yield stage, x
 

@@ -39,6 +39,7 @@ class VGGBackbone(Backbone):
             with the initializers of Keras, None for no normalization.
         epsilon: Epsilon of BatchNorm.
         momentum: Decay of BatchNorm's running statistics.
+        ceil_mode: Whether the pools round an odd size up, as in Caffe.
     """
 
     stage_sizes: tuple[int, ...] = (2, 2, 3, 3, 3)
@@ -46,6 +47,7 @@ class VGGBackbone(Backbone):
     norm: str | None = None
     epsilon: float = 1e-5
     momentum: float = 0.9
+    ceil_mode: bool = False
 
     @property
     def stage_strides(self) -> dict[str, int]:
@@ -67,7 +69,7 @@ class VGGBackbone(Backbone):
         norm = self.make_norm(train, epsilon=self.epsilon, momentum=self.momentum)
         for stage, (size, features) in enumerate(zip(self.stage_sizes, self.features, strict=True), start=1):
             if stage > 1:
-                x = max_pool(x, 2)
+                x = max_pool(x, 2, ceil_mode=self.ceil_mode)
                 x = norm(name=f"pool{stage - 1}_bn")(x) if self.norm == "pool" else x
             for i in range(1, size + 1):
                 x = conv(features, name=f"stage{stage}_conv{i}")(x)

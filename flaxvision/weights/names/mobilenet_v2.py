@@ -27,6 +27,12 @@ def _parts(path: str) -> tuple[int, int, bool]:
     return _BLOCKS.index(block), _LAYERS.index(layer.split("_")[0]), layer.endswith("_bn")
 
 
+def block_and_layer(path: str) -> tuple[int, str]:
+    """Returns the number of a block, from 0, and the kind of one of its layers: expand, depthwise or project."""
+    block, layer, _ = _parts(path)
+    return block, _LAYERS[layer]
+
+
 def torchvision(path: str) -> str:
     """Returns the name of a module in torchvision."""
     ends = {"head": "classifier.1", "backbone/stem": "features.0", "backbone/stage4": "features.18"}

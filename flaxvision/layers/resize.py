@@ -1,0 +1,48 @@
+"""Bilinear resizing of feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.image import scale_and_translate
+
+
+def resize_bilinear(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) -> jax.Array:
+    """Resizes feature maps by bilinear interpolation, without a low-pass filter where they shrink.
+
+    Args:
+        x: `[N, H, W, C]`.
+        size: Height and width of the result.
+        align_corners: Whether the centers of the corner pixels stay in place (TensorFlow's option of that name), or the
+            outer edges of the image (torch's default).
+
+    Returns:
+        `[N, *size, C]`, of the dtype of `x`.
+
+    Raises:
+        ValueError: `x` is not of rank 4, or `size` is not two positive integers.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x must have the shape [N, H, W, C]; got {x.shape}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be a height and a width of at least 1; got {tuple(size)}")
+    if tuple(size) == x.shape[1:3]:
+        return x
+    factors, shifts = [], []
+    for old, new in zip(x.shape[1:3], size, strict=True):
+        # Pixel i lies at i + 0.5, so a resize that keeps the first center shifts by (1 - factor) / 2. A result of one
+        # pixel takes the first one.
+        factor = (new - 1) / (old - 1) if align_corners and min(old, new) > 1 else new / old
+        factor = 1.0 if align_corners and (new == 1 or old == 1) else factor
+        factors.append(factor)
+        shifts.append((1 - factor) / 2 if align_corners else 0.0)
+    shape = (x.shape[0], *size, x.shape[3])
+    scale, translation = jnp.asarray(factors, jnp.float32), jnp.asarray(shifts, jnp.float32)
+    if align_corners:
+        # A map of one row or column has no second center to interpolate with.
+        for axis, (old, new) in enumerate(zip(x.shape[1:3], size, strict=True), start=1):
+            if old == 1 and new > 1:
+                x = jnp.repeat(x, new, axis=axis)
+    return scale_and_translate(x, shape, (1, 2), scale, translation, "linear", antialias=False)
