@@ -3,6 +3,7 @@
 from flaxvision import checkpoint, data, layers, losses, metrics, models, ops, plot, train, weights
 from flaxvision.detection import Candidates, Detections, detect, select_detections
 from flaxvision.registry import ModelInfo, create_backbone, create_model, list_models, model_fields, model_info
+from flaxvision.segmentation import segment
 
 __version__ = "0.1.0.dev0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "models",
     "ops",
     "plot",
+    "segment",
     "select_detections",
     "train",
     "weights",

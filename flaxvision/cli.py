@@ -1,8 +1,9 @@
-"""Command line: list models, classify images, detect objects, convert weights.
+"""Command line: list models, classify images, detect objects, segment images, convert weights.
 
     flaxvision list 'resnet*'
     flaxvision predict resnet50 torchvision/IMAGENET1K_V2 photo.jpg
     flaxvision predict yolo_v3 darknet/coco street.jpg --out boxes.png
+    flaxvision predict deeplabv3_resnet50 torchvision/COCO_WITH_VOC_LABELS_V1 street.jpg --out overlay.png
     flaxvision predict yolov4-tiny.cfg yolov4-tiny.weights street.jpg --classes coco.names --out boxes.png
     flaxvision convert resnet20_cifar resnet20.npz resnet20.safetensors --source akamaster
 
@@ -56,7 +57,10 @@ class List:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Print the most probable classes of images, or detect objects in them, with the transform of the weights."""
+    """Print the most probable classes of images, or detect objects in them, or segment them.
+
+    The transform of the images is that of the weights.
+    """
 
     model: Name
     """Name of a model, see `flaxvision list`; or a detector's .cfg file of darknet."""
@@ -74,15 +78,19 @@ class Predict:
     top: int = 5
     """Number of classes to print; classifiers only."""
     out: Path | None = None
-    """Picture of the detections, or a folder of pictures for several images; detectors only."""
+    """Picture of the detections or of the segments, or a folder of pictures for several images; not for classifiers."""
     json: bool = False
-    """Print JSON instead of a table; detectors only."""
+    """Print JSON instead of a table; not for classifiers."""
     score: float = 0.3
     """Minimum score of a detection; detectors only."""
     iou: float = 0.5
     """IoU above which a detection suppresses others of its class; detectors only."""
     size: int | None = None
     """Side of the square that images are padded to; detectors only. Default: that of the weights or of the model."""
+    tile: int | None = None
+    """Side of the tiles in which images are segmented, for large images; segmenters only. Default: whole images."""
+    overlap: int = 0
+    """Pixels that neighbouring tiles share; segmenters only."""
 
     def run(self) -> None:
         """Prints one line per image and class, or per detection."""
@@ -91,8 +99,10 @@ class Predict:
         if not self.images:
             raise ValueError("IMAGE must be the path of at least one image; got none")
         described = self.model.endswith(".cfg")
-        detector = described or fv.model_info(self.model).task == "detection"
-        if not detector and (self.out is not None or self.json):
+        task = "detection" if described else fv.model_info(self.model).task
+        if task != "segmentation" and (self.tile is not None or self.overlap):
+            raise ValueError(f"--tile and --overlap must be left out, since they are for segmenters; got {self.model}")
+        if task == "classification" and (self.out is not None or self.json):
             raise ValueError(f"--out and --json must be left out for a classifier; got {self.model}")
         if described:
             model, variables = fv.weights.load_cfg(self.model, self.weights)
@@ -109,10 +119,10 @@ class Predict:
             names = tuple(self.classes.read_text().splitlines())
             if len(names) != count:
                 raise ValueError(f"--classes must have one name for each of {count} classes; got {len(names)} names")
-        if detector:
-            self._detect(model, variables, names)
-        else:
-            self._classify(model, variables, names)
+        if len(self.images) > 1 and self.out is not None and self.out.suffix:
+            raise ValueError(f"--out must be a folder for {len(self.images)} images; got the file {self.out}")
+        run = {"detection": self._detect, "segmentation": self._segment, "classification": self._classify}[task]
+        run(model, variables, names)
 
     def _detect(self, model: Any, variables: Any, names: Sequence[str] | None) -> None:
         from flaxvision import predict
@@ -122,21 +132,34 @@ class Predict:
         else:
             stated = self.preprocessing or self.source or self.weights
             transform = predict.detector_transform(self.model, stated, self.size)
-        if len(self.images) > 1 and self.out is not None and self.out.suffix:
-            raise ValueError(f"--out must be a folder for {len(self.images)} images; got the file {self.out}")
         options = {"score_threshold": self.score, "iou_threshold": self.iou}
         results = predict.detect_in_files(model, variables, transform, self.images, **options)
         print(predict.to_json(results, names) if self.json else predict.table(results, names))
         for file in predict.draw(results, names, self.out) if self.out is not None else ():
             print(f"see {file}", file=sys.stderr)
 
-    def _classify(self, model: Any, variables: Any, names: Sequence[str] | None) -> None:
-        from PIL import Image
+    def _segment(self, model: Any, variables: Any, names: Sequence[str] | None) -> None:
+        from flaxvision import predict_segments
 
+        transform = self._transform()
+        options = {"tile": self.tile, "overlap": self.overlap}
+        results = predict_segments.segment_files(model, variables, transform, self.images, **options)
+        write = predict_segments.to_json if self.json else predict_segments.table
+        print(write(results, names))
+        for file in predict_segments.draw(results, names, self.out) if self.out is not None else ():
+            print(f"see {file}", file=sys.stderr)
+
+    def _transform(self) -> Any:
         stated = self.preprocessing or self.source or self.weights
         transform = fv.weights.preprocessing_for(self.model, stated)
         if known_preprocessing(self.model, stated) is None:
             print(f"note: {stated} does not state its preprocessing; this is a guess: {transform}", file=sys.stderr)
+        return transform
+
+    def _classify(self, model: Any, variables: Any, names: Sequence[str] | None) -> None:
+        from PIL import Image
+
+        transform = self._transform()
         # The capsule network gives lengths between 0 and 1, not logits.
         probability = (lambda x: x) if isinstance(model, fv.models.CapsNet) else jax.nn.softmax
         apply = jax.jit(model.apply)

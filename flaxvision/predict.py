@@ -168,15 +168,27 @@ def draw(results: Sequence[dict[str, Any]], names: Sequence[str] | None, out: Pa
     Returns:
         Paths of the pictures.
     """
-    if len(results) == 1 and out.suffix:
-        files = [out]
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        stems = [result["path"].stem for result in results]
-        files = [out / (f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{i}.png") for i, stem in enumerate(stems)]
+    files = picture_files([result["path"] for result in results], out)
     for result, file in zip(results, files, strict=True):
         plot.detections([result["image"]], [result], classes=names, columns=1, path=file)
     return files
+
+
+def picture_files(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Returns the file of the picture of each image.
+
+    Args:
+        paths: The image files.
+        out: File to write if there is one image and the path has a suffix. Otherwise a folder, which is created.
+
+    Returns:
+        `out`, or a file in it with the name of each image; numbers tell images of the same name apart.
+    """
+    if len(paths) == 1 and out.suffix:
+        return [out]
+    out.mkdir(parents=True, exist_ok=True)
+    stems = [path.stem for path in paths]
+    return [out / (f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{i}.png") for i, stem in enumerate(stems)]
 
 
 def _name(label: Any, names: Sequence[str] | None) -> str:

@@ -58,7 +58,9 @@ class Pair:
     def batches(self) -> list[libraries.Batch]:
         """Returns the images and labels of the trajectory, two batches in turn."""
         images = [self.images(f"images {i}", self.training_size) for i in range(2)]
-        labels = [drawing.draw_labels(f"labels {i}", self.batch, self.classes) for i in range(2)]
+        dense = fv.model_info(self.model).task == "segmentation"
+        shape = (self.batch, *self.training_size) if dense else (self.batch,)
+        labels = [drawing.draw_labels(f"labels {i}", shape, self.classes) for i in range(2)]
         return [(images[step % 2], labels[step % 2]) for step in range(STEPS)]
 
     def theirs(self, *, double: bool = False) -> Any:
@@ -249,7 +251,7 @@ class _Trainer:
 
 
 def _cross_entropy(logits: jax.Array, labels: np.ndarray) -> jax.Array:
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1))
 
 
 def _drift(ours: Any, theirs: Any, start: Any) -> float:

@@ -126,7 +126,7 @@ def targets(name: str, sizes: Sequence[tuple[int, int]], classes: int, count: in
     boxes = np.minimum(drawn * scale, scale).reshape(len(sizes), count, 4).astype(np.float32)
     valid = np.ones((len(sizes), count), bool)
     valid[:, -1] = False
-    labels = drawing.draw_labels(name, len(sizes) * count, classes - 1).reshape(len(sizes), count)
+    labels = drawing.draw_labels(name, (len(sizes), count), classes - 1)
     return {"boxes": np.where(valid[..., None], boxes, 0), "labels": labels, "valid": valid}
 
 

@@ -74,9 +74,9 @@ def draw_images(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return math.sqrt(3) * _uniform(name, shape)
 
 
-def draw_labels(name: str, count: int, classes: int) -> np.ndarray:
-    """Draws `count` labels int32 below `classes`."""
-    return np.floor((_uniform(name, (count,)) + 1) / 2 * classes).astype(np.int32).clip(0, classes - 1)
+def draw_labels(name: str, shape: tuple[int, ...], classes: int) -> np.ndarray:
+    """Draws labels int32 below `classes`, one per image or one per pixel."""
+    return np.floor((_uniform(name, shape) + 1) / 2 * classes).astype(np.int32).clip(0, classes - 1)
 
 
 def _tensor(name: str, shape: tuple[int, ...], shapes: Shapes, statistics: Statistics) -> np.ndarray:

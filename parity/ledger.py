@@ -31,7 +31,7 @@ from benchmarks import machine
 from parity import comparison, libraries
 
 RESULTS = Path(__file__).with_name("ledger.jsonl")
-LIBRARIES = ("torchvision", "timm", "keras", "pytorchcv")
+LIBRARIES = ("torchvision", "timm", "keras", "pytorchcv", "smp")
 
 # Sizes, where the architecture or the library needs others than `comparison.Pair`'s defaults. The first match counts.
 _SIZES: dict[tuple[str, str], dict[str, Any]] = {
@@ -43,10 +43,33 @@ _SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("bn_inception", "*"): {"size": (223, 224), "training_size": (223, 224)},  # its last pool is 7x7
     ("*inception*", "*"): {"size": (139, 171), "training_size": (107, 139)},  # no padding: maps shrink fast
     ("xception", "*"): {"training_size": (75, 97)},
+    ("unet*", "smp"): {"size": (96, 128), "training_size": (64, 96), "classes": 21},  # multiples of 32
+    ("fcn_resnet50", "*"): {"training_size": (65, 81), "classes": 21},
+    ("deeplabv3_*", "*"): {"training_size": (65, 81), "classes": 21},
 }
-_AUX_SIZES = {"googlenet_bn": (65, 97), "inception_v3": (299, 315)}
+_AUX: dict[str, dict[str, Any]] = {
+    "deeplabv3_resnet50": {"size": (65, 81), "training_size": (65, 81), "classes": 21},
+    "fcn_resnet50": {"size": (65, 81), "training_size": (65, 81), "classes": 21},
+    "googlenet_bn": {"size": (65, 97), "training_size": (65, 97)},
+    "inception_v3": {"size": (299, 315), "training_size": (299, 315)},
+}
 
-_FAMILIES = ("alexnet", "zfnet", "vgg", "googlenet", "bn_inception", "inception", "resnet", "xception", "se")
+_FAMILIES = (
+    "alexnet",
+    "zfnet",
+    "vgg",
+    "googlenet",
+    "bn_inception",
+    "inception",
+    "resnet",
+    "xception",
+    "se",
+    "mobilenet",
+    "squeezenet",
+    "fcn",
+    "deeplab",
+    "unet",
+)
 
 # Columns of the table: title, key and tolerance.
 _COLUMNS = (
@@ -125,14 +148,15 @@ def pairs(models: str = "*", sources: Iterable[str] = LIBRARIES) -> list[compari
     if unknown := set(sources) - set(LIBRARIES):
         raise ValueError(f"sources must be among {', '.join(LIBRARIES)}; got {', '.join(sorted(unknown))}")
     found = []
-    for model in fv.list_models(models, task="classification"):
+    compared = {*fv.list_models(models, task="classification"), *fv.list_models(models, task="segmentation")}
+    for model in sorted(compared):
         for source in [s for s in fv.weights.sources(model) if s in sources]:
             fits = (
                 o for (m, s), o in _SIZES.items() if fnmatch.fnmatchcase(model, m) and fnmatch.fnmatchcase(source, s)
             )
             found.append(comparison.Pair(model, source, **next(fits, {})))
-            if source == "torchvision" and (size := _AUX_SIZES.get(model)):
-                found.append(comparison.Pair(model, source, size=size, training_size=size, aux=True))
+            if source == "torchvision" and model in _AUX:
+                found.append(comparison.Pair(model, source, aux=True, **_AUX[model]))
     if not found:
         raise ValueError(f"models must match a network that {' or '.join(sources)} has; got {models!r}")
     return found

@@ -1,7 +1,8 @@
-"""The networks of torchvision, timm, pytorchcv and Keras behind one interface, for parity comparisons.
+"""The networks of torchvision, timm, pytorchcv, smp and Keras behind one interface, for parity comparisons.
 
 `build` makes a network in float32 or float64, without pretrained weights and with every dropout off. Batches are like
-ours: images `[N, H, W, C]` and integer labels. Tensors have the library's names.
+ours: images `[N, H, W, C]` and integer labels, one per image or one per pixel. Tensors have the library's names. "smp"
+is segmentation_models_pytorch.
 """
 
 from __future__ import annotations
@@ -45,14 +46,20 @@ NAMES = {
         **{f"resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
     },
 }
-AUX_HEADS = {"googlenet_bn": ("aux1", "aux2"), "inception_v3": ("aux1",)}
+AUX_HEADS = {
+    "deeplabv3_resnet50": ("aux",),
+    "fcn_resnet50": ("aux",),
+    "googlenet_bn": ("aux1", "aux2"),
+    "inception_v3": ("aux1",),
+}
+_PACKAGES = {"smp": "segmentation_models_pytorch"}
 
 
 class Outputs(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
-        logits: Logits `[N, K]`.
+        logits: Logits `[N, K]`, or `[N, H, W, K]` of a segmenter.
         aux: Logits of the auxiliary classifiers, by our names.
     """
 
@@ -78,7 +85,7 @@ def build(
     """Builds a library's network.
 
     Args:
-        source: "torchvision", "timm", "pytorchcv" or "keras".
+        source: "torchvision", "timm", "pytorchcv", "smp" or "keras".
         model: Our registry name.
         size: Height and width of the images.
         classes: Number of classes.
@@ -105,6 +112,8 @@ def _torch_module(source: str, name: str, classes: int, aux: bool) -> Any:
         options: dict[str, Any] = {}
         if name in ("googlenet", "inception_v3"):
             options = {"aux_logits": aux, "init_weights": False}
+        elif name in ("fcn_resnet50", "deeplabv3_resnet50"):
+            options = {"aux_loss": aux, "weights_backbone": None}
         return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
     if source == "timm":
         import timm
@@ -114,7 +123,11 @@ def _torch_module(source: str, name: str, classes: int, aux: bool) -> Any:
         from pytorchcv.model_provider import get_model
 
         return get_model(name, pretrained=False, num_classes=classes)
-    raise ValueError(f"source must be 'torchvision', 'timm', 'pytorchcv' or 'keras'; got {source!r}")
+    if source == "smp":
+        import segmentation_models_pytorch as smp
+
+        return smp.Unet(name.removeprefix("unet_"), encoder_weights=None, classes=classes)
+    raise ValueError(f"source must be 'torchvision', 'timm', 'pytorchcv', 'smp' or 'keras'; got {source!r}")
 
 
 @functools.cache
@@ -145,7 +158,8 @@ class TorchNetwork:
         for part in self.module.modules():
             if isinstance(part, torch.nn.modules.dropout._DropoutNd):
                 part.p = 0.0
-        self.version = f"{source} {importlib.metadata.version(source)}, torch {torch.__version__.partition('+')[0]}"
+        version = importlib.metadata.version(_PACKAGES.get(source, source))
+        self.version = f"{source} {version}, torch {torch.__version__.partition('+')[0]}"
         self.shapes = {name: tuple(value.shape) for name, value in self.module.state_dict().items()}
         self.params = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         self._norms = {
@@ -232,6 +246,11 @@ class TorchNetwork:
         x = x.to(next(self.module.parameters()).dtype)
         with torch.set_grad_enabled(train):
             y = self.module(x)
+        if isinstance(y, dict):  # a segmenter of torchvision
+            y = {name: value.movedim(1, -1) for name, value in y.items()}
+            return y.pop("out"), y
+        if isinstance(y, torch.Tensor) and y.ndim == 4:
+            return y.movedim(1, -1), {}
         if train and self._aux:  # GoogLeNet returns the logits, then its heads from the last to the first
             return y[0], dict(zip(self._aux, reversed(y[1:]), strict=True))
         return (y[0] if isinstance(y, tuple) else y), {}
@@ -240,8 +259,11 @@ class TorchNetwork:
         images, labels = batch
         target = self._torch.from_numpy(labels.astype(np.int64))
         logits, aux = self._run(images, train=True)
-        criterion = self._torch.nn.functional.cross_entropy
-        return criterion(logits, target) + AUX_WEIGHT * sum(criterion(value, target) for value in aux.values())
+
+        def criterion(logits: Any) -> Any:
+            return self._torch.nn.functional.cross_entropy(logits.movedim(-1, 1), target)
+
+        return criterion(logits) + AUX_WEIGHT * sum(criterion(value) for value in aux.values())
 
 
 class KerasNetwork:

@@ -2,8 +2,8 @@
 
 L.-C. Chen, G. Papandreou, F. Schroff, H. Adam, "Rethinking atrous convolution for semantic image segmentation", 2017.
 
-`deeplabv3_resnet50` is torchvision's definition: atrous spatial pyramid pooling (section 3.3) with rates 12, 24 and 36 at
-an output stride of 8, and a 3x3 convolution before the logits, which the paper does not have. The paper trains at an
+`deeplabv3_resnet50` is torchvision's definition: atrous spatial pyramid pooling (section 3.3) with rates 12, 24 and 36
+at an output stride of 8, and a 3x3 convolution before the logits, which the paper does not have. The paper trains at an
 output stride of 16 with rates 6, 12 and 18: `output_stride=16, rates=(6, 12, 18)`.
 
 `deeplabv3_mobilenet_v2` is the network that Sandler et al. 2018, "MobileNetV2: Inverted residuals and linear

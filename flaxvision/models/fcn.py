@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxvision.layers import BatchNorm, Conv, ConvTranspose, conv_transpose, max_pool
-from flaxvision.models.backbone import Backbone, as_float32, check_images
+from flaxvision.models.backbone import as_float32, check_images
 from flaxvision.models.resnet import ResNetBackbone
 from flaxvision.models.segmenter import Segmenter, resized
 from flaxvision.models.vgg import STAGE_SIZES, VGGBackbone

@@ -34,6 +34,16 @@ class Segmenter(nn.Module):
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1 for {type(self).__name__}; got {self.num_classes}")
 
+    @property
+    def margin(self) -> int:
+        """Pixels at each border of the images that have no logits; 0 if the logits have the size of the images."""
+        return 0
+
+    @nn.nowrap
+    def input_extent(self, extent: int) -> int:
+        """Returns the smallest height or width of images whose logits cover `extent` pixels."""
+        return extent
+
     def features(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]` to the stages of the backbone."""
         return self.backbone(images, train=train)

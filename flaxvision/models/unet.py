@@ -6,14 +6,16 @@ O. Ronneberger, P. Fischer, T. Brox, "U-Net: convolutional networks for biomedic
 skips that are cropped, and dropout at the end of the contracting path. The paper does not say where the dropout is;
 here it follows the last two stages, with a rate of 0.5, as in the authors' release.
 
-`unet_same` and `unet_resnet34` are the variants that are common today: padded convolutions with BatchNorm, and logits of
-the size of the image. `unet_same` keeps the paper's stages and upsampling. `UNetSame` takes any backbone as its encoder;
-with `upsampling="nearest"` and a 3x3 convolution for the logits it is the U-Net of segmentation_models_pytorch.
+`unet_same` and `unet_resnet34` are the variants that are common today: padded convolutions with BatchNorm, and logits
+of the size of the image. `unet_same` keeps the paper's stages and upsampling. `UNetSame` takes any backbone as its
+encoder; with `upsampling="nearest"` and a 3x3 convolution for the logits it is the U-Net of
+segmentation_models_pytorch.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
@@ -87,6 +89,17 @@ class UNet(Segmenter):
     The logits belong to the central pixels of the image. The other fields are those of `Segmenter`.
     """
 
+    @property
+    def margin(self) -> int:
+        """Pixels at each border of the images that have no logits."""
+        return 2 * (3 * 2 ** (len(self.backbone.strides) - 1) - 2)
+
+    @nn.nowrap
+    def input_extent(self, extent: int) -> int:
+        """Returns the smallest height or width of images whose logits cover `extent` pixels."""
+        period, lost, least = _extents(len(self.backbone.strides))
+        return max(least, lost + -(-(extent + 2 * self.margin - lost) // period) * period)
+
     @nn.compact
     def apply_head(
         self, features: dict[str, jax.Array], *, size: Sequence[int] | None = None, train: bool = False
@@ -134,7 +147,7 @@ class UNetSame(Segmenter):
         if self.upsampling not in ("transpose", "nearest"):
             raise ValueError(f"upsampling must be 'transpose' or 'nearest'; got {self.upsampling!r}")
         strides = list(self.backbone.strides.values())
-        if any(fine * 2 != coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
+        if any(fine * 2 != coarse for fine, coarse in itertools.pairwise(strides)):
             raise ValueError(f"the strides of the backbone must double from stage to stage; got {strides}")
         steps = strides[-1].bit_length() - 1
         if len(self.decoder_features) != steps:
@@ -190,32 +203,25 @@ def _center(x: jax.Array, size: Sequence[int]) -> jax.Array:
     return x[:, top : top + size[0], left : left + size[1]]
 
 
-def output_extent(extent: int, stages: int = 5) -> int:
-    """Returns the height or width of the paper's logits for an image of that height or width.
+def _extents(stages: int) -> tuple[int, int, int]:
+    """Returns period, offset and least value of the heights and widths that the paper's network takes.
 
-    Args:
-        extent: Height or width of the image in pixels.
-        stages: Number of stages.
-
-    Raises:
-        ValueError: The paper's network cannot take such an image; the nearest sizes that it can take are named.
+    The convolutions of the contracting path take `offset` pixels and leave a multiple of `period` for the pools. From
+    `least` on, the expansive path leaves a row of logits.
     """
-    _check_extent(extent, stages)
-    return extent - 4 * (3 * 2 ** (stages - 1) - 2)
+    period, offset = 2 ** (stages - 1), 4 * (2**stages - 1)
+    return period, offset, offset + period * (int(4 - 4 / period) + 1)
 
 
 def _check_extent(extent: int, stages: int) -> None:
-    # The convolutions of the contracting path take `lost` pixels, and leave a multiple of `period` for the pools. The
-    # expansive path needs `least`, so that a row of logits is left.
-    period, lost = 2 ** (stages - 1), 4 * (2**stages - 1)
-    least = lost + period * (int(4 - 4 / period) + 1)
-    if extent >= least and (extent - lost) % period == 0:
+    period, offset, least = _extents(stages)
+    if extent >= least and (extent - offset) % period == 0:
         return
-    below = max(least, extent - (extent - lost) % period)
-    near = f"{below} or {below + period}" if extent > least else f"{least} at least"
+    below = max(least, extent - (extent - offset) % period)
+    right = f"{below} or {below + period}" if extent > least else str(least)
     raise ValueError(
-        f"images must have a height and a width of {lost} + {period} n pixels, {least} at least, for a U-Net of {stages}"
-        f" stages without padding; got {extent} (right would be {near})"
+        f"images must have a height and a width of {offset % period} + {period} n pixels, {least} or more, for a U-Net"
+        f" of {stages} stages without padding; got {extent}; the nearest is {right}"
     )
 
 

@@ -13,6 +13,7 @@ from flaxvision.plot.general import (
     image_grid,
     lr_range,
 )
+from flaxvision.plot.segmentation import overlays
 
 __all__ = [
     "confusion_matrix",
@@ -23,5 +24,6 @@ __all__ = [
     "feature_maps",
     "image_grid",
     "lr_range",
+    "overlays",
     "precision_recall",
 ]

@@ -29,7 +29,7 @@ class WeightsInfo:
         top1: Published accuracy in percent on the ImageNet (2012) validation set; None if there is none.
         top5: Published top-5 accuracy in percent; None if there is none.
         box_ap: Published average precision of boxes in percent on COCO val2017; None if there is none.
-        miou: Published mean IoU of segmentation in percent, on the 21 classes of VOC in COCO val2017; None if there is none.
+        miou: Published mean IoU in percent, of the 21 classes of VOC on COCO val2017; None if there is none.
         licence: Licence of the weights as their publisher states it (SPDX).
         recipe: Page that describes the training.
         note: Anything else that a user must know.

@@ -1,0 +1,148 @@
+"""`segment`: labels of every pixel of images of any size, in one pass or tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flaxvision.layers.resize import resize_bilinear
+from flaxvision.models.segmenter import Segmenter
+
+
+def segment(
+    model: Segmenter,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    *,
+    tile: int | None = None,
+    overlap: int = 0,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    probabilities: bool = False,
+) -> jax.Array:
+    """Labels every pixel of images. A pure function that can be compiled with `jax.jit`.
+
+    With `tile`, the network sees one square of the images at a time (the overlap-tile strategy, Ronneberger et al.
+    2015, figure 2), so the memory beyond images and result does not grow with their size. The result equals that of the whole
+    image if half of `overlap` is at least the radius of the receptive field, and `tile`, `overlap / 2` and the size of
+    the images are multiples of the stride of the network. Networks that use the whole image, such as DeepLabv3, have an
+    unbounded receptive field.
+
+    A network without padding, such as `unet`, gives no logits for a margin of its input. Its images are mirrored at the
+    borders, and tiles need no `overlap`.
+
+    Args:
+        model: A model of the task segmentation.
+        variables: Its variables.
+        images: Normalized images `[N, H, W, C]`.
+        tile: Height and width of the squares in pixels; None for whole images.
+        overlap: Pixels that neighbouring tiles share, an even number. Each of them contributes the half next to it.
+        scales: Factors by which the images are resized; the probabilities are averaged over them.
+        flip: Whether to average over the images and their mirror images too.
+        probabilities: Whether to return the probabilities of the classes instead of the labels.
+
+    Returns:
+        Labels `[N, H, W]` int32, or probabilities `[N, H, W, K]`.
+
+    Raises:
+        ValueError: `images` is not of rank 4; the network does not take squares of size `tile`; `overlap` is negative,
+            odd or too large for `tile`; or `scales` is empty, not positive, or not 1 for a network without padding.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must have the shape [N, H, W, C] (images[None] for one image); got {images.shape}")
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be one or more positive factors; got {tuple(scales)}")
+    if tile is None and overlap:
+        raise ValueError(f"overlap must be 0 without tile; got {overlap}")
+    height, width = images.shape[1:3]
+
+    if model.margin and tuple(scales) != (1.0,):
+        raise ValueError(f"scales must be (1.0,) for a network without padding; got {tuple(scales)}")
+
+    def infer(x: jax.Array) -> jax.Array:
+        if tuple(scales) == (1.0,) and not flip:
+            logits = model.apply(variables, x)
+            return jax.nn.softmax(logits) if probabilities else lax.argmax(logits, 3, jnp.int32)
+        average = _averaged(model, variables, x, scales, flip)
+        return average if probabilities else lax.argmax(average, 3, jnp.int32)
+
+    if tile is not None:
+        return _tiled(infer, model, images, tile, overlap)
+    margin = model.margin
+    if margin == 0:
+        return infer(images)
+    shape = (model.input_extent(height), model.input_extent(width))
+    return infer(_window(images, (-margin, -margin), shape))[:, :height, :width]
+
+
+def _tiled(infer: Any, model: Segmenter, images: jax.Array, tile: int, overlap: int) -> jax.Array:
+    """Infers one tile at a time and writes its pixels into the result."""
+    margin, size = model.margin, images.shape[1:3]
+    if overlap < 0 or overlap % 2 or overlap >= tile - 2 * margin:
+        raise ValueError(f"overlap must be an even number from 0 to below {tile - 2 * margin}; got {overlap}")
+    if margin and model.input_extent(tile - 2 * margin) != tile:
+        right = model.input_extent(max(1, tile - 2 * margin))
+        raise ValueError(f"tile must be a size that the network takes, such as {right}; got {tile}")
+    # Without a margin, tiles stay within the image. With one, they are mirrored at the borders, and start at multiples
+    # of the network's stride, as the maps of the whole image do.
+    shape = (tile, tile) if margin else (min(tile, size[0]), min(tile, size[1]))
+    given = (shape[0] - 2 * margin, shape[1] - 2 * margin)
+    stride = list(model.backbone.strides.values())[-1] if margin else 1
+    steps = [(extent - overlap) // stride * stride for extent in given]
+    if min(steps) < 1:
+        raise ValueError(f"tile must give more than overlap + {stride} pixels, {overlap + stride}; got {tile}")
+    counts = [max(1, -(-(extent - overlap) // step)) for extent, step in zip(size, steps, strict=True)]
+    like = jax.eval_shape(infer, jax.ShapeDtypeStruct((len(images), *shape, images.shape[3]), images.dtype))
+    block = [min(extent, full) for extent, full in zip(given, size, strict=True)]
+
+    def one(index: jax.Array, result: jax.Array) -> jax.Array:
+        places = [i * step for i, step in zip(divmod(index, counts[1]), steps, strict=True)]
+        if not margin:
+            places = [jnp.minimum(place, full - n) for place, full, n in zip(places, size, given, strict=True)]
+        found = infer(_window(images, [place - margin for place in places], shape))
+        # A tile that reaches beyond the image is written as far as the image goes. The first half of an overlap stays
+        # that of the tile before.
+        starts = [jnp.minimum(place, full - n) for place, full, n in zip(places, size, block, strict=True)]
+        old = lax.dynamic_slice(result, (0, *starts, *[0] * (result.ndim - 3)), (len(images), *block, *like.shape[3:]))
+        new, keep = found, []
+        for axis, (place, start, n) in enumerate(zip(places, starts, block, strict=True), start=1):
+            rows = jnp.arange(n) - (place - start)
+            new = jnp.take(new, jnp.clip(rows, 0), axis=axis)
+            keep.append(rows < jnp.where(place > 0, overlap // 2, 0))
+        kept = (keep[0][:, None] | keep[1][None, :]).reshape(1, *block, *[1] * (result.ndim - 3))
+        return lax.dynamic_update_slice(result, jnp.where(kept, old, new), (0, *starts, *[0] * (result.ndim - 3)))
+
+    return lax.fori_loop(0, counts[0] * counts[1], one, jnp.zeros((len(images), *size, *like.shape[3:]), like.dtype))
+
+
+def _window(images: jax.Array, corner: Sequence[Any], shape: Sequence[int]) -> jax.Array:
+    """Cuts a window of images, which are mirrored beyond their borders without repeating the last pixel.
+
+    Args:
+        images: `[N, H, W, C]`.
+        corner: Row and column of the top left pixel; they may be negative.
+        shape: Height and width of the window.
+    """
+    for axis, (start, extent) in enumerate(zip(corner, shape, strict=True), start=1):
+        full = images.shape[axis]
+        # Reflection has the period 2 (n - 1).
+        place = jnp.abs(jnp.mod(start + jnp.arange(extent) + full - 1, max(1, 2 * (full - 1))) - (full - 1))
+        images = jnp.take(images, place, axis=axis)
+    return images
+
+
+def _averaged(
+    model: Segmenter, variables: Mapping[str, Any], images: jax.Array, scales: Sequence[float], flip: bool
+) -> jax.Array:
+    """Returns the mean of the probabilities `[N, H', W', K]` over scales and mirror images."""
+    found = []
+    for scale in scales:
+        scaled = resize_bilinear(images, [max(1, round(extent * scale)) for extent in images.shape[1:3]])
+        for step in (1, -1)[: 1 + flip]:
+            y = jax.nn.softmax(model.apply(variables, scaled[:, :, ::step]))[:, :, ::step]
+            found.append(y if scale == 1 else resize_bilinear(y, images.shape[1:3]))
+    return sum(found[1:], found[0]) / len(found)
