@@ -27,10 +27,10 @@ def segment(
     """Labels every pixel of images. A pure function that can be compiled with `jax.jit`.
 
     With `tile`, the network sees one square of the images at a time (the overlap-tile strategy, Ronneberger et al.
-    2015, figure 2), so the memory beyond images and result does not grow with their size. The result equals that of the whole
-    image if half of `overlap` is at least the radius of the receptive field, and `tile`, `overlap / 2` and the size of
-    the images are multiples of the stride of the network. Networks that use the whole image, such as DeepLabv3, have an
-    unbounded receptive field.
+    2015, figure 2), so the memory beyond images and result does not grow with their size. The result equals that of the
+    whole image if half of `overlap` is at least the radius of the receptive field, and `tile`, `overlap / 2` and the
+    size of the images are multiples of the stride of the network. The receptive field of a network that pools over the
+    image, such as DeepLabv3, is unbounded.
 
     A network without padding, such as `unet`, gives no logits for a margin of its input. Its images are mirrored at the
     borders, and tiles need no `overlap`.
@@ -92,15 +92,15 @@ def _tiled(infer: Any, model: Segmenter, images: jax.Array, tile: int, overlap: 
     shape = (tile, tile) if margin else (min(tile, size[0]), min(tile, size[1]))
     given = (shape[0] - 2 * margin, shape[1] - 2 * margin)
     stride = list(model.backbone.strides.values())[-1] if margin else 1
-    steps = [(extent - overlap) // stride * stride for extent in given]
-    if min(steps) < 1:
-        raise ValueError(f"tile must give more than overlap + {stride} pixels, {overlap + stride}; got {tile}")
-    counts = [max(1, -(-(extent - overlap) // step)) for extent, step in zip(size, steps, strict=True)]
+    step = (tile - 2 * margin - overlap) // stride * stride
+    if step < 1:
+        raise ValueError(f"tile must be at least {2 * margin + overlap + stride} with overlap {overlap}; got {tile}")
+    counts = [max(1, -(-(extent - overlap) // step)) for extent in size]
     like = jax.eval_shape(infer, jax.ShapeDtypeStruct((len(images), *shape, images.shape[3]), images.dtype))
     block = [min(extent, full) for extent, full in zip(given, size, strict=True)]
 
     def one(index: jax.Array, result: jax.Array) -> jax.Array:
-        places = [i * step for i, step in zip(divmod(index, counts[1]), steps, strict=True)]
+        places = [i * step for i in divmod(index, counts[1])]
         if not margin:
             places = [jnp.minimum(place, full - n) for place, full, n in zip(places, size, given, strict=True)]
         found = infer(_window(images, [place - margin for place in places], shape))

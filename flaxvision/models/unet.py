@@ -183,15 +183,24 @@ class UNetSame(Segmenter):
             else:
                 x = upsample_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
             if i < len(skips):
-                h, w = skips[i].shape[1:3]
-                ordered = [skips[i], x[:, :h, :w]] if self.upsampling == "transpose" else [x[:, :h, :w], skips[i]]
-                x = jnp.concatenate(ordered, axis=-1)
+                x = _corner(x, skips[i].shape[1:3])
+                # The order of the channels is that of the paper's figure, or of segmentation_models_pytorch.
+                x = jnp.concatenate([skips[i], x] if self.upsampling == "transpose" else [x, skips[i]], axis=-1)
             for number in (1, 2):
                 x = unit(width, name=f"{name}_conv{number}")(x)
         window = (self.head_window, self.head_window)
         head = functools.partial(Conv, padding=self.head_window // 2, kernel_init=_he_fan_in, **dtypes)
         logits = as_float32(head(self.num_classes, window, name="logits")(x))
-        return logits if size is None else logits[:, : size[0], : size[1]]
+        return logits if size is None else _corner(logits, size)
+
+
+def _corner(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    if x.shape[1] < size[0] or x.shape[2] < size[1]:
+        raise ValueError(
+            "backbone must give stages of the image's size divided by their stride, rounded up;"
+            f" got a map of {tuple(size)} after one that is upsampled to {x.shape[1:3]}"
+        )
+    return x[:, : size[0], : size[1]]
 
 
 def _conv3(backbone: Backbone, features: int, name: str) -> Conv:
