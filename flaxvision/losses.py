@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import optax
+from jax import lax
+
+IGNORED = 255
+"""Label of pixels whose class is not known."""
 
 
 def lenet_map(logits: jax.Array, targets: jax.Array, *, rejection: float = 10.0) -> jax.Array:
@@ -45,3 +52,165 @@ def margin(
     short = jnp.square(jnp.maximum(present - lengths, 0))
     long = jnp.square(jnp.maximum(lengths - absent, 0))
     return jnp.sum(targets * short + absent_weight * (1 - targets) * long, axis=-1)
+
+
+def pixel_weights(
+    labels: jax.Array, *, class_weights: Sequence[float] | None = None, ignore: int = IGNORED
+) -> jax.Array:
+    """Returns the weight of every pixel: that of its class, and 0 where the class is not known.
+
+    Args:
+        labels: Class indices of any shape, such as `[N, H, W]`.
+        class_weights: K factors; None for 1. The weight of a label outside [0, K) is 1.
+        ignore: Label of pixels whose class is not known.
+
+    Returns:
+        Weights of the shape of `labels`, float32.
+    """
+    known = (labels != ignore).astype(jnp.float32)
+    if class_weights is None:
+        return known
+    factors = jnp.asarray(class_weights, jnp.float32)
+    inside = (labels >= 0) & (labels < len(factors))
+    return known * jnp.where(inside, factors[jnp.where(inside, labels, 0)], 1.0)
+
+
+def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORED) -> jax.Array:
+    """Computes the softmax cross-entropy of every pixel.
+
+    The mean of torch's `CrossEntropyLoss(weight, ignore_index)` is the mean of these losses weighted by
+    `pixel_weights`.
+
+    Args:
+        logits: `[..., K]`.
+        labels: Class indices `[...]`.
+        ignore: Label of pixels whose class is not known; their loss and gradient are 0.
+
+    Returns:
+        Losses `[...]`. The loss of another label outside [0, K) is NaN, without a gradient.
+    """
+    known, inside, labels = _known(labels, logits.shape[-1], ignore)
+    loss = optax.softmax_cross_entropy_with_integer_labels(_real(logits, inside), labels)
+    return jnp.where(inside, loss, jnp.where(known, jnp.nan, 0.0))
+
+
+def focal(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    gamma: float = 2.0,
+    class_weights: Sequence[float] | None = None,
+    ignore: int = IGNORED,
+) -> jax.Array:
+    """Computes the focal loss of every pixel (Lin et al. 2017, equation 5) for softmax probabilities.
+
+    `-w (1 - p)^gamma log p` for the probability `p` and the weight `w` of the true class. With one logit per pixel
+    (K = 1), `p` is its sigmoid for label 1 and 1 minus that for label 0.
+
+    Args:
+        logits: `[..., K]`.
+        labels: Class indices `[...]`; 0 and 1 if K is 1.
+        gamma: Exponent; 0 gives the cross-entropy.
+        class_weights: The paper's alpha for each class; two values if K is 1. None for 1.
+        ignore: Label of pixels whose class is not known; their loss and gradient are 0.
+
+    Returns:
+        Losses `[...]`. The loss of another label without a class is NaN, without a gradient.
+    """
+    if logits.shape[-1] == 1:
+        logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+    known, inside, labels = _known(labels, logits.shape[-1], ignore)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(_real(logits, inside)), labels[..., None], axis=-1)[..., 0]
+    # (1 - p)^gamma from log p, with a finite gradient at p = 1.
+    rest = jnp.where(inside, -jnp.expm1(jnp.minimum(log_p, -1e-12)), 1.0)
+    weights = pixel_weights(labels, class_weights=class_weights, ignore=-1)
+    loss = -weights * rest**gamma * log_p
+    return jnp.where(inside, loss, jnp.where(known, jnp.nan, 0.0))
+
+
+def soft_dice(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    smooth: float = 1.0,
+    squared: bool = True,
+    background: bool = True,
+    ignore: int = IGNORED,
+) -> jax.Array:
+    """Computes the soft Dice loss of every image (Milletari et al. 2016, section 3), averaged over the classes.
+
+    `1 - (2 sum p t + smooth) / (sum p^2 + sum t^2 + smooth)` over the pixels, for the probability `p` of a class and
+    its target `t`, 0 or 1.
+
+    Args:
+        logits: `[N, H, W, K]`.
+        labels: Class indices `[N, H, W]`.
+        smooth: Added to both parts of the fraction; the paper has none.
+        squared: Whether the denominator has the squares of the paper, or `p` and `t`.
+        background: Whether class 0 counts.
+        ignore: Label of pixels whose class is not known; they do not count.
+
+    Returns:
+        Losses `[N]`; NaN for an image with another label outside [0, K).
+    """
+    probabilities, targets, wrong = _dense(logits, labels, ignore)
+    first = 0 if background else 1
+    p, t = probabilities[..., first:], targets[..., first:]
+    part = jnp.sum(p * t, axis=1)
+    whole = jnp.sum(jnp.square(p) + t if squared else p + t, axis=1)
+    return jnp.where(wrong, jnp.nan, jnp.mean(1 - (2 * part + smooth) / (whole + smooth), axis=-1))
+
+
+def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORED) -> jax.Array:
+    """Computes the Lovasz-softmax loss of every image (Berman et al. 2018, equation 11 and algorithm 1).
+
+    It is the mean, over the classes that occur in the labels of the image, of the Lovasz extension of the Jaccard loss
+    of the errors.
+
+    Args:
+        logits: `[N, H, W, K]`.
+        labels: Class indices `[N, H, W]`.
+        ignore: Label of pixels whose class is not known; they do not count.
+
+    Returns:
+        Losses `[N]`; 0 for an image without known pixels, NaN for one with another label outside [0, K).
+    """
+    probabilities, targets, wrong = _dense(logits, labels, ignore)
+    errors = jnp.abs(targets - probabilities)
+
+    def of_class(errors: jax.Array, truth: jax.Array) -> jax.Array:
+        order = jnp.argsort(lax.stop_gradient(-errors))
+        errors, truth = errors[order], truth[order]
+        total = jnp.sum(truth)
+        jaccard = 1 - (total - jnp.cumsum(truth)) / jnp.maximum(total + jnp.cumsum(1 - truth), 1e-12)
+        # The gradient of the Jaccard loss along the sorted errors. Pixels that do not count have an error of 0.
+        slope = lax.stop_gradient(jnp.diff(jaccard, prepend=0.0))
+        return jnp.sum(errors * slope)
+
+    each = jax.vmap(jax.vmap(of_class, in_axes=1))(errors, targets)
+    present = jnp.any(targets > 0, axis=1)
+    mean = jnp.sum(jnp.where(present, each, 0.0), axis=-1) / jnp.maximum(jnp.sum(present, axis=-1), 1)
+    return jnp.where(wrong, jnp.nan, mean)
+
+
+def _known(labels: jax.Array, classes: int, ignore: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns which labels are known, which are classes too, and labels that are all classes."""
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    known = labels != ignore
+    inside = known & (labels >= 0) & (labels < classes)
+    return known, inside, jnp.where(inside, labels, 0)
+
+
+def _real(logits: jax.Array, inside: jax.Array) -> jax.Array:
+    """Sets the logits of pixels that do not count to 0, so that their gradient is 0 even if they are not finite."""
+    return jnp.where(inside[..., None], logits, jnp.zeros((), logits.dtype))
+
+
+def _dense(logits: jax.Array, labels: jax.Array, ignore: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns probabilities and targets `[N, H * W, K]`, 0 where the class is not known, and wrong images `[N]`."""
+    rows, classes = labels.shape[0], logits.shape[-1]
+    known, inside, labels = _known(labels, classes, ignore)
+    counted = inside.reshape(rows, -1, 1).astype(logits.dtype)
+    probabilities = jax.nn.softmax(_real(logits, inside)).reshape(rows, -1, classes) * counted
+    targets = jax.nn.one_hot(labels.reshape(rows, -1), classes, dtype=logits.dtype) * counted
+    return probabilities, targets, jnp.any((known & ~inside).reshape(rows, -1), axis=1)

@@ -18,6 +18,7 @@ from flaxvision.metrics.classification import correct, top_k_correct
 from flaxvision.metrics.confusion import ConfusionMatrix
 from flaxvision.metrics.detection import CocoAP, DetectionAP, DetectionRecords, VocAP
 from flaxvision.metrics.mean import Mean
+from flaxvision.metrics.segmentation import SegmentationMetrics, SegmentationRecords
 
 __all__ = [
     "Accumulator",
@@ -26,6 +27,8 @@ __all__ = [
     "DetectionAP",
     "DetectionRecords",
     "Mean",
+    "SegmentationMetrics",
+    "SegmentationRecords",
     "VocAP",
     "compute",
     "correct",

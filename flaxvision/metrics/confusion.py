@@ -87,6 +87,17 @@ class ConfusionMatrix(Accumulator):
         return np.divide(intersection, union, out=np.full(len(counts), np.nan), where=union > 0)
 
     @property
+    def dice(self) -> np.ndarray:
+        """Dice coefficient (F1) of each class, `[K]`; NaN for a class that was neither label nor prediction."""
+        return 2 * self.iou / (1 + self.iou)
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean of `dice` over the classes that were seen; NaN if none was."""
+        dice = self.dice[~np.isnan(self.dice)]
+        return float(dice.mean()) if dice.size else float("nan")
+
+    @property
     def mean_iou(self) -> float:
         """Mean of `iou` over the classes that were seen; NaN if none was."""
         iou = self.iou[~np.isnan(self.iou)]

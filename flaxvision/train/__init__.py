@@ -16,6 +16,7 @@ from flaxvision.train.objectives import (
     detection,
     multilabel,
     regression,
+    segmentation,
 )
 from flaxvision.train.optim import OPTIMIZERS, SCHEDULES, optimizer, schedule
 from flaxvision.train.parallel import CompiledStep, compile_steps, jit_step, make_mesh, pmap_step, prefetch
@@ -87,6 +88,7 @@ __all__ = [
     "run_experiment",
     "run_info",
     "schedule",
+    "segmentation",
     "state_sharding",
     "stopping",
     "train_step",

@@ -209,8 +209,8 @@ def test_the_paper_unet_sees_the_same_everywhere():
 
 
 def test_unet_same_takes_any_backbone():
-    for name, steps in (("vgg11", 4), ("mobilenet_v2", 5), ("darknet53", 5)):
-        backbone = fv.create_backbone(name)
+    for name, fields, steps in (("vgg11", {"ceil_mode": True}, 4), ("mobilenet_v2", {}, 5), ("resnet18", {}, 5)):
+        backbone = fv.create_backbone(name, **fields)
         model = fv.models.UNetSame(backbone, num_classes=3, decoder_features=(8,) * steps)
         logits = jax.eval_shape(model.init_with_output, jax.random.key(0), sample_of((75, 90), 3))[0]
         assert logits.shape == (2, 75, 90, 3)
@@ -249,8 +249,8 @@ def bilinear(stride, classes):
 def test_a_finer_fcn_starts_as_the_coarser():
     """The new score is zero; learned upsampling starts as bilinear interpolation, class by class.
 
-    A bilinear resize by 16 is not one by 2 and then by 8: they agree where the scores are linear between pixels. So the
-    last maps are compared for scores that are constant, and the scores before them in general.
+    A bilinear resize by 16 is not one by 2 and then by 8, so the logits are near, not equal: where the scores bend, and
+    at the border, where nothing lies beyond.
     """
     size, cut = SMALL["fcn8s_vgg16"]
     names = ("fcn16s_vgg16", "fcn8s_vgg16")
@@ -268,23 +268,18 @@ def test_a_finer_fcn_starts_as_the_coarser():
         chex.assert_trees_all_equal(started[name], trained[name])
     assert not np.any(started["score_stage3"]["kernel"])
 
-    def constant(params):
-        zero = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("fc7", "score_stage4")}
-        return {**params, **zero}
-
     @jax.jit
     def run(trained, started):
         bare = {name: value for name, value in started.items() if not name.startswith("upsample")}
-        pairs = [(constant(trained), constant(started)), (trained, started)]
-        found = [(coarse.apply({"params": a}, x), fine.apply({"params": b}, x)) for a, b in pairs]
-        return found, fixed.apply({"params": bare}, x)
+        return (
+            coarse.apply({"params": trained}, x),
+            fine.apply({"params": started}, x),
+            fixed.apply({"params": bare}, x),
+        )
 
-    ((one, two), (rough, learned)), kept = run(trained, started)
-    assert float(jnp.abs(one).max()) > 0
-    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5)
+    rough, learned, kept = run(trained, started)
     np.testing.assert_allclose(kept, learned, rtol=1e-4, atol=1e-4)
-    # 4 % apart where the scores bend.
-    assert float(jnp.linalg.norm(learned - rough) / jnp.linalg.norm(rough)) < 0.1
+    assert 0 < float(jnp.linalg.norm(learned - rough) / jnp.linalg.norm(rough)) < 0.1
 
 
 def test_learned_upsampling_starts_as_bilinear_interpolation():

@@ -5,6 +5,7 @@ from flaxvision.train.objectives.capsule import capsule
 from flaxvision.train.objectives.classification import binary, classification, multilabel
 from flaxvision.train.objectives.detection import average_precision, detection
 from flaxvision.train.objectives.regression import regression
+from flaxvision.train.objectives.segmentation import segmentation
 
 __all__ = [
     "Objective",
@@ -17,4 +18,5 @@ __all__ = [
     "explain_loss",
     "multilabel",
     "regression",
+    "segmentation",
 ]
