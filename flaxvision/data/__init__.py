@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from flaxvision.data.annotation_files import load_coco, load_voc, load_yolo
     from flaxvision.data.annotations import DetectionSource
     from flaxvision.data.arrays import ArraySource, Mapped, Source, Subset, stratified_split, subset
+    from flaxvision.data.border_weights import border_weights
     from flaxvision.data.canvas import Canvases, CanvasSource, on_canvases
     from flaxvision.data.detection_sets import load_detection
     from flaxvision.data.folder import FolderSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, describe_changes, eval_batches, train_batches
     from flaxvision.data.preprocessing import DetectionPreprocessing, Preprocessing
+    from flaxvision.data.segmentation_sets import SegmentationSource, ShapesMaps, load_segmentation, read_mask
     from flaxvision.data.shapes import ShapesSource
     from flaxvision.data.sources import load
     from flaxvision.data.statistics import channel_statistics
@@ -32,20 +34,25 @@ _HOME = {
     "FolderSource": "folder",
     "Mapped": "arrays",
     "Preprocessing": "preprocessing",
+    "SegmentationSource": "segmentation_sets",
+    "ShapesMaps": "segmentation_sets",
     "ShapesSource": "shapes",
     "Source": "arrays",
     "Subset": "arrays",
     "TfdsSource": "tfds",
     "TrainBatches": "pipeline",
+    "border_weights": "border_weights",
     "channel_statistics": "statistics",
     "describe_changes": "pipeline",
     "eval_batches": "pipeline",
     "load": "sources",
     "load_coco": "annotation_files",
     "load_detection": "detection_sets",
+    "load_segmentation": "segmentation_sets",
     "load_voc": "annotation_files",
     "load_yolo": "annotation_files",
     "on_canvases": "canvas",
+    "read_mask": "segmentation_sets",
     "stratified_split": "arrays",
     "subset": "arrays",
     "train_batches": "pipeline",
@@ -62,12 +69,15 @@ __all__ = [
     "FolderSource",
     "Mapped",
     "Preprocessing",
+    "SegmentationSource",
+    "ShapesMaps",
     "ShapesSource",
     "Source",
     "Subset",
     "TfdsSource",
     "TrainBatches",
     "augment",
+    "border_weights",
     "channel_statistics",
     "cropping",
     "describe_changes",
@@ -75,9 +85,11 @@ __all__ = [
     "load",
     "load_coco",
     "load_detection",
+    "load_segmentation",
     "load_voc",
     "load_yolo",
     "on_canvases",
+    "read_mask",
     "stratified_split",
     "subset",
     "train_batches",

@@ -5,6 +5,7 @@ An *example* is a dict with `image`, float32 [H, W, C] in [0, 1], and optionally
 * `boxes` [M, 4], xyxy in pixels, with `valid` [M], 0 for padding;
 * `masks` [M, h, w], which cover the image at a resolution of their own;
 * `label` [H, W], the class of every pixel, 255 where it is unknown (a label of lower rank belongs to the whole image);
+* `instances` [H, W], the number of the object of every pixel, and `weight` [H, W], the weight of every pixel;
 * `keypoints` [..., 2], xy in pixels, optionally with `visible` [...].
 
 An *op* is ``(key, example) -> example``. Photometric ops change the image only. Geometric ops move everything that
@@ -51,6 +52,7 @@ from flaxvision.data.colour import (
     random_lighting,
     random_saturation,
 )
+from flaxvision.data.elastic import displacements, random_elastic
 from flaxvision.data.geometry import (
     crop,
     move,
@@ -85,6 +87,7 @@ __all__ = [
     "crop",
     "cutmix",
     "cutout",
+    "displacements",
     "draw_crop_box",
     "make_transform",
     "mixing",
@@ -96,6 +99,7 @@ __all__ = [
     "random_contrast",
     "random_crop",
     "random_cutout",
+    "random_elastic",
     "random_expand",
     "random_flip",
     "random_hue",

@@ -27,17 +27,17 @@ def move(
     Args:
         op: Name of the op, for errors.
         example: The example before the op: `image` [H, W, C] and optionally `boxes` [M, 4] with `valid` [M], `masks`
-            [M, h, w], `label` [H, W] and `keypoints` [..., 2] with `visible` [...]. Unchanged are `label` [] or [K] of
-            the whole image, `labels`, `crowd` and `difficult` [M], `mask` [] and other scalars. `area` [M] and
-            `scale` [2] describe the original image and are left out of the result.
+            [M, h, w], `label`, `instances` and `weight` [H, W] and `keypoints` [..., 2] with `visible` [...]. Unchanged
+            are `label` [] or [K] of the whole image, `labels`, `crowd` and `difficult` [M], `mask` [] and other
+            scalars. `area` [M] and `scale` [2] describe the original image and are left out of the result.
         image: The image after the op, [H', W', C].
         matrix: [2, 3], which maps (x, y, 1) before the op to (x, y) after it.
         size: The `size` of the example after the op, for ops that support it.
 
     Returns:
         The example after the op. Boxes are the bounding boxes of the moved corners, clipped to the image; `valid` is
-        cleared for those that are empty, and `visible` for key points outside of the image. Masks and label maps are
-        sampled at the nearest pixel. Beyond the image, masks are 0 and label maps are 255.
+        cleared for those that are empty, and `visible` for key points outside of the image. Masks and maps are sampled
+        at the nearest pixel. Beyond the image, `label` is 255, and masks, `instances` and `weight` are 0.
 
     Raises:
         ValueError: An array has an unknown key or a wrong shape, `boxes` lack `valid`, or `masks` do not scale exactly.
@@ -62,6 +62,8 @@ def move(
             moved["masks"] = _move_masks(op, jnp.asarray(value), matrix, before, (height, width))
         elif key == "label" and jnp.ndim(value) == 2:
             moved["label"] = _sample(jnp.asarray(value), matrix, (height, width), fill=255)
+        elif key in ("instances", "weight"):
+            moved[key] = _sample(jnp.asarray(value), matrix, (height, width), fill=0)
         elif key == "size":
             moved["size"] = size
     return {key: value for key, value in moved.items() if key not in ("area", "scale")}
@@ -93,6 +95,9 @@ def _check_shapes(op, example, size):
             case "label":
                 fits = rank < 2 or shape == shapes["image"][:2]
                 right = f"a class [], targets [K] or a label map of the image's size {list(shapes['image'][:2])}"
+            case "instances" | "weight":
+                fits = shape == shapes["image"][:2]
+                right = f"a map of the image's size {list(shapes['image'][:2])}"
             case "mask":
                 fits, right = rank == 0, "one number []"
             case _:

@@ -6,10 +6,10 @@ O. Ronneberger, P. Fischer, T. Brox, "U-Net: convolutional networks for biomedic
 skips that are cropped, and dropout at the end of the contracting path. The paper does not say where the dropout is;
 here it follows the last two stages, with a rate of 0.5, as in the authors' release.
 
-`unet_same` and `unet_resnet34` are the variants that are common today: padded convolutions with BatchNorm, and logits
-of the size of the image. `unet_same` keeps the paper's stages and upsampling. `UNetSame` takes any backbone as its
-encoder; with `upsampling="nearest"` and a 3x3 convolution for the logits it is the U-Net of
-segmentation_models_pytorch.
+The other names are variants that are common today: padded convolutions with BatchNorm, and logits of the size of the
+image. `unet_same` keeps the paper's stages and upsampling. `UNetSame` takes any backbone as its encoder. With
+`upsampling="nearest"` and a 3x3 convolution for the logits it is the U-Net of segmentation_models_pytorch:
+`unet_resnet34` and `unet_mobilenet_v2`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from flaxvision.layers import Conv, ConvNorm, ConvTranspose, max_pool, upsample_nearest
 from flaxvision.models.backbone import Backbone, as_float32
+from flaxvision.models.mobilenet_v2 import MobileNetV2Backbone
 from flaxvision.models.resnet import ResNetBackbone
 from flaxvision.models.segmenter import Segmenter
 from flaxvision.registry import register
@@ -247,24 +248,28 @@ for _name, _padded, _params in (("unet", False, 31_030_658), ("unet_same", True,
         channels=1,
         params=_params,
     )
-register(
-    UNetSame,
-    "unet_resnet34",
-    backbone=ResNetBackbone,
-    defaults={
-        "stage_sizes": (3, 4, 6, 3),
-        "bottleneck": False,
-        "num_classes": 2,
-        "decoder_features": (256, 128, 64, 32, 16),
-        "upsampling": "nearest",
-        "head_window": 3,
-    },
-    task="segmentation",
-    paper="Ronneberger, Fischer, Brox 2015, U-Net: convolutional networks for biomedical image segmentation",
-    year=2015,
-    input_size=(512, 512),
-    channels=3,
-    params=24_436_514,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
+# The U-Nets of segmentation_models_pytorch, encoder by encoder.
+for _name, _backbone, _fields, _params in (
+    ("unet_resnet34", ResNetBackbone, {"stage_sizes": (3, 4, 6, 3), "bottleneck": False}, 24_436_514),
+    ("unet_mobilenet_v2", MobileNetV2Backbone, {}, 6_629_090),
+):
+    register(
+        UNetSame,
+        _name,
+        backbone=_backbone,
+        defaults={
+            "num_classes": 2,
+            "decoder_features": (256, 128, 64, 32, 16),
+            "upsampling": "nearest",
+            "head_window": 3,
+            **_fields,
+        },
+        task="segmentation",
+        paper="Ronneberger, Fischer, Brox 2015, U-Net: convolutional networks for biomedical image segmentation",
+        year=2015,
+        input_size=(512, 512),
+        channels=3,
+        params=_params,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )

@@ -31,6 +31,10 @@ SMALL = {
     "fcn8s_vgg16": ((20, 33), VGG),
     "unet": ((44, 48), {"features": (4, 8, 8)}),
     "unet_same": ((21, 30), {"features": (4, 8, 8), "decoder_features": (8, 4)}),
+    "unet_mobilenet_v2": (
+        (21, 30),
+        {"width_multiplier": 0.25, "blocks": (((1, 16, 1, 1),), ((6, 24, 2, 2),)), "decoder_features": (4, 4)},
+    ),
     "unet_resnet34": ((21, 30), {"stage_sizes": (1, 1), "features": (4, 8), "decoder_features": (8, 4, 4)}),
 }
 

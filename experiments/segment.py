@@ -1,0 +1,368 @@
+r"""Trains and evaluates segmenters.
+
+    python experiments/segment.py                                  # a small U-Net on drawn shapes
+    python experiments/segment.py --dataset folder --data-dir FOLDER --recipe finetune --model unet_mobilenet_v2 \
+        --backbone-model mobilenet_v2 --backbone-weights torchvision/IMAGENET1K_V1
+    python experiments/segment.py --dataset folder --data-dir SLICES --recipe unet --model unet --channels 1 \
+        --classes membrane cell --values 0:0 255:1 --train-split "all[:24]" --eval-split "all[24:]"
+    python experiments/segment.py --dataset voc --data-dir VOC2012 --recipe deeplab --model deeplabv3_resnet50
+
+The first command needs no files and no GPU.
+
+FOLDER holds `images` and `masks`, or the same in a folder for each split; see `flaxvision.data.load_segmentation`. At
+the end, a run prints the metrics of each class, draws the best, the middling and the worst images in its work
+directory, and writes `weights.safetensors` for `flaxvision predict`.
+
+`--help --recipe NAME` shows the defaults of a recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from detect_models import with_backbone
+from segment_recipes import RECIPES, SMALL, Recipe
+
+import flaxvision as fv
+
+_LOSSES = {"dice": fv.losses.soft_dice, "lovasz": fv.losses.lovasz_softmax}
+_SHOWN = 4  # images in each picture of the results
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The flag that determines the defaults of the other flags."""
+
+    recipe: str = "small"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Recipe, fv.train.RunSettings):
+    """Train, evaluate, checkpoint and resume. --recipe sets the defaults of the training settings."""
+
+    recipe: Literal[tuple(RECIPES)] = "small"  # type: ignore[valid-type]
+    """Recipe that sets the other defaults."""
+    model: str = "small"
+    """A registered segmenter, or small: unet_same with four narrow stages."""
+    dataset: Literal["shapes", "folder", "voc"] = "shapes"
+    """shapes (drawn, needs no files), a folder of images and masks, or the layout of PASCAL VOC."""
+    data_dir: str | None = None
+    """Folder of the data set."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str = "val"
+    """Split to evaluate on during training."""
+    test_split: str | None = None
+    """Split for the final metrics. Default: test for shapes, else that of --eval-split."""
+    classes: tuple[str, ...] = ()
+    """Class names of a folder. Default: those of its classes.txt."""
+    values: tuple[str, ...] = ()
+    """Classes of the values of the masks, as VALUE:CLASS; 255 is unknown. Default: the values are the classes."""
+    instances: bool = False
+    """The masks hold the numbers of instances. Class 0 is the background, and class 1 the instances."""
+    border_weights: bool = False
+    """Weigh pixels between close instances as in the U-Net paper; only with --instances."""
+    channels: Literal[1, 3] = 3
+    """Channels of the images of a folder: 1 for grey."""
+    size: tuple[int, int] | None = None
+    """Height and width to which images are resized and padded. Needed if they differ in size."""
+    weights: str | None = None
+    """Weights to start from: a published tag or a file."""
+    source: str | None = None
+    """Library that wrote the file of --weights or --backbone-weights. Default: flaxvision."""
+    backbone_model: str | None = None
+    """A registered classifier with the backbone of the segmenter; only with --backbone-weights."""
+    backbone_weights: str | None = None
+    """Pretrained weights of --backbone-model for the backbone: a published tag or a file."""
+    eval_only: bool = False
+    """Only evaluate the model of --weights."""
+    eval_batch_size: int = 16
+    """Images per evaluation step over all devices. It is rounded up to a multiple of the number of devices."""
+    tile: int | None = None
+    """Side of the tiles of the final evaluation. Default: whole images."""
+    overlap: int = 0
+    """Pixels that neighbouring tiles share."""
+    threads: int | None = None
+    """Number of threads that read images. Default: one per processor, at most 16."""
+    cache: bool = True
+    """Keep the decoded images in memory."""
+
+
+def parse(args: list[str] | None = None) -> Config:
+    """Reads --recipe first, and then all flags, with the recipe as defaults."""
+    args = sys.argv[1:] if args is None else args
+    choice, _ = tyro.cli(Choice, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True)
+    name = choice.recipe if choice.recipe in RECIPES else "small"
+    values: dict[str, Any] = dataclasses.asdict(RECIPES[name])
+    return tyro.cli(Config, default=Config(recipe=name, **values), args=args, description=__doc__)
+
+
+def main(config: Config) -> int:
+    """Runs the experiment and returns the exit status of the process."""
+    config.start()
+    check(config)
+    train, val, test = load(config)
+    workdir = Path(config.workdir or f"runs/segment-{config.dataset}-{config.model}-{config.recipe}-{config.seed}")
+    if config.eval_only:
+        workdir.mkdir(parents=True, exist_ok=True)
+    else:
+        free = ("threads", "cache", "eval_batch_size", "eval_only", "tile", "overlap")
+        fv.train.open_workdir(workdir, config, free=(*config.FREE, *free))
+    run = Run(config, train, val, test, workdir)
+    return run.evaluate() if config.eval_only else run.train()
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for settings that are out of range or contradict each other."""
+    if config.model != "small" and fv.model_info(config.model).task != "segmentation":
+        known = ", ".join(fv.list_models(task="segmentation"))
+        raise ValueError(f"--model must be small or a segmenter ({known}); got {config.model!r}")
+    if config.eval_only and not config.weights:
+        raise ValueError("--weights FILE-OR-TAG must be given with --eval-only; got none")
+    if bool(config.backbone_model) != bool(config.backbone_weights):
+        raise ValueError("--backbone-model and --backbone-weights must be given together; got one of them")
+    if config.border_weights and not config.instances:
+        raise ValueError("--border-weights must be left out without --instances")
+    for field in ("eval_every", "log_every", "eval_batch_size"):
+        if not getattr(config, field) > 0:
+            raise ValueError(f"--{field.replace('_', '-')} must be positive; got {getattr(config, field)}")
+
+
+def load(config: Config):
+    """Loads and checks the training, validation and test sources."""
+    shapes = config.dataset == "shapes"
+    test = config.test_split or ("test" if shapes else config.eval_split)
+    options: dict[str, Any] = {}
+    if not shapes:
+        try:
+            values = {int(a): int(b) for a, b in (pair.split(":") for pair in config.values)} or None
+        except ValueError:
+            raise ValueError(f"--values must be pairs VALUE:CLASS; got {' '.join(config.values)}") from None
+        options = {"data_dir": config.data_dir, "classes": config.classes or None, "values": values}
+        options |= {"channels": config.channels, "size": config.size, "cache": config.cache}
+    options |= {"instances": config.instances} if config.instances else {}
+    sources = []
+    for i, split in enumerate((config.train_split, config.eval_split, test)):
+        weight = {"weight": fv.data.border_weights} if config.border_weights and i == 0 else {}
+        source = fv.data.load_segmentation(config.dataset, split, **options, **weight)
+        fv.data.validate(source, task="segmentation", num_classes=len(source.classes), verify=False)
+        sources.append(source)
+    return sources
+
+
+class Run:
+    """The parts of a run: data, model and compiled steps."""
+
+    def __init__(self, config: Config, train, val, test, workdir: Path):
+        self.config, self.workdir, self.classes = config, workdir, test.classes
+        self.train_source, self.val, self.test = train, val, test
+        self.name = "unet_same" if config.model == "small" else config.model
+        self.channels = test[0]["image"].shape[-1]
+        info, fields = fv.model_info(self.name), fv.model_fields(fv.create_model(self.name))
+        self.mean, self.std = info.mean, info.std
+        if len(self.mean) != self.channels:
+            self.mean, self.std = (0.5,) * self.channels, (0.25,) * self.channels
+        overrides: dict[str, Any] = dict(SMALL) if config.model == "small" else {}
+        if config.backbone_model:
+            known = fv.weights.fields(config.backbone_model, config.source) if config.source else {}
+            overrides |= {key: value for key, value in known.items() if key in fields and key != "num_classes"}
+        if "aux_heads" in fields:
+            overrides["aux_heads"] = config.aux_heads
+        self.overrides = overrides | config.model_overrides(fields, len(self.classes))
+        self.model, self.loaded = fv.create_model(self.name, **self.overrides), None
+        if config.weights:
+            options = {} if config.eval_only else self.overrides
+            rng = jax.random.key(config.seed)
+            self.model, self.loaded = fv.weights.load_model(
+                self.name, config.weights, source=config.source, rng=rng, **options
+            )
+        self.train_step, self.eval_step = self._steps()
+        self.find = jax.jit(partial(self._labels, tile=config.tile, overlap=config.overlap))
+
+    def _steps(self):
+        config, a = self.config, fv.data.augment
+        chosen = (
+            (config.elastic > 0, partial(a.random_elastic, sigma=config.elastic)),
+            (config.scale != (1.0, 1.0), partial(a.random_scale, factors=config.scale)),
+            (config.rotation > 0, partial(a.random_rotation, max_degrees=config.rotation)),
+            (
+                config.crop is not None or config.padding > 0,
+                partial(a.random_crop, padding=config.padding, size=config.crop, mode="reflect"),
+            ),
+            (config.flip, a.random_flip),
+            (config.vertical_flip, partial(a.random_flip, vertical=True)),
+            (config.hue > 0, partial(a.random_hue, max_delta=config.hue)),
+            (config.saturation > 0, partial(a.random_saturation, strength=config.saturation)),
+            (config.brightness > 0, partial(a.random_brightness, max_delta=config.brightness)),
+            (config.contrast > 0, partial(a.random_contrast, strength=config.contrast)),
+        )
+        ops = [op for wanted, op in chosen if wanted]
+        self.view = a.make_transform(*ops)
+        standardize = {"mean": self.mean, "std": self.std}
+        self.eval_transform = a.make_transform(**standardize)
+        return fv.train.compile_steps(
+            fv.train.segmentation(loss=_loss(config.loss)),
+            train_transform=a.make_transform(*ops, **standardize),
+            eval_transform=self.eval_transform,
+            accumulate=config.accumulate,
+            use_ema=config.ema_decay is not None,
+            **config.step_options,
+        )
+
+    def _labels(self, variables, images, **options):
+        images = self.eval_transform(jax.random.key(0), {"image": images})["image"]
+        return fv.segment(self.model, variables, images, **options)
+
+    def create_state(self, learning_rate, rng) -> fv.train.TrainState:
+        """Creates the train state, with newly initialized variables or those of the weights."""
+        height, width = self.config.crop or self.train_source[0]["image"].shape[:2]
+        sample = jax.ShapeDtypeStruct((1, height, width, self.channels), jnp.float32)
+        start, config = self.loaded, self.config
+        if start is None and config.backbone_weights:
+            start = jax.jit(lambda: self.model.init(rng, jnp.zeros(sample.shape)))()
+            start = with_backbone(start, config.backbone_model, config.backbone_weights, config.source)
+        tx = config.make_optimizer(learning_rate)
+        return fv.train.create_state(self.model, tx, rng, sample, variables=start, ema_decay=config.ema_decay)
+
+    def train(self) -> int:
+        """Trains, evaluates and saves the model."""
+        config = self.config
+        batches = fv.data.train_batches(
+            self.train_source, config.batch_size, seed=config.seed, num_threads=config.threads
+        )
+        init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
+        rate = config.learning_rate_schedule(batches.steps_per_epoch)
+        best = {"best_metric": "segmentation_mean_iou", "best_mode": "max"}
+        size = fv.train.eval_batch_size(config.eval_batch_size)
+        evaluated = fv.data.eval_batches(self.val, size, num_threads=config.threads)
+        self._draw_samples(batches, run_rng)
+        result = fv.train.fit_in_workdir(
+            self.workdir,
+            self.create_state(rate, init_rng),
+            self.train_step,
+            batches,
+            model=self.name,
+            overrides=self.overrides,
+            num_steps=config.num_steps(batches.steps_per_epoch),
+            rng=run_rng,
+            evaluate=fv.train.Evaluation(self.eval_step, evaluated, config.input_timeout),
+            eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
+            learning_rate=rate,
+            **config.fit_options(config.model) | best,
+        )
+        if result.exit_status is not None:
+            return result.exit_status
+        variables = fv.train.collect(result.state.variables if config.ema_decay is None else result.state.ema)
+        figures = self.report(variables)
+        if jax.process_index() == 0:
+            records = fv.train.read_records(self.workdir / "metrics.jsonl")
+            names, path = ["loss", "accuracy", "segmentation_mean_iou"], self.workdir / "curves.png"
+            fv.plot.curves(records, path=path, steps_per_epoch=batches.steps_per_epoch, metrics=names)
+            preprocessing = {"crop": None, "resize": None, "mean": self.mean, "std": self.std}
+            if self.channels == 1:
+                preprocessing["order"] = "L"
+            fv.weights.save(
+                self.workdir / "weights.safetensors",
+                variables,
+                name=self.name,
+                class_names=self.classes,
+                metadata={**figures, "preprocessing": preprocessing},
+                **{k: v for k, v in self.overrides.items() if k not in ("dtype", "ghost_size")},
+            )
+            print(f"see {self.workdir}; tensorboard --logdir {self.workdir / 'tensorboard'}")
+        return 0
+
+    def evaluate(self) -> int:
+        """Evaluates the model of --weights."""
+        self.report(self.loaded)
+        return 0
+
+    def report(self, variables) -> dict[str, float]:
+        """Labels the test images one by one, prints the metrics of each class, and draws images."""
+        counts = []
+        labels_of = lambda image: np.asarray(self.find(variables, image[None]))[0]
+        for i in range(len(self.test)):
+            example = self.test[i]
+            found = labels_of(example["image"])
+            matrix = fv.metrics.ConfusionMatrix.init(len(self.classes)).update(found, example["label"])
+            counts.append(np.asarray(matrix.counts, np.int64))
+        records = fv.metrics.SegmentationRecords(np.stack(counts), np.arange(len(counts)))
+        figures = records.compute()
+        low, high = records.bootstrap("mean_iou")
+        if jax.process_index() != 0:
+            return figures
+        print(f"{self.test.name}: {len(records)} images")
+        print(f"{'class':16} {'pixels':>10} {'accuracy':>9} {'IoU':>7} {'Dice':>7}")
+        table = records.per_class(self.classes)
+        for row in table:
+            print(
+                f"{row['name'][:16]:16} {row['pixels']:10} {row['accuracy']:9.3f} {row['iou']:7.3f} {row['dice']:7.3f}"
+            )
+        print(
+            f"mean IoU {figures['mean_iou']:.3f} (95 % bootstrap interval {low:.3f} to {high:.3f}), accuracy"
+            f" {figures['accuracy']:.3f}, Dice {figures['dice']:.3f}"
+        )
+        results = {**figures, "mean_iou_low": low, "mean_iou_high": high, "classes": table}
+        (self.workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        order = np.argsort(records.per_image())
+        middle = max(0, (len(order) - _SHOWN) // 2)
+        for name, chosen in (
+            ("worst", order[:_SHOWN]),
+            ("middle", order[middle : middle + _SHOWN]),
+            ("best", order[-_SHOWN:]),
+        ):
+            examples = [self.test[int(i)] for i in chosen]
+            fv.plot.overlays(
+                [_picture(example["image"]) for example in examples],
+                [labels_of(example["image"]) for example in examples],
+                [example["label"] for example in examples],
+                self.classes,
+                background=0,
+                columns=1,
+                path=self.workdir / f"{name}.png",
+            )
+        fv.plot.confusion_matrix(records.matrix.counts, self.classes, path=self.workdir / "confusion.png")
+        return figures
+
+    def _draw_samples(self, batches, rng) -> None:
+        """Draws augmented training images with their labels."""
+        if jax.process_index() != 0:
+            return
+        with batches.from_step(0) as iterator:
+            first = {key: value[: 2 * _SHOWN] for key, value in next(iterator).items()}
+        made = jax.device_get(jax.jit(self.view)(rng, first))
+        images = [_picture(image) for image in made["image"]]
+        path = self.workdir / "samples.png"
+        fv.plot.overlays(images, list(made["label"]), None, self.classes, background=0, columns=4, path=path)
+
+
+def _loss(name: str):
+    """Returns the loss of an image for `train.segmentation`, None for the cross-entropy alone."""
+    if name == "cross_entropy":
+        return None
+
+    def loss(logits, labels):
+        known = (labels != fv.losses.IGNORED).sum((1, 2))
+        mean = lambda values: values.sum((1, 2)) / jnp.maximum(known, 1)
+        if name == "focal":
+            return mean(fv.losses.focal(logits, labels))
+        return mean(fv.losses.pixel_cross_entropy(logits, labels)) + _LOSSES[name](logits, labels)
+
+    return loss
+
+
+def _picture(image: np.ndarray) -> np.ndarray:
+    return image[..., 0] if image.shape[-1] == 1 else image
+
+
+if __name__ == "__main__":
+    fv.train.run_experiment(main, parse)

@@ -1,0 +1,68 @@
+"""The recipes of `segment.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import flaxvision as fv
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(fv.train.Recipe):
+    """A training recipe with augmentations. Crops, and what lies beyond an image, are made on the device."""
+
+    crop: tuple[int, int] | None = None
+    """Height and width of random crops for training. Default: whole images."""
+    padding: int = 0
+    """Pixels by which images are mirrored on all sides before the crop; their labels are unknown."""
+    flip: bool = True
+    """Augmentation: random horizontal flips."""
+    vertical_flip: bool = False
+    """Augmentation: random vertical flips."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Augmentation: lowest and highest factor of random resizing."""
+    rotation: float = 0.0
+    """Augmentation: maximum angle of random rotations in degrees."""
+    elastic: float = 0.0
+    """Augmentation: standard deviation in pixels of random elastic deformations, as in the U-Net paper."""
+    hue: float = 0.0
+    """Augmentation: maximum shift of the hue, as a fraction of the colour circle."""
+    saturation: float = 0.0
+    """Augmentation: maximum relative change of the saturation."""
+    brightness: float = 0.0
+    """Augmentation: maximum change of the brightness."""
+    contrast: float = 0.0
+    """Augmentation: maximum relative change of the contrast."""
+    loss: Literal["cross_entropy", "dice", "lovasz", "focal"] = "cross_entropy"
+    """Loss. dice and lovasz are added to the cross-entropy."""
+    aux_heads: bool = False
+    """Train the auxiliary head of the model, if it has one."""
+
+
+RECIPES = {
+    # The small model from scratch.
+    "small": Recipe(
+        epochs=8.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
+        weight_decay=1e-4, clip_norm=10.0, vertical_flip=True, ema_decay=0.998,
+    ),
+    # Ronneberger et al. 2015, section 3: one large tile per step, momentum 0.99, elastic deformations. The paper gives
+    # no learning rate.
+    "unet": Recipe(
+        epochs=60.0, batch_size=1, optimizer="momentum", momentum=0.99, learning_rate=1e-3, schedule="cosine",
+        weight_decay=0.0, crop=(572, 572), padding=92, vertical_flip=True, rotation=15.0, elastic=10.0,
+    ),
+    # From the weights of a trained backbone.
+    "finetune": Recipe(
+        epochs=40.0, batch_size=8, optimizer="adamw", learning_rate=1e-3, schedule="cosine", warmup_epochs=1.0,
+        weight_decay=1e-3, clip_norm=10.0, scale=(0.75, 1.5), hue=0.02, saturation=0.3, brightness=0.15, contrast=0.2,
+        ema_decay=0.99,
+    ),
+    # torchvision's reference for segmentation: 30 epochs of 32 crops of 480 pixels, SGD with a polynomial schedule.
+    "deeplab": Recipe(
+        epochs=30.0, batch_size=32, optimizer="momentum", learning_rate=0.02, schedule="polynomial", power=0.9,
+        weight_decay=1e-4, crop=(480, 480), scale=(0.5, 2.0), aux_heads=True,
+    ),
+}  # fmt: skip
+# The default model: a U-Net with four narrow stages.
+SMALL = {"features": (16, 32, 48, 64), "decoder_features": (48, 32, 16)}
