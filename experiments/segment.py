@@ -274,6 +274,7 @@ class Run:
                 self.workdir / "weights.safetensors",
                 variables,
                 name=self.name,
+                channels=self.channels,
                 class_names=self.classes,
                 metadata={**figures, "preprocessing": preprocessing},
                 **{k: v for k, v in self.overrides.items() if k not in ("dtype", "ghost_size")},

@@ -172,3 +172,46 @@ def test_a_tag_of_darknet(folder, capsys, tmp_path, monkeypatch):
 def test_flags_of_detectors_are_refused_for_classifiers(folder, capsys):
     assert run("predict", "resnet18", "x.npz", folder / "wide.png", "--json") == 1
     assert "--out and --json must be left out for a classifier; got resnet18" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """A bundle of a segmenter whose classes follow the brightness of the pixels, and a photograph."""
+    path = tmp_path_factory.mktemp("segmenter")
+    fields = {"features": (2, 2), "decoder_features": (2,), "num_classes": 2}
+    model = fv.create_model("unet_same", **fields)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    variables = jax.tree.map(lambda x: np.full(x.shape, 0.1, np.float32), shapes)
+    variables["batch_stats"] = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), shapes["batch_stats"])
+    variables["params"]["logits"]["kernel"][..., 1] = 1.0
+    variables["params"]["logits"]["bias"] = np.array([0.0, -0.5], np.float32)
+    transform = {"crop": None, "resize": None, "mean": [0.5] * 3, "std": [0.25] * 3}
+    fv.weights.save(
+        path / "a.safetensors",
+        variables,
+        name="unet_same",
+        channels=3,
+        class_names=("background", "light"),
+        metadata={"preprocessing": transform},
+        **fields,
+    )
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, 15:] = 255
+    Image.fromarray(pixels).save(path / "half.png")
+    return path
+
+
+def test_a_segmenter_prints_shares_and_draws_overlays(segmenter, capsys):
+    arguments = ("unet_same", segmenter / "a.safetensors", segmenter / "half.png")
+    assert run("predict", *arguments, "--json", "--out", segmenter / "out.png") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["height"], found["width"]) == (20, 30)
+    assert {each["name"] for each in found["classes"]} == {"background", "light"}
+    assert sum(each["pixels"] for each in found["classes"]) == 600
+    assert (segmenter / "out.png").stat().st_size > 1000
+    assert run("predict", *arguments) == 0
+    first = capsys.readouterr().out.splitlines()[0].split()
+    assert first[0].endswith("half.png")
+    assert first[2] in ("background", "light")
+    assert run("predict", "resnet18", "a.safetensors", "half.png", "--tile", 32) == 1
+    assert "--tile and --overlap must be left out" in capsys.readouterr().err
