@@ -17,11 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv
 from flaxvision.layers.darknet import reorg
-from flaxvision.models.backbone import Backbone, as_float32
+from flaxvision.models.backbone import Backbone
 from flaxvision.models.darknet import TINY_YOLO, DarknetBackbone, darknet_unit
-from flaxvision.models.grid_detector import GridDetector, check_canvas
+from flaxvision.models.grid_detector import GridDetector, check_canvas, head_output
 from flaxvision.models.yolo_heads import Anchors, RegionHead
 from flaxvision.registry import register
 
@@ -103,25 +102,11 @@ class YoloV2(GridDetector):
 
     @nn.compact
     def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
-        """Maps images to the raw output of the head.
-
-        Args:
-            images: Images `[N, H, W, C]`, RGB in [0, 1].
-            sizes: Valid height and width of each image, `[N, 2]`; they do not change the result.
-            train: Whether BatchNorm uses and updates the statistics of the batch.
-
-        Returns:
-            `[N, h, w, A * (5 + K)]` by the name of the head, float32 or wider.
-
-        Raises:
-            ValueError: `images` is not of rank 4, H or W is not a multiple of the stride, or `sizes` has another
-                shape.
-        """
+        """Maps images to the raw output of the head; see `GridDetector`."""
         ((name, head),) = self.heads.items()
         check_canvas(images, sizes, head.stride)
         backbone = self.backbone
-        epsilon, momentum = getattr(backbone, "epsilon", 1e-6), getattr(backbone, "momentum", 0.99)
-        unit = darknet_unit(backbone, train, epsilon=epsilon, momentum=momentum)
+        unit = darknet_unit(backbone, train)
         stages = list(backbone.strides)
         features = backbone(images, train=train)
         x = features[stages[-1]]
@@ -130,9 +115,7 @@ class YoloV2(GridDetector):
                 y = unit(self.passthrough_features, (1, 1), padding=0, name="passthrough")(features[stages[-2]])
                 x = jnp.concatenate([reorg(y, y.shape[1] // x.shape[1]), x], axis=-1)
             x = unit(channels, (3, 3), padding=1, name=f"head_conv{number}")(x)
-        depth = len(head.anchors) * (5 + self.num_classes)
-        out = Conv(depth, (1, 1), kernel_init=nn.initializers.he_normal(), name="head_out", **backbone.dtypes)
-        return {name: as_float32(out(x))}
+        return {name: head_output(x, len(head.anchors), self.num_classes, name="head_out", **backbone.dtypes)}
 
 
 _info: dict[str, Any] = {
