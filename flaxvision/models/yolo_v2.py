@@ -5,8 +5,9 @@ darknet's `yolov2-voc.cfg`, `yolov2.cfg` (COCO), `yolov2-tiny-voc.cfg` and `yolo
 in the passthrough layer. A 1x1 convolution to 64 channels precedes it, and it moves pixels to channels in an unusual
 order (`layers.darknet.reorg`), whereas the paper describes stacking adjacent features.
 
-The defaults are those for VOC. For COCO, set `num_classes=80`. The tiny network for COCO also needs
-`head_features=(512,), anchors=COCO_ANCHORS` and was trained with `rescore=False`.
+The defaults are those for VOC. The networks for COCO need `num_classes=80, anchors=COCO_ANCHORS`. The tiny network for
+COCO also needs `head_features=(512,)` and was trained with `rescore=False`. darknet's `.weights` files do not contain
+the anchors. For a file with 80 classes, `weights.load_model` uses those of COCO, and `weights.load` requires them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class YoloV2(GridDetector):
     Attributes:
         backbone: Maps images to stages. The last two are used, or only the last one without a passthrough layer.
         num_classes: Number of classes.
-        anchors: Width and height of the anchors, in cells. None for those of COCO with 80 classes, else those of VOC.
+        anchors: Width and height of the anchors, in cells. They do not depend on `num_classes`.
         head_features: Channels of the 3x3 convolutions. The output of the passthrough layer is concatenated before the
             last one.
         passthrough_features: Channels of the 1x1 convolution before the passthrough layer; 0 for no passthrough layer.
@@ -67,7 +68,7 @@ class YoloV2(GridDetector):
 
     backbone: Backbone
     num_classes: int = 20
-    anchors: Anchors | None = None
+    anchors: Anchors = VOC_ANCHORS
     head_features: tuple[int, ...] = (1024, 1024, 1024)
     passthrough_features: int = 64
     match_anchors: bool = True
@@ -85,7 +86,7 @@ class YoloV2(GridDetector):
         """The head. Its raw output is named after the stride, `stride32` by default."""
         stride = list(self.backbone.strides.values())[-1]
         head = RegionHead(
-            self.anchors or (COCO_ANCHORS if self.num_classes == 80 else VOC_ANCHORS),
+            self.anchors,
             self.num_classes,
             stride,
             match_anchors=self.match_anchors,

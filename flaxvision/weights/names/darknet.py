@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flaxvision.data.preprocessing import Preprocessing
+from flaxvision.models.yolo_v2 import COCO_ANCHORS
 from flaxvision.weights.layout import Layout
 
 
@@ -20,7 +21,14 @@ LAYOUTS = (
     Layout("darknet", ("darknet19",), same, first="backbone/stem_conv1/conv", preprocessing=resized(256)),
     Layout("darknet", ("tiny_darknet",), same, first="backbone/stem_conv1/conv", preprocessing=resized(224)),
     Layout("darknet", ("darknet53",), same, first="backbone/stem_conv/conv", preprocessing=resized(256)),
-    Layout("darknet", ("yolo_v2", "yolo_v2_tiny"), same, head=("head_out",), first="backbone/stem_conv1/conv"),
+    Layout(
+        "darknet",
+        ("yolo_v2", "yolo_v2_tiny"),
+        same,
+        fields_by_classes={80: {"anchors": COCO_ANCHORS}},
+        head=("head_out",),
+        first="backbone/stem_conv1/conv",
+    ),
     Layout(
         "darknet",
         ("yolo_v3", "yolo_v3_spp"),
