@@ -17,10 +17,22 @@ def resized(size: int) -> Preprocessing:
     return Preprocessing(crop=size, resize=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
+def classifier(model: str, first: str, size: int) -> Layout:
+    """Returns the layout of a classifier whose first convolution is `first`, for images of `size` pixels."""
+    return Layout(
+        "darknet",
+        (model,),
+        same,
+        first=f"backbone/{first}/conv",
+        preprocessing=resized(size),
+        class_list="imagenet1k_darknet",
+    )
+
+
 LAYOUTS = (
-    Layout("darknet", ("darknet19",), same, first="backbone/stem_conv1/conv", preprocessing=resized(256)),
-    Layout("darknet", ("tiny_darknet",), same, first="backbone/stem_conv1/conv", preprocessing=resized(224)),
-    Layout("darknet", ("darknet53",), same, first="backbone/stem_conv/conv", preprocessing=resized(256)),
+    classifier("darknet19", "stem_conv1", 256),
+    classifier("tiny_darknet", "stem_conv1", 224),
+    classifier("darknet53", "stem_conv", 256),
     Layout(
         "darknet",
         ("yolo_v2", "yolo_v2_tiny"),
