@@ -12,6 +12,7 @@ that both give the same result.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -155,40 +156,49 @@ def select_cases(quick: bool) -> Iterator[Case]:
         yield Case(name, partial(jax.jit(fv.select_detections), candidates))
 
 
+def measure(case: Case, config: Config) -> dict[str, Any]:
+    """Times one case and returns what `timing.summary` returns.
+
+    Raises:
+        RuntimeError: The two results differ.
+    """
+    contenders = {"flaxvision": Contender(case.ours)}
+    if case.theirs is not None:
+        if not case.same(case.ours(), case.theirs()):
+            raise RuntimeError(f"{case.name}: the results differ")
+        contenders["torchvision"] = Contender(case.theirs, wait=lambda result: result)
+    for contender in contenders.values():
+        contender.warm_up(2)
+    timing.take_turns(list(contenders.values()), 3 if config.quick else config.steps, seconds=config.seconds)
+    return timing.summary(contenders)
+
+
 def main(config: Config) -> None:
     """Times every case and prints one line per case."""
     import torch
+    import torchvision
 
     machine.check_output(config.output)
     torch.set_num_threads(config.threads)
     quick = config.quick
     size, channels = ((64, 96), 8) if quick else ((800, 1088), 256)
-    groups = (nms_cases(100 if quick else 2000), roi_cases(20 if quick else 1000, size, channels), select_cases(quick))
-    for case in (case for group in groups for case in group):
+    groups = nms_cases(100 if quick else 2000), roi_cases(20 if quick else 1000, size, channels), select_cases(quick)
+    where = machine.describe(jax.devices()[0]) | {"torch_threads": config.threads}
+    where |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    for case in itertools.chain(*groups):
         if config.only not in case.name:
             continue
-        record = machine.describe(jax.devices()[0]) | {"torch_threads": config.threads}
-        contenders = {"flaxvision": Contender(case.ours)}
-        if case.theirs is not None:
-            contenders["torchvision"] = Contender(case.theirs, wait=lambda result: result)
-            if not case.same(case.ours(), case.theirs()):
-                sys.exit(f"{case.name}: the results differ")
-        for contender in contenders.values():
-            contender.warm_up(2)
-        timing.take_turns(list(contenders.values()), 3 if quick else config.steps, seconds=config.seconds)
-        found = timing.summary(contenders)
-        line = "  ".join(f"{name} {found[name]['ms']:.2f} ms" for name in contenders)
-        ratios = "".join(
-            f"  ratio {r['ratio']:.2f} ({r['q1']:.2f} to {r['q3']:.2f})" for r in found["speedup"].values()
-        )
-        print(f"{case.name}: {line}{ratios}", flush=True)
+        found = measure(case, config)
+        times = [f"{name} {value['ms']:.2f} ms" for name, value in found.items() if name != "speedup"]
+        ratios = [f"ratio {r['ratio']:.2f} ({r['q1']:.2f} to {r['q3']:.2f})" for r in found["speedup"].values()]
+        print(f"{case.name}: {'  '.join(times + ratios)}", flush=True)
         if config.output is not None:
-            import torchvision
-
-            libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-            record = {"benchmark": "detection", "case": case.name, "quick": quick, **found, **record, **libraries}
+            record = {"benchmark": "detection", "case": case.name, "quick": quick, **found, **where}
             machine.append(config.output, machine.rounded(record))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")

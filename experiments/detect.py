@@ -12,6 +12,9 @@ The first command needs no files and no GPU. With seed 0 it took 6 minutes on 2 
 FOLDER has the layout of PASCAL VOC, COCO or YOLO. For `--dataset coco` it can also be a TFDS directory. Batch sizes and
 learning rates are those of the papers. If you change --batch-size, scale --learning-rate too.
 
+The best checkpoint is the one with the highest COCO AP50, or on PASCAL VOC (`voc_xml` and `voc/...`) the one with the
+highest VOC mAP, which leaves out difficult objects.
+
 At the end, a run prints the metrics of each class and draws pictures in its work directory. For
 `flaxvision predict`, it writes `weights.safetensors`, or with a .cfg file `model.cfg`, `model.weights` and
 `classes.names`.
@@ -189,6 +192,18 @@ class Run:
         self.find = jax.jit(partial(self._find, **self._detect_options))
 
     @property
+    def metrics(self) -> dict[str, type[fv.metrics.DetectionAP]]:
+        """The metrics of an evaluation by name. Only PASCAL VOC has difficult objects, which COCO's metrics count."""
+        coco: dict[str, type[fv.metrics.DetectionAP]] = {"coco": fv.metrics.CocoAP}
+        voc = self.config.dataset == "voc_xml" or self.config.dataset.partition("/")[0] == "voc"
+        return coco | {"voc": fv.metrics.VocAP} if voc else coco
+
+    @property
+    def best_metric(self) -> str:
+        """The metric that chooses the best checkpoint."""
+        return "voc_map50" if "voc" in self.metrics else "coco_ap50"
+
+    @property
     def _detect_options(self) -> dict[str, Any]:
         config = self.config
         names = ("score_threshold", "iou_threshold", "max_detections")
@@ -222,7 +237,9 @@ class Run:
             # Trained weights need no warm-up, as in darknet, whose files count the images that training has seen.
             return augmented(rng, {k: v for k, v in batch.items() if k != "seen" or config.weights is None})
 
-        measure = fv.train.average_precision(self.model, len(self.classes), **self._detect_options)
+        measure = fv.train.average_precision(
+            self.model, len(self.classes), metrics=self.metrics, **self._detect_options
+        )
         return fv.train.compile_steps(
             fv.train.detection(measure=measure),
             train_transform=train_transform,
@@ -256,7 +273,11 @@ class Run:
         )
         init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
         rate = config.learning_rate_schedule(batches.steps_per_epoch)
-        options: dict[str, Any] = config.fit_options(config.model) | {"best_metric": "coco_ap50", "best_mode": "max"}
+        options: dict[str, Any] = config.fit_options(config.model) | {
+            "best_metric": self.best_metric,
+            "best_mode": "max",
+        }
+        fv.train.print_once(f"the best checkpoint is the one with the highest {self.best_metric} on {self.val.name}")
         detect_report.draw_samples(batches, self.view, run_rng, self.workdir / "samples.png")
         result = fv.train.fit_in_workdir(
             self.workdir,
@@ -279,7 +300,7 @@ class Run:
         variables = fv.train.collect(self.variables_of(result.state))
         if jax.process_index() == 0:
             records = fv.train.read_records(self.workdir / "metrics.jsonl")
-            names = ["loss", "coco_ap50", "coco_ap"]
+            names = ["loss", *dict.fromkeys((self.best_metric, "coco_ap50", "coco_ap"))]
             path = self.workdir / "curves.png"
             fv.plot.curves(records, path=path, steps_per_epoch=batches.steps_per_epoch, metrics=names)
             detect_models.save(

@@ -123,7 +123,8 @@ def select_detections(
             their scores are multiplied by `exp(-iou^2 / soft_sigma)`.
 
     Returns:
-        The detections. With `soft_sigma`, their scores are the lowered scores.
+        The detections. With `soft_sigma`, their scores are the lowered scores. Without candidates (A or K is 0), none
+        is valid.
 
     Raises:
         ValueError: `candidates` has other shapes, `max_detections` is below 1, or `soft_sigma` is not positive.
@@ -137,6 +138,14 @@ def select_detections(
         raise ValueError(f"max_detections must be at least 1; got {max_detections}")
     if soft_sigma is not None and soft_sigma <= 0:
         raise ValueError(f"soft_sigma must be positive; got {soft_sigma}")
+    if not min(scores.shape[1:]):
+        shape = scores.shape[0], max_detections
+        return Detections(
+            boxes=jnp.zeros((*shape, 4), boxes.dtype),
+            scores=jnp.zeros(shape, scores.dtype),
+            labels=jnp.zeros(shape, jnp.int32),
+            valid=jnp.zeros(shape, bool),
+        )
     threshold = at_most(iou_threshold, boxes.dtype)
 
     large = jnp.all(boxes[..., 2:] - boxes[..., :2] >= min_size, axis=-1)

@@ -75,6 +75,22 @@ def test_soft_nms_lowers_the_scores_of_each_class():
         np.testing.assert_allclose(found.scores[i][found.valid[i]], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("count", "classes"), [(0, 3), (4, 0), (0, 0)])
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("options", [{}, {"class_agnostic": True}, {"soft_sigma": 0.5}], ids=str)
+def test_without_candidates_the_result_is_empty(count, classes, per_class, options):
+    shape = (2, count, classes, 4) if per_class else (2, count, 4)
+    given = fv.Candidates(jnp.zeros(shape), jnp.zeros((2, count, classes)), jnp.ones((2, count), bool))
+    found = jax.jit(partial(fv.select_detections, max_detections=5, **options))(given)
+    assert [(x.shape, x.dtype) for x in (found.boxes, found.scores, found.labels, found.valid)] == [
+        ((2, 5, 4), np.float32),
+        ((2, 5), np.float32),
+        ((2, 5), np.int32),
+        ((2, 5), np.bool_),
+    ]
+    assert not any(x.any() for x in jax.tree.leaves(found))
+
+
 def test_detect_applies_the_model():
     class Model:
         def apply(self, variables, images, sizes):

@@ -120,12 +120,15 @@ def test_a_folder_of_voc_from_given_weights(tiny, tmp_path):
     for i in range(8):
         files.voc(tmp_path / "voc", [("cat", 3, 5, 30 + i, 35), ("cat", 4, 4, 4, 9)], size=(64, 90), stem=f"t{i}")
     for split in ("val", "test"):
-        files.voc(tmp_path / "voc", [("dog", 3, 5, 30, 35, 1)], size=(90, 64), stem=split, split=split)
+        objects = [("dog", 3, 5, 30, 35, 1), ("cat", 3, 5, 30, 35)]
+        files.voc(tmp_path / "voc", objects, size=(90, 64), stem=split, split=split)
     data = ("--dataset", "voc_xml", "--data-dir", tmp_path / "voc", "--no-progress", "--batch-size", 8)
     weights = ("--weights", tmp_path / "a" / "weights.safetensors", "--anchors", 2)
     printed = run(*data, *weights, "--epochs", 1, "--workdir", tmp_path / "b", "--eval-batch-size", 8)
     assert "left out of voc/train: box 2 (cat)" in printed
-    assert "cat" in printed
+    assert "the best checkpoint is the one with the highest voc_map50 on voc/val" in printed
+    (record,) = [r for r in fv.train.read_records(tmp_path / "b" / "metrics.jsonl") if r["split"] == "validation"]
+    assert 0 <= record["voc_map50"] <= 1
     again = ("--eval-only", "--weights", tmp_path / "b" / "weights.safetensors")
     printed = run(*data, *again, "--workdir", tmp_path / "c", "--eval-batch-size", 8)
     stored = json.loads((tmp_path / "b" / "results.json").read_text())
@@ -143,6 +146,36 @@ def test_a_folder_of_voc_without_a_test_split(tmp_path):
     assert train is not val
     files.voc(tmp_path, [("cat", 3, 5, 20, 15)], stem="test", split="test")
     assert detect.load(detect.parse(flags))[2].name.endswith("/test")
+
+
+@pytest.mark.parametrize(("dataset", "metric"), [("voc_xml", "voc_map50"), ("shapes", "coco_ap50")])
+def test_the_metric_that_chooses_the_best_checkpoint(tiny, tmp_path, monkeypatch, dataset, metric):
+    """On PASCAL VOC, difficult objects must not count."""
+    found, flags = {}, ["--dataset", dataset, "--workdir", str(tmp_path / "run"), "--batch-size", "1"]
+    if dataset == "voc_xml":
+        for split in ("train", "val"):
+            files.voc(tmp_path, [("cat", 3, 5, 20, 15), ("cat", 3, 5, 20, 15, 1)], stem=split, split=split)
+        flags += ["--data-dir", str(tmp_path)]
+
+    def average_precision(model, num_classes, *, metrics, **options):
+        found["metrics"] = metrics
+
+    def fit(*rest, **options):
+        found.update(options)
+        return SimpleNamespace(exit_status=3)
+
+    monkeypatch.setattr(fv.train, "average_precision", average_precision)
+    monkeypatch.setattr(fv.train, "compile_steps", lambda *rest, **options: (None, None))
+    monkeypatch.setattr(detect.detect_models, "build", lambda *rest: SimpleNamespace(
+        model=None, name="x", overrides={}, mean=(0.0,) * 3, std=(1.0,) * 3
+    ))  # fmt: skip
+    monkeypatch.setattr(detect.Run, "create_state", lambda *rest: None)
+    monkeypatch.setattr(fv.train, "fit_in_workdir", fit)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert detect.main(detect.parse(flags)) == 3
+    assert (found["best_metric"], found["best_mode"]) == (metric, "max")
+    assert metric.partition("_")[0] in found["metrics"]
+    assert f"the best checkpoint is the one with the highest {metric} on " in printed.getvalue()
 
 
 def test_published_weights_are_evaluated_in_their_own_classes(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxvision.data.annotations import Annotation, DetectionSource, Objects, labels_in
+from flaxvision.data.coco_masks import encode_mask
 from flaxvision.data.folder import SUFFIXES
 from flaxvision.data.workers import bounded_map
 
@@ -98,9 +99,8 @@ def _voc_annotation(
         offset = 1 if one_based else 0
         faulty = x2 <= x1 or y2 <= y1  # the offset could hide this
         box = (x1, y1, x2, y2) if faulty else (x1 - offset, y1 - offset, x2, y2)
-        flags = {"difficult": (element.findtext("difficult") or "0").strip() not in ("", "0")}
-        label = _class_index(name, classes, path)
-        objects.add(box, label, name=name, **flags)
+        difficult = (element.findtext("difficult") or "0").strip() not in ("", "0")
+        objects.add(box, _class_index(name, classes, path), name=name, difficult=difficult)
     return objects.annotation(image)
 
 
@@ -125,6 +125,7 @@ def load_coco(
     *,
     classes: Sequence[str] | None = None,
     drop_empty: bool = False,
+    masks: bool = False,
     name: str | None = None,
 ) -> DetectionSource:
     """Reads a JSON file of object instances in the format of COCO.
@@ -134,7 +135,10 @@ def load_coco(
         images: Folder with the images.
         classes: Class names that include those of the categories, such as the classes of a model. None takes the
             categories by increasing id.
-        drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
+        drop_empty: Whether to leave out boxes of zero width or height, and masks without a pixel, instead of raising an
+            error.
+        masks: Whether to read each `segmentation`: polygons, or run lengths, compressed or not. The examples then have
+            `masks` uint8 [M, H, W].
         name: Name of the source; None uses that of the file.
 
     Returns:
@@ -144,7 +148,8 @@ def load_coco(
 
     Raises:
         ValueError: The file is missing or damaged, an annotation refers to an unknown image or category, a category is
-            not in `classes`, an image is missing, or a box is invalid.
+            not in `classes`, an image is missing, a box is invalid, or with `masks`, a segmentation is missing or
+            invalid.
     """
     path = Path(annotations)
     try:
@@ -159,9 +164,9 @@ def load_coco(
             if any(entry.get(key) is None for key in keys):
                 raise ValueError(f"each of the {part} in {path} must have {', '.join(keys)}; got {entry}")
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    own = [category["name"] for category in categories]
-    classes = own if classes is None else classes
-    labels = dict(zip((category["id"] for category in categories), labels_in(classes, own, path), strict=True))
+    names = [category["name"] for category in categories]
+    classes = names if classes is None else classes
+    labels = dict(zip((category["id"] for category in categories), labels_in(classes, names, path), strict=True))
     if len(labels) != len(categories):
         raise ValueError(f"{path} is damaged: two categories have the same id")
     dropped: list[str] = []
@@ -173,6 +178,7 @@ def load_coco(
             drop_empty,
             dropped,
             with_area=True,
+            with_masks=masks,
         )
         for image in order
     }
@@ -195,12 +201,14 @@ def load_coco(
                 f"{where} must have a bbox of four numbers x, y, width, height; got {annotation.get('bbox')}"
             ) from None
         label = labels[annotation["category_id"]]
-        objects[annotation["image_id"]].add(
+        own = objects[annotation["image_id"]]
+        own.add(
             (x, y, x + width, y + height),
             label,
             name=classes[label],
             crowd=bool(annotation.get("iscrowd", 0)),
             area=float(annotation.get("area", width * height)),
+            mask=encode_mask(annotation.get("segmentation"), own.size, where) if masks else b"",
         )
     for image in order:
         if not (Path(images) / image["file_name"]).is_file():

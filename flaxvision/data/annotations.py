@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxvision.data import rle
 from flaxvision.data.folder import FolderSource
 
 # A box may exceed its image by this many pixels, for example by rounding. It is then clipped.
@@ -31,6 +32,7 @@ class Annotation:
         crowd: bool [M], whether a box marks a group of objects that are not annotated individually.
         difficult: bool [M], whether an object is marked as difficult to recognise.
         area: float32 [M], area of each object in square pixels; None for the area of the box.
+        masks: The compressed RLE of each object; see `flaxvision.data.rle`. None if masks were not read.
     """
 
     path: str
@@ -41,14 +43,16 @@ class Annotation:
     crowd: np.ndarray
     difficult: np.ndarray
     area: np.ndarray | None = None
+    masks: tuple[bytes, ...] | None = None
 
 
 class DetectionSource:
     """Image files with boxes. Images are decoded on access; annotations are kept in memory.
 
     `source[i]` is a dict with `image` uint8 [H, W, 3], `boxes` float32 [M, 4] xyxy in pixels, `labels` int32 [M],
-    `valid`, `crowd` and `difficult` bool [M] and, if the annotations have it, `area` float32 [M]. Images without
-    objects are kept, with M = 0. The EXIF orientation is not applied, because annotations refer to the stored pixels.
+    `valid`, `crowd` and `difficult` bool [M] and, if the annotations have them, `area` float32 [M] and `masks` uint8
+    [M, H, W]. Images without objects are kept, with M = 0. The EXIF orientation is not applied, because annotations
+    refer to the stored pixels.
 
     Args:
         root: Folder that the paths of the images are relative to.
@@ -105,7 +109,8 @@ class DetectionSource:
         arrays["valid"] = np.ones(len(a.boxes), bool)
         if a.area is not None:
             arrays["area"] = a.area
-        return {key: value.copy() for key, value in arrays.items()}
+        copies = {key: value.copy() for key, value in arrays.items()}
+        return copies if a.masks is None else {**copies, "masks": rle.decode(a.masks, a.size)}
 
     def __repr__(self) -> str:
         return f"DetectionSource({self.name!r}, {len(self)} images, {int(self.counts.sum())} boxes)"
@@ -122,6 +127,8 @@ class DetectionSource:
             digest.update(f"/{a.size}".encode())
             for array in (a.boxes, a.labels, a.crowd, a.difficult, a.area):
                 digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+            if a.masks is not None:
+                digest.update(b"/".join((b"masks", *a.masks)))
         return digest.hexdigest()
 
     def find_broken(self, *, progress: bool = True) -> dict[int, str]:
@@ -159,16 +166,24 @@ class Objects:
         drop_empty: Whether to leave out boxes of zero width or height instead of raising an error.
         dropped: List to which a description of each box that is left out is appended.
         with_area: Whether the annotations state the areas of the objects.
+        with_masks: Whether the annotations have masks.
     """
 
     def __init__(
-        self, file: str, size: tuple[int, int], drop_empty: bool, dropped: list[str], *, with_area: bool = False
+        self,
+        file: str,
+        size: tuple[int, int],
+        drop_empty: bool,
+        dropped: list[str],
+        *,
+        with_area: bool = False,
+        with_masks: bool = False,
     ):
         if not (size[0] >= 1 and size[1] >= 1):
             raise ValueError(f"the image size in {file} must be at least 1x1; got {size[0]}x{size[1]}")
         self.file, self.size, self._drop_empty, self._dropped = file, size, drop_empty, dropped
-        self._with_area = with_area
-        self._rows: list[tuple[np.ndarray, int, bool, bool, float]] = []
+        self._with_area, self._with_masks = with_area, with_masks
+        self._rows: list[tuple[np.ndarray, int, bool, bool, float, bytes]] = []
         self._seen = 0
 
     def add(
@@ -180,6 +195,7 @@ class Objects:
         crowd: bool = False,
         difficult: bool = False,
         area: float = 0.0,
+        mask: bytes = b"",
         empty: bool = False,
     ) -> None:
         """Checks and adds an object.
@@ -191,11 +207,12 @@ class Objects:
             crowd: See `Annotation`.
             difficult: See `Annotation`.
             area: See `Annotation`.
+            mask: Its compressed RLE, with `with_masks`.
             empty: Whether the annotation states a width or height of zero. Rounding can hide this in `box`.
 
         Raises:
             ValueError: The box is not finite, is inverted, does not lie in its image, or has zero width or height
-                without `drop_empty`.
+                without `drop_empty`, or the mask has no pixel without it.
         """
         self._seen += 1
         x1, y1, x2, y2 = (float(v) for v in box)
@@ -212,16 +229,23 @@ class Objects:
                 )
             self._dropped.append(f"{where} has no area: {[x1, y1, x2, y2]}")
             return
+        if self._with_masks and not rle.runs_of(mask)[1::2].any():
+            if not self._drop_empty:
+                raise ValueError(
+                    f"{where} must have a mask with a pixel (drop_empty=True leaves such objects out); got none"
+                )
+            self._dropped.append(f"{where} has a mask without a pixel")
+            return
         if min(x1, y1) < -OVERHANG or x2 > width + OVERHANG or y2 > height + OVERHANG:
             raise ValueError(f"{where} must lie in its image of {height}x{width} pixels; got {[x1, y1, x2, y2]}")
         clipped = np.array([max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)], np.float32)
         if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
             raise ValueError(f"{where} must lie in its image of {height}x{width} pixels; got {[x1, y1, x2, y2]}")
-        self._rows.append((clipped, label, crowd, difficult, area))
+        self._rows.append((clipped, label, crowd, difficult, area, mask))
 
     def annotation(self, path: str) -> Annotation:
         """Returns the annotation of the image at `path`."""
-        boxes, labels, crowd, difficult, area = zip(*self._rows, strict=True) if self._rows else ([],) * 5
+        boxes, labels, crowd, difficult, area, masks = zip(*self._rows, strict=True) if self._rows else ([],) * 6
         return Annotation(
             path,
             self.file,
@@ -231,6 +255,7 @@ class Objects:
             np.array(crowd, bool),
             np.array(difficult, bool),
             np.array(area, np.float32) if self._with_area else None,
+            tuple(masks) if self._with_masks else None,
         )
 
 

@@ -255,10 +255,18 @@ def _zoomed(op, example, zoom, shift, size, fill):
     keeps = example.get("size")
     new_size = None if keeps is None else size.astype(jnp.asarray(keeps).dtype)
     moved = move(op, example, content, affine(zoom[1], shift[1], zoom[0], shift[0]), size=new_size)
+    # What `move` sampled beyond the new image is part of the old one.
+    if "masks" in moved:
+        rows, columns = moved["masks"].shape[1:]
+        inside = _within(rows, columns, size * jnp.asarray([rows / height, columns / width]))[..., 0]
+        moved["masks"] = jnp.where(inside[None], moved["masks"], jnp.zeros((), moved["masks"].dtype))
+    if jnp.ndim(moved.get("label", 0)) == 2:
+        moved["label"] = jnp.where(_within(height, width, size)[..., 0], moved["label"], 255)
     return _clipped(moved, jnp.zeros(2), size) if "boxes" in moved else moved
 
 
 def _within(height, width, size):
+    """Returns which pixels have their first corner within `size`, bool [height, width, 1]."""
     return ((jnp.arange(height)[:, None] < size[0]) & (jnp.arange(width)[None] < size[1]))[..., None]
 
 

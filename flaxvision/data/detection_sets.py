@@ -34,11 +34,12 @@ def load_detection(
     classes: Sequence[str] | None = None,
     drop_empty: bool = False,
     one_based: bool = True,
+    masks: bool = False,
 ) -> Source:
     """Opens one split of a detection data set.
 
     Examples are dicts with `image` uint8 [H, W, 3], `boxes` float32 [M, 4] xyxy in pixels, `labels` int32 [M], `valid`,
-    `crowd` and `difficult` bool [M].
+    `crowd` and `difficult` bool [M], and with `masks=True` also `masks` [M, H, W], zeros and ones.
 
     Args:
         name: One of
@@ -57,13 +58,15 @@ def load_detection(
         drop_empty: Whether to leave out boxes of zero width or height and list them in the attribute `dropped`,
             instead of raising an error.
         one_based: For "voc_xml"; see `load_voc`.
+        masks: Whether to read the mask of each object. Only "shapes" and folders of COCO have masks; TFDS leaves out
+            those of COCO.
 
     Returns:
         The source.
 
     Raises:
-        ValueError: The set or split does not exist, a file is missing or damaged, a class is unknown or a box is
-            invalid.
+        ValueError: The set or split does not exist, a file is missing or damaged, a class is unknown, a box or mask is
+            invalid, or `masks` is True for a set without masks.
         RuntimeError: The TFDS set is not prepared.
     """
     if name == "shapes":
@@ -71,25 +74,32 @@ def load_detection(
             raise ValueError(f"classes must be None for 'shapes', which has its own; got {list(classes)}")
         if data_dir is not None:
             raise ValueError(f"data_dir must be None for 'shapes', which has no files; got {os.fspath(data_dir)!r}")
-        return ShapesSource(split)
+        return ShapesSource(split, masks=masks)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if name in NAMES and folder is None:
         raise ValueError(f"data_dir must be the folder of the data set for {name!r}; got None")
     if folder is not None and not folder.is_dir():
         raise ValueError(f"data_dir must be an existing folder; got {os.fspath(folder)!r}")
+    if name in ("voc_xml", "yolo") and masks:
+        raise ValueError(f"masks must be False for {name!r}, whose annotations have no masks; got True")
     if name == "voc_xml":
         options: Any = {"classes": classes, "drop_empty": drop_empty, "one_based": one_based}
         return annotation_files.load_voc(folder, split, **options)  # pyright: ignore[reportArgumentType]
     if name == "yolo":
         return annotation_files.load_yolo(folder, split, classes=classes, drop_empty=drop_empty)  # pyright: ignore[reportArgumentType]
     if name == "coco" and folder is not None and not any((folder / "coco").rglob("dataset_info.json")):
-        return _load_coco_folder(folder, split, classes, drop_empty)
+        return _load_coco_folder(folder, split, classes, drop_empty, masks)
+    if masks:
+        raise ValueError(
+            f"masks must be False for {name!r}, because TFDS has no masks; got True (to read those of COCO, data_dir "
+            "must be the folder with its JSON files)"
+        )
     if name == "coco":
         name, split = _COCO_OF_TFDS.get(split, (name, split))
     return load_tfds_detection(name, split, data_dir=folder, classes=classes, drop_empty=drop_empty)
 
 
-def _load_coco_folder(folder: Path, split: str, classes: Sequence[str] | None, drop_empty: bool) -> Source:
+def _load_coco_folder(folder: Path, split: str, classes: Sequence[str] | None, drop_empty: bool, masks: bool) -> Source:
     files = [folder / pattern.format(split=split) for pattern in (*_COCO_JSON, _COCO_BESIDE)]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -97,6 +107,7 @@ def _load_coco_folder(folder: Path, split: str, classes: Sequence[str] | None, d
     places = [folder / pattern.format(split=split) for pattern in _COCO_IMAGES]
     images = next(place for place in places if place.is_dir())
     options: Any = {"classes": classes, "drop_empty": drop_empty, "name": f"{folder.resolve().name}/{split}"}
+    options["masks"] = masks
     return annotation_files.load_coco(file, images, **options)
 
 

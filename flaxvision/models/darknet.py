@@ -50,16 +50,16 @@ _he = nn.initializers.he_normal()
 leaky = functools.partial(nn.leaky_relu, negative_slope=0.1)
 
 
-def darknet_unit(backbone: Backbone, train: bool, *, epsilon: float, momentum: float) -> Callable[..., ConvNorm]:
+def darknet_unit(backbone: Backbone, train: bool) -> Callable[..., ConvNorm]:
     """Returns a constructor of darknet's unit: convolution, BatchNorm, leaky ReLU of slope 0.1.
 
     Args:
-        backbone: Provides the dtypes and the mode of BatchNorm.
+        backbone: Provides the dtypes, the mode of BatchNorm, its epsilon and its momentum. A backbone without these two
+            fields, of another family, gets those of darknet.
         train: Whether BatchNorm uses the statistics of the batch.
-        epsilon: Added to the variance.
-        momentum: Decay of the running statistics.
     """
     conv = functools.partial(Conv, use_bias=False, kernel_init=_he, **backbone.dtypes)
+    epsilon, momentum = getattr(backbone, "epsilon", 1e-6), getattr(backbone, "momentum", 0.99)
     norm = backbone.make_norm(train, epsilon=epsilon, momentum=momentum)
     return functools.partial(ConvNorm, conv=conv, norm=norm, activation=leaky)
 
@@ -90,7 +90,7 @@ class DarknetBackbone(Backbone):
     @nn.nowrap
     def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
         """Yields the last feature map of each stage."""
-        unit = darknet_unit(self, train, epsilon=self.epsilon, momentum=self.momentum)
+        unit = darknet_unit(self, train)
         for number, (stage, rows) in enumerate(zip(self.stage_strides, self.convs, strict=True)):
             x = max_pool(x, 2, padding="SAME") if number else x
             for i, (features, size) in enumerate(rows, start=1):
@@ -125,7 +125,7 @@ class Darknet53Backbone(Backbone):
     @nn.nowrap
     def iter_stages(self, x: jax.Array, train: bool) -> Iterator[tuple[str, jax.Array]]:
         """Yields the last feature map of each stage."""
-        unit = darknet_unit(self, train, epsilon=self.epsilon, momentum=self.momentum)
+        unit = darknet_unit(self, train)
         features = self.stem_features
         x = unit(features, (3, 3), padding=1, name="stem_conv")(x)
         yield "stem", x

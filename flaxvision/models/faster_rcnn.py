@@ -176,7 +176,7 @@ class FasterRCNN(Detector):
         """
         sizes = valid_sizes(images, sizes)
         levels, objectness, deltas, anchors, inside = self._first_stage(images, sizes, train)
-        proposals, valid = rpn.propose(
+        proposals, valid, _ = rpn.propose(
             objectness,
             deltas,
             anchors,
@@ -252,7 +252,7 @@ class FasterRCNN(Detector):
             beta=self.beta,
         )
         self.sow("intermediates", "rpn_sample", chosen)
-        proposals, exists = rpn.propose(
+        proposals, exists, sources = rpn.propose(
             objectness,
             deltas,
             anchors,
@@ -263,8 +263,11 @@ class FasterRCNN(Detector):
             **self._proposing,
         )
         proposals, exists = jnp.concatenate([proposals, boxes], 1), jnp.concatenate([exists, valid], 1)
+        # Rounding can swap proposals of nearly the same score. The sample must not depend on their order.
+        more = jnp.broadcast_to(sum(map(len, anchors)) + jnp.arange(valid.shape[1])[None], valid.shape)
+        ids = jnp.concatenate([sources, more.astype(sources.dtype)], 1)
         regions, kept, classes, targets = jax.vmap(self._box_targets)(
-            keys[:, 1], proposals, exists, boxes, valid, ignored, batch["labels"]
+            keys[:, 1], ids, proposals, exists, boxes, valid, ignored, batch["labels"]
         )
         self.sow("intermediates", "box_sample", (regions, kept))
         logits, deltas = self._second_stage(levels, regions)
@@ -314,7 +317,7 @@ class FasterRCNN(Detector):
         return self.box_head(jax.vmap(pool)([levels[name] for name in strides], regions))
 
     @nn.nowrap
-    def _box_targets(self, key, proposals, exists, boxes, valid, ignored, labels) -> tuple[jax.Array, ...]:
+    def _box_targets(self, key, ids, proposals, exists, boxes, valid, ignored, labels) -> tuple[jax.Array, ...]:
         """Samples proposals of one image; returns them, which of them exist, their classes and target offsets."""
         matched, label = rpn.assign(
             boxes,
@@ -326,7 +329,8 @@ class FasterRCNN(Detector):
             high=self.box_fg_iou,
             allow_low_quality=False,
         )
-        chosen, kept = sample(key, label, size=self.box_sample_size, positive_fraction=self.box_positive_fraction)
+        fraction = self.box_positive_fraction
+        chosen, kept = sample(key, label, size=self.box_sample_size, positive_fraction=fraction, ids=ids)
         truth = matched[chosen]
         classes = jnp.where(kept & (label[chosen] == 1), labels[truth].astype(jnp.int32) + 1, 0)
         regions = jnp.where(kept[:, None], proposals[chosen], 0)

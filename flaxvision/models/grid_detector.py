@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from flaxvision.detection import Candidates
+from flaxvision.layers import Conv
+from flaxvision.models.backbone import as_float32
 from flaxvision.models.detector import Detector, valid_sizes
 from flaxvision.models.yolo_heads import RegionHead, Truth, YoloHead
 from flaxvision.ops import box_area, clip_boxes
@@ -28,6 +30,23 @@ class GridDetector(Detector):
     def heads(self) -> dict[str, YoloHead | RegionHead]:
         """The heads, by the names of their raw outputs."""
         raise NotImplementedError(f"{type(self).__name__} must define heads")
+
+    def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
+        """Maps images to the raw outputs of the heads.
+
+        Args:
+            images: Images `[N, H, W, C]`, RGB in [0, 1].
+            sizes: Valid height and width of each image, `[N, 2]`; they do not change the result.
+            train: Whether BatchNorm uses and updates the statistics of the batch.
+
+        Returns:
+            `[N, h, w, A * (5 + K)]` by the name of the head, float32 or wider.
+
+        Raises:
+            ValueError: `images` is not of rank 4, H or W is not a multiple of the coarsest stride, or `sizes` has
+                another shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     @property
     def num_labels(self) -> int:
@@ -82,6 +101,23 @@ class GridDetector(Detector):
             for loss, value in head.losses(outputs[name], truth).items():
                 total[loss] = total[loss] + value if loss in total else value
         return total
+
+
+def head_output(x: jax.Array, anchors: int, classes: int, *, name: str, **dtypes: Any) -> jax.Array:
+    """Applies the last layer of a head, a linear 1x1 convolution. Call it in a compact method.
+
+    Args:
+        x: Features `[N, h, w, C]`.
+        anchors: Number of anchors A of the head.
+        classes: Number of classes K.
+        name: Name of the convolution.
+        **dtypes: The `dtypes` of the backbone.
+
+    Returns:
+        `[N, h, w, A * (5 + K)]`, float32 or wider.
+    """
+    conv = Conv(anchors * (5 + classes), (1, 1), kernel_init=nn.initializers.he_normal(), name=name, **dtypes)
+    return as_float32(conv(x))
 
 
 def check_canvas(images: jax.Array, sizes: jax.Array | None, multiple: int) -> None:

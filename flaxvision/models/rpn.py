@@ -116,7 +116,7 @@ def propose(
     iou_threshold: float,
     min_size: float,
     score_threshold: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Selects the proposals of each image.
 
     The anchors with the highest scores of each level are decoded and clipped, and NMS within each level removes
@@ -135,11 +135,12 @@ def propose(
         score_threshold: Minimum objectness of a proposal, a probability.
 
     Returns:
-        Proposals `[N, R, 4]` by decreasing objectness, and `[N, R]` bool, which of them exist.
+        Proposals `[N, R, 4]` by decreasing objectness; `[N, R]` bool, which of them exist; and `[N, R]` int32, the
+        indices of their anchors among those of all levels.
     """
 
     def of_image(objectness, deltas, inside, size):
-        scores, boxes, exists, numbers = [], [], [], []
+        scores, boxes, exists, numbers, sources = [], [], [], [], []
         for number, anchor in enumerate(anchors):
             k = min(pre_nms, anchor.shape[0])
             logit, index = jax.lax.top_k(jnp.where(inside[number], objectness[number], -jnp.inf), k)
@@ -147,11 +148,12 @@ def propose(
             boxes.append(decode_boxes(deltas[number][index], anchor[index]))
             exists.append(inside[number][index])
             numbers.append(jnp.full(k, number, jnp.int32))
-        score, box, exist, level = (jnp.concatenate(x) for x in (scores, boxes, exists, numbers))
+            sources.append(sum(map(len, anchors[:number])) + index)
+        score, box, exist, level, source = (jnp.concatenate(x) for x in (scores, boxes, exists, numbers, sources))
         box = clip_boxes(box, size)
         exist &= jnp.all(box[:, 2:] - box[:, :2] >= min_size, axis=-1) & (score >= score_threshold)
         chosen, kept = nms(box, score, exist, iou_threshold=iou_threshold, max_outputs=post_nms, labels=level)
-        return jnp.where(kept[:, None], box[chosen], 0), kept
+        return jnp.where(kept[:, None], box[chosen], 0), kept, source[chosen]
 
     objectness, deltas = jax.lax.stop_gradient((objectness, deltas))
     return jax.vmap(of_image)(objectness, deltas, inside, sizes)

@@ -5,8 +5,9 @@ darknet's `yolov2-voc.cfg`, `yolov2.cfg` (COCO), `yolov2-tiny-voc.cfg` and `yolo
 in the passthrough layer. A 1x1 convolution to 64 channels precedes it, and it moves pixels to channels in an unusual
 order (`layers.darknet.reorg`), whereas the paper describes stacking adjacent features.
 
-The defaults are those for VOC. For COCO, set `num_classes=80`. The tiny network for COCO also needs
-`head_features=(512,), anchors=COCO_ANCHORS` and was trained with `rescore=False`.
+The defaults are those for VOC. The networks for COCO need `num_classes=80, anchors=COCO_ANCHORS`. The tiny network for
+COCO also needs `head_features=(512,)` and was trained with `rescore=False`. darknet's `.weights` files do not contain
+the anchors. For a file with 80 classes, `weights.load_model` uses those of COCO, and `weights.load` requires them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv
 from flaxvision.layers.darknet import reorg
-from flaxvision.models.backbone import Backbone, as_float32
+from flaxvision.models.backbone import Backbone
 from flaxvision.models.darknet import TINY_YOLO, DarknetBackbone, darknet_unit
-from flaxvision.models.grid_detector import GridDetector, check_canvas
+from flaxvision.models.grid_detector import GridDetector, check_canvas, head_output
 from flaxvision.models.yolo_heads import Anchors, RegionHead
 from flaxvision.registry import register
 
@@ -51,7 +51,7 @@ class YoloV2(GridDetector):
     Attributes:
         backbone: Maps images to stages. The last two are used, or only the last one without a passthrough layer.
         num_classes: Number of classes.
-        anchors: Width and height of the anchors, in cells. None for those of COCO with 80 classes, else those of VOC.
+        anchors: Width and height of the anchors, in cells. They do not depend on `num_classes`.
         head_features: Channels of the 3x3 convolutions. The output of the passthrough layer is concatenated before the
             last one.
         passthrough_features: Channels of the 1x1 convolution before the passthrough layer; 0 for no passthrough layer.
@@ -68,7 +68,7 @@ class YoloV2(GridDetector):
 
     backbone: Backbone
     num_classes: int = 20
-    anchors: Anchors | None = None
+    anchors: Anchors = VOC_ANCHORS
     head_features: tuple[int, ...] = (1024, 1024, 1024)
     passthrough_features: int = 64
     match_anchors: bool = True
@@ -86,7 +86,7 @@ class YoloV2(GridDetector):
         """The head. Its raw output is named after the stride, `stride32` by default."""
         stride = list(self.backbone.strides.values())[-1]
         head = RegionHead(
-            self.anchors or (COCO_ANCHORS if self.num_classes == 80 else VOC_ANCHORS),
+            self.anchors,
             self.num_classes,
             stride,
             match_anchors=self.match_anchors,
@@ -103,25 +103,11 @@ class YoloV2(GridDetector):
 
     @nn.compact
     def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
-        """Maps images to the raw output of the head.
-
-        Args:
-            images: Images `[N, H, W, C]`, RGB in [0, 1].
-            sizes: Valid height and width of each image, `[N, 2]`; they do not change the result.
-            train: Whether BatchNorm uses and updates the statistics of the batch.
-
-        Returns:
-            `[N, h, w, A * (5 + K)]` by the name of the head, float32 or wider.
-
-        Raises:
-            ValueError: `images` is not of rank 4, H or W is not a multiple of the stride, or `sizes` has another
-                shape.
-        """
+        """Maps images to the raw output of the head; see `GridDetector`."""
         ((name, head),) = self.heads.items()
         check_canvas(images, sizes, head.stride)
         backbone = self.backbone
-        epsilon, momentum = getattr(backbone, "epsilon", 1e-6), getattr(backbone, "momentum", 0.99)
-        unit = darknet_unit(backbone, train, epsilon=epsilon, momentum=momentum)
+        unit = darknet_unit(backbone, train)
         stages = list(backbone.strides)
         features = backbone(images, train=train)
         x = features[stages[-1]]
@@ -130,9 +116,7 @@ class YoloV2(GridDetector):
                 y = unit(self.passthrough_features, (1, 1), padding=0, name="passthrough")(features[stages[-2]])
                 x = jnp.concatenate([reorg(y, y.shape[1] // x.shape[1]), x], axis=-1)
             x = unit(channels, (3, 3), padding=1, name=f"head_conv{number}")(x)
-        depth = len(head.anchors) * (5 + self.num_classes)
-        out = Conv(depth, (1, 1), kernel_init=nn.initializers.he_normal(), name="head_out", **backbone.dtypes)
-        return {name: as_float32(out(x))}
+        return {name: head_output(x, len(head.anchors), self.num_classes, name="head_out", **backbone.dtypes)}
 
 
 _info: dict[str, Any] = {

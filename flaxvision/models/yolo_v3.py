@@ -13,11 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxvision.layers import Conv
 from flaxvision.layers.darknet import darknet_max_pool
-from flaxvision.models.backbone import Backbone, as_float32
+from flaxvision.models.backbone import Backbone
 from flaxvision.models.darknet import TINY_YOLO, Darknet53Backbone, DarknetBackbone, darknet_unit
-from flaxvision.models.grid_detector import GridDetector, check_canvas
+from flaxvision.models.grid_detector import GridDetector, check_canvas, head_output
 from flaxvision.models.yolo_heads import Anchors, YoloHead
 from flaxvision.registry import register
 
@@ -118,24 +117,10 @@ class YoloV3(GridDetector):
 
     @nn.compact
     def __call__(self, images: jax.Array, sizes: jax.Array | None = None, *, train: bool = False) -> dict[str, Any]:
-        """Maps images to the raw outputs of the heads.
-
-        Args:
-            images: Images `[N, H, W, C]`, RGB in [0, 1].
-            sizes: Valid height and width of each image, `[N, 2]`; they do not change the result.
-            train: Whether BatchNorm uses and updates the statistics of the batch.
-
-        Returns:
-            `[N, h, w, A * (5 + K)]` by the name of the head, float32 or wider.
-
-        Raises:
-            ValueError: `images` is not of rank 4, H or W is not a multiple of the stride, or `sizes` has another
-                shape.
-        """
+        """Maps images to the raw outputs of the heads; see `GridDetector`."""
         backbone = self.backbone
         check_canvas(images, sizes, max(backbone.strides.values()))
-        epsilon, momentum = getattr(backbone, "epsilon", 1e-6), getattr(backbone, "momentum", 0.99)
-        unit = darknet_unit(backbone, train, epsilon=epsilon, momentum=momentum)
+        unit = darknet_unit(backbone, train)
         stages = backbone(images, train=train)
         outputs: dict[str, Any] = {}
         x = None
@@ -156,9 +141,7 @@ class YoloV3(GridDetector):
                 number += 1
                 x = unit(features, (size, size), padding=size // 2, name=f"{prefix}_conv{number}")(x)
             y = unit(self.head_features[level], (3, 3), padding=1, name=f"{prefix}_conv{number + 1}")(x)
-            depth = len(head.mask) * (5 + self.num_classes)
-            out = Conv(depth, (1, 1), kernel_init=nn.initializers.he_normal(), name=f"{prefix}_out", **backbone.dtypes)
-            outputs[name] = as_float32(out(y))
+            outputs[name] = head_output(y, len(head.mask), self.num_classes, name=f"{prefix}_out", **backbone.dtypes)
         return outputs
 
 

@@ -35,6 +35,8 @@ def box_area(boxes: ArrayLike) -> Array:
 def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
     """Computes the intersection over union of every pair of boxes.
 
+    `box_giou`, `box_diou` and `box_ciou` take the same arguments. `paired_iou` defines these variants.
+
     Args:
         a: `[..., A, 4]`.
         b: `[..., B, 4]`, with the same leading (batch) dimensions.
@@ -49,50 +51,17 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def box_giou(a: ArrayLike, b: ArrayLike) -> Array:
-    """Computes the generalized IoU of every pair of boxes (Rezatofighi et al. 2019).
-
-    Args:
-        a: `[..., A, 4]`.
-        b: `[..., B, 4]`, with the same leading (batch) dimensions.
-
-    Returns:
-        `[..., A, B]` in [-1, 1].
-
-    Raises:
-        ValueError: The last dimension of `a` or `b` is not 4.
-    """
+    """Computes the generalized IoU of every pair of boxes, `[..., A, B]` in [-1, 1]; see `box_iou`."""
     return paired_iou(*_pairs(a, b), kind="giou")
 
 
 def box_diou(a: ArrayLike, b: ArrayLike) -> Array:
-    """Computes the distance IoU of every pair of boxes (Zheng et al. 2020, equation 7).
-
-    Args:
-        a: `[..., A, 4]`.
-        b: `[..., B, 4]`, with the same leading (batch) dimensions.
-
-    Returns:
-        `[..., A, B]` in [-1, 1].
-
-    Raises:
-        ValueError: The last dimension of `a` or `b` is not 4.
-    """
+    """Computes the distance IoU of every pair of boxes, `[..., A, B]` in [-1, 1]; see `box_iou`."""
     return paired_iou(*_pairs(a, b), kind="diou")
 
 
 def box_ciou(a: ArrayLike, b: ArrayLike) -> Array:
-    """Computes the complete IoU of every pair of boxes (Zheng et al. 2020, equation 10).
-
-    Args:
-        a: `[..., A, 4]`.
-        b: `[..., B, 4]`, with the same leading (batch) dimensions.
-
-    Returns:
-        `[..., A, B]`, at most 1.
-
-    Raises:
-        ValueError: The last dimension of `a` or `b` is not 4.
-    """
+    """Computes the complete IoU of every pair of boxes, `[..., A, B]`, at most 1; see `box_iou`."""
     return paired_iou(*_pairs(a, b), kind="ciou")
 
 

@@ -47,7 +47,9 @@ def match(
     return lax.argmax(overlap, 0, jnp.int32), label
 
 
-def sample(key: Array, label: ArrayLike, *, size: int, positive_fraction: float) -> tuple[Array, Array]:
+def sample(
+    key: Array, label: ArrayLike, *, size: int, positive_fraction: float, ids: ArrayLike | None = None
+) -> tuple[Array, Array]:
     """Draws positive and negative boxes at random, without replacement (Ren et al. 2015, section 3.1.3).
 
     At most `int(size * positive_fraction)` positives are drawn. Negatives fill the rest. If there are too few of them,
@@ -58,22 +60,30 @@ def sample(key: Array, label: ArrayLike, *, size: int, positive_fraction: float)
         label: `[A]`, as returned by `match`: 1 for positives and 0 for negatives. Other boxes are never drawn.
         size: Number of boxes to draw.
         positive_fraction: Maximum fraction of positives in the sample, in [0, 1].
+        ids: `[A]` integers: the random number of a box depends only on `key` and its id, so the sample does not depend
+            on the order of the boxes. None for the positions of the boxes.
 
     Returns:
         A pair `(indices, kept)`: `indices [size]` int32, positives first, and `kept [size]` bool, which tells which
         indices were drawn. The other indices are 0.
 
     Raises:
-        ValueError: `label` is not `[A]`, `size` is below 1, or `positive_fraction` is not in [0, 1].
+        ValueError: `label` is not `[A]`, `ids` has another shape, `size` is below 1, or `positive_fraction` is not in
+            [0, 1].
     """
     label = jnp.asarray(label)
     if label.ndim != 1:
         raise ValueError(f"label must be [A]; got {label.shape}")
+    if ids is not None and jnp.shape(ids) != label.shape:
+        raise ValueError(f"ids must have the shape of label, {label.shape}; got {jnp.shape(ids)}")
     if size < 1:
         raise ValueError(f"size must be at least 1; got {size}")
     if not 0 <= positive_fraction <= 1:
         raise ValueError(f"positive_fraction must be in [0, 1]; got {positive_fraction}")
-    priority = jax.random.uniform(key, label.shape)
+    if ids is None:
+        priority = jax.random.uniform(key, label.shape)
+    else:
+        priority = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(jnp.asarray(ids))
 
     def draw(candidate, most):
         chosen = lax.top_k(jnp.where(candidate, priority, -1), min(most, label.shape[0]))[1]

@@ -29,6 +29,8 @@ class Layout:
             `NAME/gamma`, `NAME/beta`, `NAME/moving_mean`, `NAME/moving_variance`. With `"keras"`, `module` may return
             a name that ends in `/depthwise_kernel` or `/pointwise_kernel` to name the kernel itself.
         fields: Fields of the flaxvision module that make it the library's network.
+        fields_by_classes: Further such fields of the published network with a number of classes, such as the anchors of
+            its data set, which are not in the file.
         flatten: `(H, W, C)` by module path, for dense layers that follow a feature map which the library flattens in
             the order C, H, W. A C of 0 stands for whatever the model has.
         conv1x1: Module paths (fnmatch patterns) of dense layers that the library stores as 1x1 convolutions.
@@ -49,6 +51,7 @@ class Layout:
     module: Callable[[str], str]
     style: str = "torch"
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fields_by_classes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     flatten: dict[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
     conv1x1: tuple[str, ...] = ()
     constant: dict[str, float] = dataclasses.field(default_factory=dict)

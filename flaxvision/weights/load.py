@@ -192,14 +192,18 @@ def load_weights(
         theirs = dict(layout.fields)
         if path.suffix == ".weights" and read_darknet(path).version == FORK:
             theirs["epsilon"] = 1e-5
+        numbered = overrides if num_classes is None else {"num_classes": num_classes, **overrides}
         if strict:
-            numbered = overrides if num_classes is None else {"num_classes": num_classes, **overrides}
             require_fields(name, theirs, numbered, f"{source}'s {name}")
         fields = {**theirs, **overrides}
         network = _Network(name, fields, input_size)
         stored = network.named(path) if path.suffix == ".weights" else read(path)
         tensors = adapted(name, stored, layout, network.shapes(None, None))
         classes, depth = network.read_off(layout, tensors)
+        more = layout.fields_by_classes.get(classes, {}) if num_classes in (None, classes) else {}
+        if strict:
+            require_fields(name, more, numbered, f"{source}'s {name} with {classes} classes")
+        network = _Network(name, {**more, **fields}, input_size)
         # Without a head, the head of the file is dropped at once, whatever its size.
         classes = 0 if num_classes == 0 else classes
         leaves = filled(name, tensors, layout, network.shapes(classes, depth))

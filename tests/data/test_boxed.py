@@ -52,16 +52,41 @@ OPS = {
 }
 
 
+def with_masks(size):
+    """The scene with masks at the resolution of the image, a label map, and padding that is no object."""
+    example, drawn = scene(size), jnp.moveaxis(scene()["image"], -1, 0)
+    inside = (jnp.arange(40) < 30)[:, None] & (jnp.arange(48) < 40)[None] if size else jnp.ones((40, 48), bool)
+    label = jnp.where(inside, jnp.argmax(drawn, 0) + (drawn.max(0) > 0), 255).astype(jnp.int32)
+    image = jnp.where(inside[..., None], example["image"], 0.5)
+    return {**example, "image": image, "masks": drawn.astype(jnp.uint8), "label": label}
+
+
+def check_masks(example):
+    """Masks and label maps lie on the pixels of their colour, and nothing lies beyond the new image."""
+    height, width = example.get("size", (40, 48))
+    beyond = np.ones((40, 48), bool)
+    beyond[:height, :width] = False
+    assert not example["masks"][:, beyond].any()
+    assert (example["label"][beyond] == 255).all()
+    for k in range(2):
+        colour, mask = example["image"][..., k], example["masks"][k]
+        solid = ~beyond & (np.abs(colour - 0.5) > 0.49)  # not at the edges, which are interpolated
+        np.testing.assert_array_equal(mask[solid], colour[solid] > 0.5)
+        np.testing.assert_array_equal(example["label"][~beyond] == k + 1, mask[~beyond])
+
+
 @pytest.mark.parametrize("size", [None, (30, 40)], ids=["whole", "part"])
 @pytest.mark.parametrize("name", OPS)
-def test_boxes_stay_on_their_objects(name, size):
+def test_boxes_and_masks_stay_on_their_objects(name, size):
     keys = jax.random.split(jax.random.key(1), 64)
-    found = jax.jit(jax.vmap(OPS[name], (0, None)))(keys, scene(size))
+    found = jax.device_get(jax.jit(jax.vmap(OPS[name], (0, None)))(keys, with_masks(size)))
     assert {"area", "scale"}.isdisjoint(found)
+    assert (found["masks"].shape, found["masks"].dtype) == ((64, 3, 40, 48), np.uint8)
     moved = 0
     for row in range(64):
         example = {key: value[row] for key, value in found.items()}
         check(example)
+        check_masks(example)
         assert not example["valid"][2]
         moved += not np.array_equal(example["boxes"][:2], scene()["boxes"][:2])
     assert moved > 20

@@ -9,7 +9,7 @@ import pytest
 
 import flaxvision as fv
 from flaxvision.models import Detector, YoloV2, YoloV3
-from flaxvision.models.yolo_v2 import COCO_ANCHORS, VOC_ANCHORS
+from flaxvision.models.yolo_v2 import COCO_ANCHORS, TINY_VOC_ANCHORS, VOC_ANCHORS
 from tests.models.smallest import QUICK, counted, filled
 
 NAMES = ("yolo_v2", "yolo_v2_tiny", "yolo_v3", "yolo_v3_spp", "yolo_v3_tiny")
@@ -45,7 +45,7 @@ def test_the_published_model_by_shape(name):
 @pytest.mark.parametrize(
     ("name", "fields", "params"),
     [
-        ("yolo_v2", {"num_classes": 80}, 50_962_889),
+        ("yolo_v2", {"num_classes": 80, "anchors": COCO_ANCHORS}, 50_962_889),
         ("yolo_v2_tiny", {"num_classes": 80, "anchors": COCO_ANCHORS, "head_features": (512,)}, 11_232_057),
         ("yolo_v3", {"num_classes": 20}, 61_626_049),
     ],
@@ -54,15 +54,16 @@ def test_the_other_data_sets(name, fields, params):
     assert counted(shapes_of(name, **fields)[2]) == params
 
 
-def test_anchors_go_with_the_classes():
-    """darknet's files do not hold the anchors: a file for COCO with those of VOC would give wrong boxes silently."""
-    (head,) = fv.create_model("yolo_v2").heads.values()
-    assert head.anchors == VOC_ANCHORS
-    (head,) = fv.create_model("yolo_v2", num_classes=80).heads.values()
+def test_anchors_are_those_of_the_field_for_any_number_of_classes():
+    for classes in (20, 80):
+        model = fv.create_model("yolo_v2", num_classes=classes)
+        assert model.anchors == VOC_ANCHORS
+        (head,) = model.heads.values()
+        assert head.anchors == VOC_ANCHORS
+    (head,) = fv.create_model("yolo_v2", num_classes=80, anchors=COCO_ANCHORS).heads.values()
     assert head.anchors == COCO_ANCHORS
-    own = ((1.0, 2.0), (3.0, 4.0))
-    (head,) = fv.create_model("yolo_v2", num_classes=80, anchors=own).heads.values()
-    assert head.anchors == own
+    (head,) = fv.create_model("yolo_v2_tiny", num_classes=80).heads.values()
+    assert head.anchors == TINY_VOC_ANCHORS
 
 
 def test_the_backbones_are_those_of_the_classifiers():

@@ -54,6 +54,26 @@ def test_samples_are_uniform():
     np.testing.assert_allclose(counts, [3 / 6] * 6 + [3 / 10] * 10 + [0, 0], atol=0.04)
 
 
+def test_a_sample_by_ids_depends_neither_on_the_order_nor_on_other_boxes():
+    rng = np.random.default_rng(0)
+    label, ids = rng.choice([1, 0, -1], 60).astype(np.int8), rng.permutation(1000)[:60]
+    run = jax.jit(partial(ops.sample, size=16, positive_fraction=0.25))
+
+    def drawn(label, ids, seed=0):
+        indices, kept = run(jax.random.key(seed), label, ids=ids)
+        return ids[np.asarray(indices)[np.asarray(kept)]].tolist()
+
+    first = drawn(label, ids)
+    order = rng.permutation(60)
+    assert drawn(label[order], ids[order]) == first
+    assert drawn(label, ids, seed=1) != first
+    other = label.copy()
+    other[ids == first[-1]] = -1  # the last negative
+    assert drawn(other, ids)[:-1] == first[:-1]
+    with pytest.raises(ValueError, match=r"ids must have the shape of label, \(60,\); got \(59,\)"):
+        ops.sample(jax.random.key(0), label, size=4, positive_fraction=0.5, ids=ids[1:])
+
+
 def test_level_anchors():
     anchors = ops.level_anchors(2, 3, (8, 16), (32, 64), (0.5, 1.0))
     assert anchors.shape == (2 * 3 * 4, 4)

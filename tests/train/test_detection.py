@@ -168,6 +168,32 @@ def test_evaluation_depends_neither_on_batches_nor_on_devices(model):
         assert {key: found[key] for key in same} == pytest.approx({key: values[key] for key in same}, rel=1e-5)
 
 
+def test_difficult_objects_count_for_coco_and_not_for_voc():
+    """A detector that finds the difficult object first, and one that does not find it."""
+
+    class Fixed:
+        def apply(self, variables, images, sizes):
+            return variables["scores"]
+
+        def candidates(self, outputs, sizes):
+            boxes = jnp.asarray([[[0.0, 0, 9, 9], [20, 20, 30, 30]]])
+            return fv.Candidates(boxes, outputs, jnp.ones((1, 2), bool))
+
+    data = {
+        "image": jnp.zeros((1, 32, 32, 3)),
+        "boxes": jnp.asarray([[[0.0, 0, 9, 9], [20, 20, 30, 30]]]),
+        "labels": jnp.zeros((1, 2), jnp.int32),
+        "valid": jnp.ones((1, 2), bool),
+        "difficult": jnp.asarray([[False, True]]),
+    }
+    measure = average_precision(Fixed(), 1, metrics={"coco": fv.metrics.CocoAP, "voc": fv.metrics.VocAP})
+    both = fv.metrics.compute(measure(Fixed().apply, {"scores": jnp.asarray([[[0.5], [0.9]]])}, data))
+    one = fv.metrics.compute(measure(Fixed().apply, {"scores": jnp.asarray([[[0.5], [0.0]]])}, data))
+    assert both["voc_map50"] == one["voc_map50"] == 1
+    assert both["coco_ap50"] == pytest.approx(1)
+    assert one["coco_ap50"] == pytest.approx(51 / 101)
+
+
 def test_a_detector_learns(model):
     """Four images by heart: the losses fall and the boxes are found."""
     data = batch(8, seed=3)

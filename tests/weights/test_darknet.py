@@ -12,6 +12,7 @@ import pytest
 import flaxvision as fv
 from flaxvision.models import CfgDetector, CfgNetwork
 from flaxvision.models.darknet_cfg import ACTIVATIONS
+from flaxvision.models.yolo_v2 import COCO_ANCHORS, VOC_ANCHORS
 from flaxvision.weights import DarknetFile, parse_cfg, read_darknet, write_darknet
 from flaxvision.weights.darknet import values_of
 from tests.models.darknet_loops import ACTIVATE, run_loops, text_of
@@ -309,3 +310,27 @@ def test_comments_spaces_and_repetitions(tmp_path):
     assert (layer.features, layer.activation, layer.kind) == (12, "relu", "convolutional")
     (tmp_path / "x.cfg").write_text(text, encoding="utf-8-sig")  # as some editors write it
     assert fv.weights.read_cfg(tmp_path / "x.cfg").layers == (layer,)
+
+
+def test_the_anchors_of_coco_go_with_a_file_of_its_80_classes(tmp_path):
+    """The files do not hold the anchors: those of VOC would give wrong boxes silently."""
+    rows = (((4, 3),), ((4, 3),), ((4, 3),), ((4, 3),), ((4, 3),), ((6, 3),))
+    narrow = {"convs": rows, "head_features": (6, 6), "passthrough_features": 4}
+    files = {}
+    for classes in (20, 80):
+        model = fv.create_model("yolo_v2", num_classes=classes, **narrow)
+        files[classes] = tmp_path / f"{classes}.weights"
+        image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        variables = filled(jax.eval_shape(model.init, jax.random.key(0), image))
+        fv.weights.save_darknet(files[classes], model, variables)
+    load = functools.partial(fv.weights.load_model, "yolo_v2", source="darknet", **narrow)
+    assert load(files[80])[0].anchors == COCO_ANCHORS
+    assert load(files[80], num_classes=80)[0].anchors == COCO_ANCHORS
+    assert load(files[20])[0].anchors == VOC_ANCHORS
+    own = ((1.0, 2.0),) * 5
+    assert load(files[80], anchors=own)[0].anchors == own
+    strict = functools.partial(fv.weights.load, "yolo_v2", files[80], source="darknet", num_classes=80, **narrow)
+    with pytest.raises(ValueError, match=r"must include anchors=\(\(0.57273, .* for darknet's yolo_v2 with 80 classes"):
+        strict()
+    strict(anchors=COCO_ANCHORS)
+    strict(anchors=own)

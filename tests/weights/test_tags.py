@@ -23,9 +23,12 @@ def test_class_names():
     assert fv.weights.class_names_for("zfnet", "pytorchcv") is None
     cifar = fv.weights.class_names_for(NAME, "akamaster")
     assert cifar == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    with pytest.raises(
-        ValueError, match=r"class_names must be one of cifar10, coco90, imagenet1k, coco80, imagenet1001; got 'coco'"
-    ):
+    for name in ("darknet19", "darknet53", "tiny_darknet"):
+        darknet = fv.weights.class_names_for(name, "darknet")
+        assert sorted(darknet) == sorted(names)
+        assert (darknet[0], darknet[2], darknet[999]) == ("kit fox", "Siberian Husky", "dumbbell")
+    known = "cifar10, coco90, imagenet1k, imagenet1k_darknet, coco80, imagenet1001"
+    with pytest.raises(ValueError, match=f"class_names must be one of {known}; got 'coco'"):
         published.class_names("coco")
 
 

@@ -70,20 +70,24 @@ def detection(
     return objective
 
 
-def average_precision(model: Any, num_classes: int, **options: Any) -> Callable[..., dict[str, Any]]:
-    """Returns a `measure` for `detection` that runs `flaxvision.detect` and returns the metric `coco`, a `CocoAP`.
+def average_precision(
+    model: Any, num_classes: int, *, metrics: Mapping[str, type[fm.DetectionAP]] | None = None, **options: Any
+) -> Callable[..., dict[str, Any]]:
+    """Returns a `measure` for `detection` that runs `flaxvision.detect` and compares the detections with the objects.
 
     Args:
         model: The detector.
         num_classes: Number of classes of the data, without a background class.
+        metrics: The metrics by name; None for `{"coco": CocoAP}`. `VocAP` leaves out difficult objects.
         **options: Options of `flaxvision.detect`, such as `score_threshold`.
     """
+    chosen = {"coco": fm.CocoAP} if metrics is None else dict(metrics)
 
     def measure(apply_fn: Callable[..., Any], variables: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
         from flaxvision.detection import detect
 
         found = detect(model, variables, batch["image"], batch.get("size"), **options)
-        return {"coco": fm.CocoAP.of(batch, found, num_classes)}
+        return {name: metric.of(batch, found, num_classes) for name, metric in chosen.items()}
 
     return measure
 
