@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from flaxvision.data.annotation_files import load_coco, load_voc, load_yolo
     from flaxvision.data.annotations import DetectionSource
     from flaxvision.data.arrays import ArraySource, Mapped, Source, Subset, stratified_split, subset
-    from flaxvision.data.border_weights import border_weights
     from flaxvision.data.canvas import Canvases, CanvasSource, on_canvases
     from flaxvision.data.detection_sets import load_detection
     from flaxvision.data.folder import FolderSource
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from flaxvision.data.statistics import channel_statistics
     from flaxvision.data.tfds import TfdsSource
     from flaxvision.data.validation import validate
+    from flaxvision.data.weight_maps import border_weights
 
 _HOME = {
     "ArraySource": "arrays",
@@ -41,7 +41,7 @@ _HOME = {
     "Subset": "arrays",
     "TfdsSource": "tfds",
     "TrainBatches": "pipeline",
-    "border_weights": "border_weights",
+    "border_weights": "weight_maps",
     "channel_statistics": "statistics",
     "describe_changes": "pipeline",
     "eval_batches": "pipeline",
