@@ -28,6 +28,7 @@ GOLDEN = {
     "lenet5": 60_000,
     "lenet5_modern": 61_706,
     "lenet_dli": 1_199_882,
+    "mask_rcnn_resnet50_fpn": 44_401_393,
     "mlp": 266_610,
     "mobilenet_v1": 4_231_976,
     "mobilenet_v2": 3_504_872,

@@ -29,6 +29,7 @@ class WeightsInfo:
         top1: Published accuracy in percent on the ImageNet (2012) validation set; None if there is none.
         top5: Published top-5 accuracy in percent; None if there is none.
         box_ap: Published average precision of boxes in percent on COCO val2017; None if there is none.
+        mask_ap: Published average precision of masks in percent on COCO val2017; None if there is none.
         licence: Licence of the weights as their publisher states it (SPDX).
         recipe: Page that describes the training.
         note: Anything else that a user must know.
@@ -44,6 +45,7 @@ class WeightsInfo:
     top1: float | None = None
     top5: float | None = None
     box_ap: float | None = None
+    mask_ap: float | None = None
     licence: str = ""
     recipe: str = ""
     note: str = ""
