@@ -19,11 +19,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flaxvision.layers import Conv, ConvTranspose
 from flaxvision.models.backbone import Dtype, as_float32
-from flaxvision.models.detector import batch_mean
+from flaxvision.models.detector import batch_mean, valid_sizes
 from flaxvision.models.faster_rcnn import FasterRCNN, Regions
 from flaxvision.models.resnet import ResNetBackbone
 from flaxvision.ops import crop_masks
@@ -137,22 +138,22 @@ class MaskRCNN(FasterRCNN):
             found = "none" if masks is None else masks.shape
             raise ValueError(f"batch must hold masks [{shape[0]}, {shape[1]}, h, w], one for each box; got {found}")
         losses, levels, regions = self._joint_losses(batch, rng, train)
-        canvas = batch["image"].shape[1:3]
-        return {"mask": self._mask_loss(levels, regions, masks, canvas, batch.get("mask")), **losses}
+        return {"mask": self._mask_loss(batch, levels, regions), **losses}
 
-    def _mask_loss(
-        self, levels: dict[str, jax.Array], regions: Regions, masks: jax.Array, canvas: Any, mask: jax.Array | None
-    ) -> jax.Array:
+    def _mask_loss(self, batch: Mapping[str, Any], levels: dict[str, jax.Array], regions: Regions) -> jax.Array:
+        images, masks = batch["image"], batch["masks"]
         # The positives come first in the sample. The background has no masks.
         most = max(1, int(self.box_sample_size * self.box_positive_fraction))
         boxes, kept, classes, truths = (x[:, :most] for x in regions)
         logits = _of_class(self._mask_logits(levels, boxes), classes)
-        scale = (masks.shape[2] / canvas[0], masks.shape[3] / canvas[1])
-        crop = functools.partial(crop_masks, output_size=logits.shape[2:], spatial_scale=scale)
-        targets = jax.vmap(crop)(masks, boxes, truths)
+        resolution, canvas = np.asarray(masks.shape[2:]), np.asarray(images.shape[1:3])
+        inside = -(-valid_sizes(images, batch.get("size")) * resolution[None] // canvas[None])
+        scale = tuple(resolution / canvas)
+        crop = lambda *given: crop_masks(*given[:3], logits.shape[2:], spatial_scale=scale, size=given[3])
+        targets = jax.vmap(crop)(masks, boxes, truths, inside)
         entropy = optax.sigmoid_binary_cross_entropy(logits, targets).mean((2, 3))
         positive = kept & (classes > 0)
-        count = jnp.maximum(batch_mean(positive.sum(-1), mask), 1e-6)  # the loss is 0 without positives
+        count = jnp.maximum(batch_mean(positive.sum(-1), batch.get("mask")), 1e-6)  # the loss is 0 without positives
         return jnp.where(positive, entropy, 0).sum(-1) / count
 
     def _mask_logits(self, levels: dict[str, jax.Array], boxes: jax.Array) -> jax.Array:

@@ -110,6 +110,7 @@ def crop_masks(
     output_size: Size,
     *,
     spatial_scale: float | tuple[float, float] = 1.0,
+    size: ArrayLike | None = None,
 ) -> Array:
     """Resamples one mask within each RoI, for the targets of a mask head (He et al. 2017, section 3.1).
 
@@ -122,6 +123,8 @@ def crop_masks(
         indices: `[R]` integers: which mask each RoI uses.
         output_size: Number of bins: h and w, or one number for both.
         spatial_scale: Size of the masks relative to the image, as one number or as (y, x).
+        size: `[2]`, height and width of the valid region of the masks, at the top left. The last row and column of this
+            region are continued beyond it. None for the whole masks.
 
     Returns:
         `[R, h, w]`, in [0, 1], with the dtype of `rois`. No gradient flows to the arguments.
@@ -135,9 +138,9 @@ def crop_masks(
         raise ValueError(f"masks must be [M, H, W] and indices {rois.shape[:1]}; got {masks.shape}, {indices.shape}")
     scale = jnp.asarray(np.broadcast_to(np.asarray(spatial_scale, np.float64), 2), rois.dtype)
     boxes = _product(scale[None, np.array([1, 0, 1, 0])], rois)
-    height, width = masks.shape[1:]
-    by_row = _adaptive_weights(boxes[:, 1], boxes[:, 3], rows, height)
-    by_column = _adaptive_weights(boxes[:, 0], boxes[:, 2], columns, width)
+    limits = jnp.asarray(masks.shape[1:] if size is None else size, rois.dtype)
+    by_row = _adaptive_weights(boxes[:, 1], boxes[:, 3], rows, masks.shape[1], limits[0])
+    by_column = _adaptive_weights(boxes[:, 0], boxes[:, 2], columns, masks.shape[2], limits[1])
 
     def crop(given):
         index, by_row, by_column = given
@@ -213,18 +216,18 @@ def _samples(start, end, bins, ratio, size, aligned) -> tuple[Array, Array]:
     return _interpolated(points, size[:, None, None].astype(start.dtype))
 
 
-def _adaptive_weights(start, end, bins, size) -> Array:
-    """Returns the weight of each pixel along one axis in each bin, `[R, bins, size]`."""
+def _adaptive_weights(start, end, bins, extent, size) -> Array:
+    """Returns the weight of each pixel along one axis in each bin, `[R, bins, extent]`; `size` of them are valid."""
     step = _quotient(jnp.maximum(end - start, 1), bins)[:, None, None]
-    most = -(-size // bins)  # samples in a bin of an RoI that is as large as the mask
+    most = -(-extent // bins)  # samples in a bin of an RoI that is as large as the mask
     count = jnp.minimum(jnp.ceil(step), most)
     first = start[:, None, None] + _product(np.arange(bins, dtype=start.dtype)[None, :, None], step)
     number = np.arange(most)[None, None]
     points = first + _product((number + 0.5).astype(start.dtype), step) / count
-    pixels, weights = _interpolated(points, jnp.asarray(size, start.dtype))
+    pixels, weights = _interpolated(points, size)
     weights *= jnp.repeat((number < count) / count, 2, axis=-1)
     row, bin_ = np.arange(start.shape[0])[:, None, None], np.arange(bins)[None, :, None]
-    return jnp.zeros((start.shape[0], bins, size), start.dtype).at[row, bin_, pixels].add(weights)
+    return jnp.zeros((start.shape[0], bins, extent), start.dtype).at[row, bin_, pixels].add(weights)
 
 
 def _interpolated(points, size) -> tuple[Array, Array]:
