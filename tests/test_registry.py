@@ -202,7 +202,7 @@ def test_list_models_filters():
     assert fv.list_models("lenet*") == ["lenet5", "lenet5_modern", "lenet_dli"]
     assert fv.list_models(task="segmentation") == []
     detectors = fv.list_models(task="detection")
-    assert {"faster_rcnn_resnet50_fpn", "yolo_v2", "yolo_v3"} <= set(detectors)
+    assert {"faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "yolo_v2", "yolo_v3"} <= set(detectors)
     assert sorted([*fv.list_models(task="classification"), *detectors]) == sorted(GOLDEN)
 
 

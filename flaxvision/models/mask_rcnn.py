@@ -122,7 +122,7 @@ class MaskRCNN(FasterRCNN):
         proposals that are not background (He et al. 2017, section 3).
 
         Args:
-            batch: As for `Detector.losses`, and `masks [N, M, h, w]`, zeros and ones of any dtype: the truth masks. They
+            batch: As for `Detector.losses`, and the truth masks `masks [N, M, h, w]`, zeros and ones of any dtype. They
                 cover the canvas, at its resolution or at any other one.
             rng: A PRNG key, or one key per row, for sampling anchors and proposals; see `row_keys`.
             train: Whether BatchNorm uses and updates the statistics of the batch.

@@ -54,6 +54,7 @@ def test_the_registry_names_the_published_weights(name):
         assert info.classes == fv.create_model(name).num_classes
         assert (info.box_ap is None) == (fv.model_info(name).task == "classification" or info.source == "darknet")
         assert info.box_ap is None or 10 < info.box_ap < 60
+        assert info.mask_ap is None or 10 < info.mask_ap < info.box_ap
         assert info.top1 is None or 50 < info.top1 < info.top5 < 100
         assert info.licence
         assert info.recipe.startswith("https://")
