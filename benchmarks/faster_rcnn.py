@@ -104,10 +104,7 @@ def prepare(case: str) -> dict[str, Timed]:
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sgd = torch.optim.SGD(trained, RATE, momentum=MOMENTUM, weight_decay=DECAY)
-    truths = [
-        {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels.astype(np.int64)) + 1}
-        for boxes, labels in zip(*detection.real(batch), strict=True)
-    ]
+    truths = [rcnn.torch_truth(truth) for truth in detection.real(batch)]
 
     def fit():
         sgd.zero_grad()

@@ -99,10 +99,11 @@ def build(config: Any, num_classes: int, find_anchors: Callable[[int], Any]) -> 
     overrides: dict[str, Any] = dict(SMALL) if config.model == "small" else {}
     if config.weights or config.backbone_weights:
         overrides["frozen_stages"] = config.frozen_stages
-    if name.startswith("faster_rcnn") and not config.weights:
+    rcnn = isinstance(usual, fv.models.FasterRCNN)
+    if rcnn and not config.weights:
         # The published network has the frozen statistics of a trained backbone, and an epsilon that goes with its own.
         overrides |= {"epsilon": 1e-5, "batch_norm": "frozen" if config.backbone_weights else "sync"}
-    overrides |= config.model_overrides(fields, num_classes + int(name.startswith("faster_rcnn")))
+    overrides |= config.model_overrides(fields, num_classes + int(rcnn))
     if config.anchors:
         # Those of YOLOv2 are in cells.
         unit = next(iter(usual.heads.values())).stride if isinstance(usual, fv.models.YoloV2) else 1

@@ -87,7 +87,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 # The first pattern that matches the name of a model selects its recipe.
-FAMILIES = {"*.cfg": "finetune", "faster_rcnn*": "faster_rcnn", "yolo_v2*": "yolo_v2", "*": "yolo_v3"}
+FAMILIES = {"*.cfg": "finetune", "*_rcnn_*": "faster_rcnn", "yolo_v2*": "yolo_v2", "*": "yolo_v3"}
 # The default model: YOLOv3 with heads of stride 8 and 16, narrow and shallow.
 SMALL = {
     "convs": (((12, 3),), ((24, 3),), ((32, 3), (32, 3)), ((64, 3), (64, 3)), ((96, 3), (96, 3))),

@@ -36,12 +36,15 @@ class Detections(struct.PyTreeNode):
         scores: `[N, M]`.
         labels: `[N, M]` int32, from 0 and without a background class.
         valid: `[N, M]` bool: which detections exist.
+        masks: `[N, M, h, w]`: the probability that a point of the box belongs to the object. `ops.paste_masks` and
+            `ops.iter_masks` place these masks in the image. None for a detector without masks.
     """
 
     boxes: Any
     scores: Any
     labels: Any
     valid: Any
+    masks: Any = None
 
 
 def detect(
@@ -58,6 +61,9 @@ def detect(
     soft_sigma: float | None = None,
 ) -> Detections:
     """Detects objects in images, with any detector.
+
+    A detector may have a method `masks(outputs, boxes, labels)`. It maps the raw outputs and the selected detections to
+    the masks `[N, M, h, w]` of these detections.
 
     This function is pure. To compile it with `jax.jit`, fix the model and the options, as with `functools.partial`.
 
@@ -83,9 +89,9 @@ def detect(
     images = jnp.asarray(images)
     if sizes is None:
         sizes = jnp.broadcast_to(jnp.asarray([images.shape[1:3]], jnp.int32), (images.shape[0], 2))
-    candidates = model.candidates(model.apply(variables, images, sizes), sizes)
-    return select_detections(
-        candidates,
+    outputs = model.apply(variables, images, sizes)
+    found = select_detections(
+        model.candidates(outputs, sizes),
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
         max_detections=max_detections,
@@ -93,6 +99,10 @@ def detect(
         class_agnostic=class_agnostic,
         soft_sigma=soft_sigma,
     )
+    if not hasattr(model, "masks"):
+        return found
+    masks = model.apply(variables, outputs, found.boxes, found.labels, method="masks")
+    return found.replace(masks=jnp.where(found.valid[..., None, None], masks, 0))
 
 
 def select_detections(

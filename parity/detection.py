@@ -4,7 +4,7 @@
     python -m parity.detection --references          # only writes tests/parity/detection.npz
 
 Install with `pip install -e ".[reference]"`, and run it from the root of the checkout. It writes parity/detection.jsonl
-and parity/detection.md. `rcnn.py` describes how the weights are drawn.
+and parity/detection.md. `rcnn.py` describes how the weights are drawn. `mask_rcnn.py` adds Mask R-CNN.
 
 * Photographs, resized by torchvision: the detections after NMS, and the four losses in float32 for random ground-truth
   boxes, with the same sampled anchors and proposals.
@@ -32,8 +32,16 @@ from parity import comparison, drawing, rcnn
 
 RESULTS = Path(__file__).with_name("detection.jsonl")
 FILE = Path(__file__).resolve().parents[1] / "tests" / "parity" / "detection.npz"
-# Maximum errors: in pixels, in probability, and relative.
-TOLERANCES = {"boxes": 0.01, "scores": 1e-5, "losses": 1e-5, "gradient": 1e-6, "gradient_worst": 1e-6}
+# Maximum errors: in pixels of boxes, in probability, relative, in pixels of masks, and relative.
+TOLERANCES = {
+    "boxes": 0.01,
+    "scores": 1e-5,
+    "mask_logits": 1e-5,
+    "mask_pixels": 0,
+    "losses": 1e-5,
+    "gradient": 1e-6,
+    "gradient_worst": 1e-6,
+}
 SMALL = rcnn.Network(classes=7, stage_sizes=(1, 1, 1, 1), fpn_features=16, head_features=32)
 CANVAS = (128, 160)
 
@@ -90,27 +98,29 @@ def compare_detections(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray
     that has the same label and a score within 1e-3.
 
     Returns:
-        `count`, `count_theirs`, `unmatched` (number of detections without a match), and the largest differences `boxes`
-        in pixels and `scores`.
+        `count`, `count_theirs`, `unmatched` (number of detections of both without a match), and the largest differences
+        `boxes` in pixels and `scores`.
     """
-    left, boxes, scores, unmatched = set(range(len(theirs["scores"]))), [0.0], [0.0], 0
-    for box, score, label in zip(*(ours[name] for name in _FOUND), strict=True):
-        near = [i for i in left if theirs["labels"][i] == label and abs(theirs["scores"][i] - score) < 1e-3]
-        if not near:
-            unmatched += 1
-            continue
-        distance = [float(np.abs(theirs["boxes"][i] - box).max()) for i in near]
-        best = int(np.argmin(distance))
-        left.remove(near[best])
-        boxes.append(distance[best])
-        scores.append(abs(float(theirs["scores"][near[best]]) - float(score)))
+    pairs = matches(ours, theirs)
     return {
         "count": len(ours["scores"]),
         "count_theirs": len(theirs["scores"]),
-        "unmatched": unmatched + len(left),
-        "boxes": max(boxes),
-        "scores": max(scores),
+        "unmatched": len(ours["scores"]) + len(theirs["scores"]) - 2 * len(pairs),
+        "boxes": max([0.0, *(float(np.abs(theirs["boxes"][j] - ours["boxes"][i]).max()) for i, j in pairs)]),
+        "scores": max([0.0, *(abs(float(theirs["scores"][j]) - float(ours["scores"][i])) for i, j in pairs)]),
     }
+
+
+def matches(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[tuple[int, int]]:
+    """Returns the indices of the detections that `compare_detections` compares."""
+    left, pairs = set(range(len(theirs["scores"]))), []
+    for number, (box, score, label) in enumerate(zip(*(ours[name] for name in _FOUND), strict=True)):
+        near = [i for i in left if theirs["labels"][i] == label and abs(theirs["scores"][i] - score) < 1e-3]
+        if near:
+            best = near[int(np.argmin([float(np.abs(theirs["boxes"][i] - box).max()) for i in near]))]
+            left.remove(best)
+            pairs.append((number, best))
+    return pairs
 
 
 def targets(name: str, sizes: Sequence[tuple[int, int]], classes: int, count: int = 5) -> dict[str, np.ndarray]:
@@ -159,10 +169,16 @@ def small_case(images: int = 2) -> tuple[list[np.ndarray], dict[str, Any]]:
     return drawn, {"image": canvas, "size": extents, **targets("small", sizes, SMALL.classes)}
 
 
-def real(batch: dict[str, Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the ground-truth boxes and labels of each image of a batch, without padding."""
-    rows = list(zip(batch["boxes"], batch["labels"], batch["valid"], strict=True))
-    return [b[v] for b, _, v in rows], [c[v] for _, c, v in rows]
+def real(batch: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+    """Returns the ground truth of each image of a batch, without padding."""
+    found = []
+    for row, valid in enumerate(batch["valid"]):
+        truth = {name: batch[name][row][valid] for name in ("boxes", "labels", "masks") if name in batch}
+        if "masks" in truth:
+            height, width = batch["size"][row]
+            truth["masks"] = truth["masks"][:, :height, :width]
+        found.append(truth)
+    return found
 
 
 def run_losses(network: rcnn.Network, images: list[np.ndarray], batch: dict[str, Any], tensors: Any) -> dict[str, Any]:
@@ -170,7 +186,7 @@ def run_losses(network: rcnn.Network, images: list[np.ndarray], batch: dict[str,
     ours, sample, _ = losses(network, network.variables(tensors), batch, gradients=False)
     model = network.theirs()
     rcnn.load(model, tensors)
-    theirs, _ = rcnn.losses(model, images, *real(batch), sample, gradients=False)
+    theirs, _ = rcnn.losses(model, images, real(batch), sample, gradients=False)
     return {"losses": compare_losses(ours, theirs), "values": theirs}
 
 
@@ -188,7 +204,7 @@ def run_gradients(
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), network.variables(tensors))
         double = batch | {name: np.asarray(batch[name], np.float64) for name in ("image", "boxes")}
         ours, sample, gradient = losses(network, wide, double, param_dtype=jnp.float64)
-        theirs, found = rcnn.losses(model, images, *real(batch), sample)
+        theirs, found = rcnn.losses(model, images, real(batch), sample)
         zeros = {name: np.zeros(value.shape) for name, value in tensors.items()}
         wanted = flatten_dict(network.variables(zeros | found)["params"], sep="/")
         gradient = flatten_dict(gradient, sep="/")
@@ -228,7 +244,7 @@ def make_references() -> None:
     for row, found in enumerate(rcnn.detect(model, images)):
         arrays |= {f"{name} {row}": value for name, value in found.items()}
     _, sample, _ = losses(SMALL, SMALL.variables(tensors), batch, gradients=False)
-    theirs, _ = rcnn.losses(model, images, *real(batch), sample, gradients=False)
+    theirs, _ = rcnn.losses(model, images, real(batch), sample, gradients=False)
     arrays |= {f"loss {name}": np.array(value) for name, value in theirs.items()}
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")
@@ -269,26 +285,33 @@ def failures(line: dict[str, Any]) -> list[str]:
 
 def report(lines: Iterable[dict[str, Any]]) -> str:
     """Returns the text of parity/detection.md."""
-    lines, titles = list(lines), ("case", "size", "detections", *TOLERANCES)
-    rows = [titles, ["---"] * len(titles)]
+    lines, titles = list(lines), ("model", "case", "size", "detections", *TOLERANCES)
+    rows, versions = [titles, ["---"] * len(titles)], {}
     for line in lines:
+        model = line.get("model", rcnn.NAME)
         values = [f"{line[name]:.1e}" if name in line else "" for name in TOLERANCES]
-        rows.append([line["case"], "x".join(map(str, line["size"])), str(line.get("count", "")), *values])
+        rows.append([f"`{model}`", line["case"], "x".join(map(str, line["size"])), str(line.get("count", "")), *values])
+        versions[model] = f"`{model}`: {line['version']}, jax {line['jax']}, flaxvision {line['commit']}."
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     most = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items())
     bad = [f"{line['case']}: {', '.join(found)}" for line in lines if (found := failures(line))]
-    return f"""# Parity of Faster R-CNN
+    return f"""# Parity of Faster R-CNN and Mask R-CNN
 
-This table compares `faster_rcnn_resnet50_fpn` in torchvision and in flaxvision, with the same random weights, drawn by
-`parity/rcnn.py`. It is written by
+This table compares `faster_rcnn_resnet50_fpn` and `mask_rcnn_resnet50_fpn` in torchvision and in flaxvision, with the
+same random weights, drawn by `parity/rcnn.py`. It is written by
 
     python -m parity.detection --images FOLDER
+    python -m parity.mask_rcnn --images FOLDER
 
 FOLDER holds the photographs that come with darknet. The columns are:
 
 * `boxes` and `scores`: the largest differences of matched detections, in pixels of the resized image and in
   probability. Every detection of one library matches a detection of the other with the same label.
-* `losses`: the largest relative error of the four losses in float32, with the same sampled anchors and proposals.
+* `mask_logits`: the relative error of the logits of the mask head, for torchvision's detections and all classes.
+* `mask_pixels`: the number of pixels that belong to the object in only one of the libraries, over all matched
+  detections, where torchvision's probability is not within 1e-4 of the threshold 0.5. Each library pastes its own masks
+  at its own boxes.
+* `losses`: the largest relative error of the losses in float32, with the same sampled anchors and proposals.
 * `gradient`: the relative error of the gradient of their sum in float64; `gradient_worst`: the largest such error of a
   single tensor.
 
@@ -296,8 +319,23 @@ FOLDER holds the photographs that come with darknet. The columns are:
 
 Tolerances: {most}. {"Not within them: " + "; ".join(bad) if bad else "All comparisons are within them."}
 
-{lines[0]["version"]}, jax {lines[0]["jax"]}, flaxvision {lines[0]["commit"]}.
+{chr(10).join(f"* {version}" for version in versions.values())}
 """
+
+
+def record(model: str, lines: Iterable[dict[str, Any]]) -> None:
+    """Replaces the results of a model in parity/detection.jsonl, and writes parity/detection.md."""
+    where = {"version": rcnn.version(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    where |= machine.describe(jax.devices()[0])
+    found = []
+    for line in lines:
+        found.append({"model": model, **line, **where})
+        print(json.dumps(found[-1]), failures(line) or "", flush=True)
+    stored = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    found += [line for line in stored if line.get("model", rcnn.NAME) != model]
+    found.sort(key=lambda line: line.get("model", rcnn.NAME))
+    RESULTS.write_text("".join(f"{json.dumps(line)}\n" for line in found))
+    RESULTS.with_suffix(".md").write_text(report(found))
 
 
 def main(images: Path | None = None, references: bool = False) -> None:
@@ -311,12 +349,7 @@ def main(images: Path | None = None, references: bool = False) -> None:
         return make_references()
     if images is None:
         raise SystemExit("--images must name a folder of photographs")
-    lines, where = [], machine.describe(jax.devices()[0])
-    for line in compare(images):
-        lines.append(line | {"version": rcnn.version(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **where})
-        print(json.dumps(line), failures(line) or "", flush=True)
-    RESULTS.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    RESULTS.with_suffix(".md").write_text(report(lines))
+    record(rcnn.NAME, compare(images))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""torchvision's Faster R-CNN with random weights that produce detections, for comparisons with ours.
+"""torchvision's Faster and Mask R-CNN with random weights that produce detections, for comparisons with ours.
 
 `parity.drawing` draws the tensors by name. With these alone, the outputs for a region would hardly depend on the
-region. The four output layers are therefore rescaled: over the anchors or proposals of a calibration image, every
+region. The output layers are therefore rescaled: over the anchors, proposals or masks of a calibration image, every
 output has the mean and standard deviation given in `TARGETS`. `Calibration` stores the statistics that this needs, so
 that the weights can be drawn again without torch.
 """
@@ -30,30 +30,39 @@ TARGETS = {
     "rpn.head.bbox_pred": (0.0, 0.2),
     "roi_heads.box_predictor.cls_score": (0.0, 1.0),
     "roi_heads.box_predictor.bbox_pred": (0.0, 0.5),
+    "roi_heads.mask_predictor.mask_fcn_logits": (0.0, 2.0),
 }
 LOSSES = {
     "classes": "loss_classifier",
     "box": "loss_box_reg",
     "objectness": "loss_objectness",
     "rpn_box": "loss_rpn_box_reg",
+    "mask": "loss_mask",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A Faster R-CNN on a ResNet with bottleneck units.
+    """A Faster or Mask R-CNN on a ResNet with bottleneck units.
 
     Attributes:
         classes: Number of classes, including the background.
         stage_sizes: Number of units in each stage.
         fpn_features: Channels of the pyramid.
         head_features: Width of the box head.
+        mask_features: Channels of each 3x3 convolution of the mask head; empty for Faster R-CNN.
     """
 
     classes: int = 91
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
     fpn_features: int = 256
     head_features: int = 1024
+    mask_features: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The registry name."""
+        return "mask_rcnn_resnet50_fpn" if self.mask_features else NAME
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -63,15 +72,16 @@ class Network:
             "stage_sizes": self.stage_sizes,
             "fpn_features": self.fpn_features,
             "head_features": self.head_features,
+            **({"mask_features": self.mask_features} if self.mask_features else {}),
         }
 
     def ours(self, **overrides: Any) -> Any:
         """Builds our model."""
-        return fv.create_model(NAME, **self.fields, **overrides)
+        return fv.create_model(self.name, **self.fields, **overrides)
 
     def variables(self, tensors: Tensors) -> dict[str, Any]:
         """Converts torchvision's tensors to our variables."""
-        return fv.weights.convert(NAME, tensors, source="torchvision", **self.fields)
+        return fv.weights.convert(self.name, tensors, source="torchvision", **self.fields)
 
     def theirs(self, *, double: bool = False, **options: Any) -> Any:
         """Builds torchvision's model with frozen BatchNorm of epsilon 0.
@@ -80,12 +90,13 @@ class Network:
 
         Args:
             double: Whether to compute in float64.
-            **options: Options of torchvision's `FasterRCNN`.
+            **options: Options of torchvision's `FasterRCNN` or `MaskRCNN`.
         """
         _import_torchvision()
         from torchvision.models.detection._utils import overwrite_eps
         from torchvision.models.detection.backbone_utils import BackboneWithFPN
         from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+        from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
         from torchvision.models.resnet import Bottleneck, ResNet
         from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
         from torchvision.ops.misc import FrozenBatchNorm2d
@@ -94,7 +105,11 @@ class Network:
         layers = {f"layer{i}": str(i - 1) for i in range(1, 5)}
         channels = [256, 512, 1024, 2048]
         backbone = BackboneWithFPN(body, layers, channels, self.fpn_features, extra_blocks=LastLevelMaxPool())
-        model = FasterRCNN(
+        if self.mask_features:
+            last = self.mask_features[-1]
+            options["mask_head"] = MaskRCNNHeads(self.fpn_features, list(self.mask_features), 1)
+            options["mask_predictor"] = MaskRCNNPredictor(last, last, self.classes)
+        model = (MaskRCNN if self.mask_features else FasterRCNN)(
             backbone,
             box_head=TwoMLPHead(self.fpn_features * 49, self.head_features),
             box_predictor=FastRCNNPredictor(self.head_features, self.classes),
@@ -130,7 +145,7 @@ class Calibration:
         """Creates a calibration from the result of `arrays`; `shapes` has torchvision's names of the tensors."""
         names = sorted(drawing.norms(shapes))
         statistics = dict(zip(names, map(tuple, arrays["statistics"].tolist()), strict=True))
-        return cls(statistics, {name: arrays[f"output {name}"] for name in TARGETS})
+        return cls(statistics, {name: arrays[f"output {name}"] for name in TARGETS if f"{name}.weight" in shapes})
 
 
 def draw(shapes: drawing.Shapes, calibration: Calibration) -> Tensors:
@@ -183,8 +198,9 @@ def calibrate(model: Any, images: np.ndarray) -> Calibration:
         for hook in hooks:
             hook.remove()
         statistics = drawing.statistics_of(means, variances)
-        # The last two layers depend on the proposals, and these on the outputs of the first two.
-        for part in (list(TARGETS)[:2], list(TARGETS)[2:]):
+        # The box head depends on the proposals, and the mask head on the detections.
+        names = [name for name in TARGETS if f"{name}.weight" in shapes]
+        for part in filter(None, (names[:2], names[2:4], names[4:])):
             calibration = Calibration(statistics, calibration.outputs)
             load(model, draw(shapes, calibration))
             seen: dict[str, list[Any]] = {name: [] for name in part}
@@ -234,23 +250,34 @@ def torch_images(images: Sequence[np.ndarray], double: bool = False) -> list[Any
     ]
 
 
+def torch_truth(truth: dict[str, np.ndarray], double: bool = False) -> dict[str, Any]:
+    """Converts the ground truth of an image, with labels from 0, to torchvision's format."""
+    import torch
+
+    boxes = torch.from_numpy(truth["boxes"]).to(torch.float64 if double else torch.float32)
+    target = {"boxes": boxes, "labels": torch.from_numpy(truth["labels"].astype(np.int64)) + 1}
+    return target | ({"masks": torch.from_numpy(truth["masks"].astype(np.uint8))} if "masks" in truth else {})
+
+
 def detect(model: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Returns torchvision's `boxes`, `scores` and `labels` of each image. Labels start at 0, without a background."""
+    """Returns torchvision's `boxes`, `scores`, `labels` and, of Mask R-CNN, `masks [D, H, W]` of each image.
+
+    Labels start at 0, without a background. The masks are probabilities.
+    """
     import torch
 
     with torch.no_grad():
         found = model.eval()(torch_images(images))
+    found = [{name: value.numpy() for name, value in one.items()} for one in found]
     return [
-        {"boxes": one["boxes"].numpy(), "scores": one["scores"].numpy(), "labels": one["labels"].numpy() - 1}
-        for one in found
+        one | {"labels": one["labels"] - 1} | ({"masks": one["masks"][:, 0]} if "masks" in one else {}) for one in found
     ]
 
 
 def losses(
     model: Any,
     images: Sequence[np.ndarray],
-    boxes: Sequence[np.ndarray],
-    labels: Sequence[np.ndarray],
+    truths: Sequence[dict[str, np.ndarray]],
     sample: Any,
     *,
     gradients: bool = True,
@@ -260,8 +287,8 @@ def losses(
     Args:
         model: torchvision's model.
         images: Images `[H, W, 3]`, which may differ in size.
-        boxes: Ground-truth boxes `[M, 4]` of each image.
-        labels: Their labels `[M]`, from 0.
+        truths: The ground truth of each image: `boxes [M, 4]`, `labels [M]` from 0 and, for Mask R-CNN, `masks [M, H,
+            W]`.
         sample: `(indices, kept)` of the anchors and `(regions, kept)` of the proposals, as our `losses` sows them.
         gradients: Whether to compute the gradients.
 
@@ -271,13 +298,7 @@ def losses(
     import torch
 
     double = next(model.parameters()).dtype == torch.float64
-    targets = [
-        {
-            "boxes": torch.from_numpy(b).to(torch.float64 if double else torch.float32),
-            "labels": torch.from_numpy(c.astype(np.int64)) + 1,
-        }
-        for b, c in zip(boxes, labels, strict=True)
-    ]
+    targets = [torch_truth(truth, double) for truth in truths]
     model.train()
     model.zero_grad(set_to_none=True)
     with _same_sample(model, sample), torch.set_grad_enabled(gradients):
@@ -285,7 +306,7 @@ def losses(
     if gradients:
         sum(found.values()).backward()
     slopes = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return {ours: found[theirs].item() for ours, theirs in LOSSES.items()}, slopes
+    return {ours: found[theirs].item() for ours, theirs in LOSSES.items() if theirs in found}, slopes
 
 
 @contextlib.contextmanager

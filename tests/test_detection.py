@@ -108,6 +108,28 @@ def test_detect_applies_the_model():
     assert found.valid.tolist() == [[True, True, False]]
     assert found.labels.tolist() == [[0, 1, 0]]
     assert found.boxes[0, 0].tolist() == [0, 0, 6, 5]
+    assert found.masks is None
+
+
+def test_detect_asks_for_the_masks_of_what_it_selects():
+    class Model:
+        def apply(self, variables, *given, method="__call__"):
+            return getattr(self, method)(*given)
+
+        def __call__(self, images, sizes):
+            return {"level": images}
+
+        def candidates(self, outputs, sizes):
+            boxes = jnp.asarray([[[0.0, 0, 9, 9], [20, 20, 29, 29], [1, 0, 9, 9]]])
+            return fv.Candidates(boxes, jnp.asarray([[[0.1, 0.7], [0.9, 0], [0, 0.6]]]), jnp.ones((1, 3), bool))
+
+        def masks(self, outputs, boxes, labels):
+            assert outputs["level"].shape == (1, 40, 40, 3)
+            return jnp.ones((1, 4, 2, 2)) * (10 * labels + boxes[..., 0] + 1)[..., None, None]
+
+    found = fv.detect(Model(), {}, jnp.zeros((1, 40, 40, 3)), score_threshold=0.2, max_detections=4)
+    assert found.valid.tolist() == [[True, True, False, False]]
+    assert found.masks[0, :, 0, 1].tolist() == [21, 11, 0, 0]
 
 
 def test_errors():

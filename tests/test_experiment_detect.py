@@ -230,6 +230,8 @@ def test_faster_rcnn_from_nothing_and_from_a_classifier():
     chosen = ("--batch-norm", "sync", "--frozen-stages", 0)
     backbone = built("--model", "faster_rcnn_resnet50_fpn", *donor, *chosen).model.backbone
     assert (backbone.batch_norm, backbone.frozen_stages) == ("sync", 0)
+    found = built("--model", "mask_rcnn_resnet50_fpn", *donor).model
+    assert (found.num_classes, found.backbone.frozen_stages, found.backbone.epsilon) == (4, 2, 1e-5)
 
 
 def test_a_mosaic_keeps_the_objects_of_all_four_images(tiny, tmp_path):

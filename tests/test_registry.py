@@ -34,6 +34,7 @@ GOLDEN = {
     "lenet5": 60_000,
     "lenet5_modern": 61_706,
     "lenet_dli": 1_199_882,
+    "mask_rcnn_resnet50_fpn": 44_401_393,
     "mlp": 266_610,
     "mobilenet_v1": 4_231_976,
     "mobilenet_v2": 3_504_872,
@@ -211,7 +212,7 @@ def test_list_models_filters():
     assert fv.list_models("lenet*") == ["lenet5", "lenet5_modern", "lenet_dli"]
     assert fv.list_models(task="segmentation") == []
     detectors = fv.list_models(task="detection")
-    assert {"faster_rcnn_resnet50_fpn", "yolo_v2", "yolo_v3"} <= set(detectors)
+    assert {"faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "yolo_v2", "yolo_v3"} <= set(detectors)
     assert sorted([*fv.list_models(task="classification"), *detectors]) == sorted(GOLDEN)
 
 

@@ -64,6 +64,8 @@ from flaxvision.models.inception_v4 import ReductionA as ReductionA
 from flaxvision.models.lenet import LeNet5 as LeNet5
 from flaxvision.models.lenet import LeNet5Modern as LeNet5Modern
 from flaxvision.models.lenet_dli import LeNetDLI as LeNetDLI
+from flaxvision.models.mask_rcnn import MaskHead as MaskHead
+from flaxvision.models.mask_rcnn import MaskRCNN as MaskRCNN
 from flaxvision.models.mlp import MLP as MLP
 from flaxvision.models.mobilenet_v1 import DepthwiseSeparable as DepthwiseSeparable
 from flaxvision.models.mobilenet_v1 import MobileNetV1 as MobileNetV1

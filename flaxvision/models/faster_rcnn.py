@@ -22,7 +22,7 @@ torchvision's `trainable_backbone_layers=3`, its default for a pretrained backbo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -65,6 +65,22 @@ class BoxHead(nn.Module):
         x = nn.relu(nn.Dense(self.features, name="fc2", **dtypes)(x))
         deltas = as_float32(nn.Dense(4 * self.num_classes, name="deltas", **dtypes)(x))
         return as_float32(nn.Dense(self.num_classes, name="classes", **dtypes)(x)), deltas.reshape(*x.shape[:-1], -1, 4)
+
+
+class Regions(NamedTuple):
+    """Proposals sampled for training, positives first.
+
+    Attributes:
+        boxes: `[N, S, 4]`.
+        kept: `[N, S]` bool: which of them exist.
+        classes: `[N, S]` int32: the class of each, 0 for the background.
+        truths: `[N, S]` int32: the index of the matched ground-truth box. It has no meaning for the background.
+    """
+
+    boxes: jax.Array
+    kept: jax.Array
+    classes: jax.Array
+    truths: jax.Array
 
 
 class FasterRCNN(Detector):
@@ -174,6 +190,10 @@ class FasterRCNN(Detector):
         Raises:
             ValueError: `images` is not of rank 4, or `sizes` has another shape.
         """
+        return self._both_stages(images, sizes, train)[0]
+
+    def _both_stages(self, images: jax.Array, sizes: jax.Array | None, train: bool) -> tuple[dict[str, Any], Any]:
+        """Returns the result of `__call__`, and the levels of the pyramid."""
         sizes = valid_sizes(images, sizes)
         levels, objectness, deltas, anchors, inside = self._first_stage(images, sizes, train)
         proposals, valid, _ = rpn.propose(
@@ -187,7 +207,7 @@ class FasterRCNN(Detector):
             **self._proposing,
         )
         class_logits, box_deltas = self._second_stage(levels, proposals)
-        return {
+        outputs = {
             "proposals": proposals,
             "valid": valid,
             "class_logits": class_logits,
@@ -195,6 +215,7 @@ class FasterRCNN(Detector):
             "objectness": objectness,
             "rpn_deltas": deltas,
         }
+        return outputs, levels
 
     @nn.nowrap
     def candidates(self, outputs: dict[str, Any], sizes: jax.Array) -> Candidates:
@@ -226,6 +247,10 @@ class FasterRCNN(Detector):
         Returns:
             `classes`, `box`, `objectness` and `rpn_box`, `[N]` each.
         """
+        return self._joint_losses(batch, rng, train)[0]
+
+    def _joint_losses(self, batch: Mapping[str, Any], rng: jax.Array | None, train: bool) -> tuple[Any, Any, Regions]:
+        """Returns the losses of both stages, the levels of the pyramid, and the sampled proposals."""
         images, mask = batch["image"], batch.get("mask")
         sizes = valid_sizes(images, batch.get("size"))
         boxes, ignored = batch["boxes"], jnp.zeros(batch["valid"].shape, bool)
@@ -266,20 +291,22 @@ class FasterRCNN(Detector):
         # Rounding can swap proposals of nearly the same score. The sample must not depend on their order.
         more = jnp.broadcast_to(sum(map(len, anchors)) + jnp.arange(valid.shape[1])[None], valid.shape)
         ids = jnp.concatenate([sources, more.astype(sources.dtype)], 1)
-        regions, kept, classes, targets = jax.vmap(self._box_targets)(
+        regions, targets = jax.vmap(self._box_targets)(
             keys[:, 1], ids, proposals, exists, boxes, valid, ignored, batch["labels"]
         )
-        self.sow("intermediates", "box_sample", (regions, kept))
-        logits, deltas = self._second_stage(levels, regions)
+        kept, classes = regions.kept, regions.classes
+        self.sow("intermediates", "box_sample", (regions.boxes, kept))
+        logits, deltas = self._second_stage(levels, regions.boxes)
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
         own = jnp.take_along_axis(deltas, classes[..., None, None], axis=2)[:, :, 0]
         distance = rpn.smooth_l1(own - targets, self.beta).sum(-1)
         count = jnp.maximum(batch_mean(kept.sum(-1), mask), 1e-6)
-        return {
+        losses = {
             "classes": jnp.where(kept, entropy, 0).sum(-1) / count,
             "box": jnp.where(kept & (classes > 0), distance, 0).sum(-1) / count,
             **losses,
         }
+        return losses, levels, regions
 
     @property
     def _proposing(self) -> dict[str, float]:
@@ -308,17 +335,23 @@ class FasterRCNN(Detector):
 
     def _second_stage(self, levels: dict[str, jax.Array], regions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps regions `[N, R, 4]` to logits `[N, R, K]` and box offsets `[N, R, K, 4]`."""
+        return self.box_head(self._pool(levels, regions, self.pool_size))
+
+    @nn.nowrap
+    def _pool(self, levels: dict[str, jax.Array], regions: jax.Array, size: int) -> jax.Array:
+        """Maps regions `[N, R, 4]` to features `[N, R, size, size, C]`."""
         strides = self.backbone.strides
 
         def pool(maps, rois):
-            size = (self.pool_size, self.pool_size)
-            return multiscale_roi_align(maps, list(strides.values()), rois, size, sampling_ratio=self.sampling_ratio)
+            return multiscale_roi_align(
+                maps, list(strides.values()), rois, (size, size), sampling_ratio=self.sampling_ratio
+            )
 
-        return self.box_head(jax.vmap(pool)([levels[name] for name in strides], regions))
+        return jax.vmap(pool)([levels[name] for name in strides], regions)
 
     @nn.nowrap
-    def _box_targets(self, key, ids, proposals, exists, boxes, valid, ignored, labels) -> tuple[jax.Array, ...]:
-        """Samples proposals of one image; returns them, which of them exist, their classes and target offsets."""
+    def _box_targets(self, key, ids, proposals, exists, boxes, valid, ignored, labels) -> tuple[Regions, jax.Array]:
+        """Samples proposals of one image; returns them and their target offsets."""
         matched, label = rpn.assign(
             boxes,
             valid,
@@ -334,7 +367,8 @@ class FasterRCNN(Detector):
         truth = matched[chosen]
         classes = jnp.where(kept & (label[chosen] == 1), labels[truth].astype(jnp.int32) + 1, 0)
         regions = jnp.where(kept[:, None], proposals[chosen], 0)
-        return regions, kept, classes, encode_boxes(boxes[truth], regions, self.box_weights)
+        targets = encode_boxes(boxes[truth], regions, self.box_weights)
+        return Regions(regions, kept, classes, truth), targets
 
 
 register(

@@ -1,4 +1,4 @@
-"""Pooling over regions of interest (RoIs): RoIAlign on one feature map or on a pyramid, and RoI max-pooling.
+"""Pooling over regions of interest (RoIs): RoIAlign on a feature map, a pyramid or masks, and RoI max-pooling.
 
 RoIs are boxes `[R, 4]` in pixels of the image. As in the papers, no gradient flows to them. RoIs that are padding, such
 as zeros, give finite features, which the caller should ignore.
@@ -103,6 +103,53 @@ def multiscale_roi_align(
     return _align(maps, rois, level, output_size, [1 / stride for stride in strides], sampling_ratio, aligned)
 
 
+def crop_masks(
+    masks: ArrayLike,
+    rois: ArrayLike,
+    indices: ArrayLike,
+    output_size: Size,
+    *,
+    spatial_scale: float | tuple[float, float] = 1.0,
+    size: ArrayLike | None = None,
+) -> Array:
+    """Resamples one mask within each RoI, for the targets of a mask head (He et al. 2017, section 3.1).
+
+    As in torchvision, this is RoIAlign with an adaptive number of samples: the samples of a bin are at most one pixel
+    apart. Thus a bin is close to the mean of the mask over its area, for RoIs of all sizes.
+
+    Args:
+        masks: `[M, H, W]`, zeros and ones of any dtype.
+        rois: `[R, 4]` in pixels of the image.
+        indices: `[R]` integers: which mask each RoI uses.
+        output_size: Number of bins: h and w, or one number for both.
+        spatial_scale: Size of the masks relative to the image, as one number or as (y, x).
+        size: `[2]`, height and width of the valid region of the masks, at the top left. The last row and column of this
+            region are continued beyond it. None for the whole masks.
+
+    Returns:
+        `[R, h, w]`, in [0, 1], with the dtype of `rois`. No gradient flows to the arguments.
+
+    Raises:
+        ValueError: `masks`, `rois` or `indices` has another shape, or `output_size` is below 1.
+    """
+    masks, rois, indices = lax.stop_gradient(jnp.asarray(masks)), _checked_rois(rois), jnp.asarray(indices)
+    rows, columns = _pair(output_size)
+    if masks.ndim != 3 or indices.shape != rois.shape[:1]:
+        raise ValueError(f"masks must be [M, H, W] and indices {rois.shape[:1]}; got {masks.shape}, {indices.shape}")
+    scale = jnp.asarray(np.broadcast_to(np.asarray(spatial_scale, np.float64), 2), rois.dtype)
+    boxes = _product(scale[None, np.array([1, 0, 1, 0])], rois)
+    limits = jnp.asarray(masks.shape[1:] if size is None else size, rois.dtype)
+    by_row = _adaptive_weights(boxes[:, 1], boxes[:, 3], rows, masks.shape[1], limits[0])
+    by_column = _adaptive_weights(boxes[:, 0], boxes[:, 2], columns, masks.shape[2], limits[1])
+
+    def crop(given):
+        index, by_row, by_column = given
+        return jnp.linalg.multi_dot([by_row, masks[index].astype(rois.dtype), by_column.T], precision="highest")
+
+    # A mask is as large as the image, so that only a few RoIs are computed at a time.
+    return lax.map(crop, (indices, by_row, by_column), batch_size=4)
+
+
 def roi_max_pool(features: ArrayLike, rois: ArrayLike, output_size: Size, *, spatial_scale: float = 1.0) -> Array:
     """Takes the maximum in each bin of each RoI (Girshick 2015, section 2.1).
 
@@ -166,14 +213,32 @@ def _samples(start, end, bins, ratio, size, aligned) -> tuple[Array, Array]:
     step = _quotient(length, bins)[:, None, None]
     first = start[:, None, None] + _product(np.arange(bins, dtype=start.dtype)[None, :, None], step)
     points = first + _quotient(_product((np.arange(ratio) + 0.5).astype(start.dtype)[None, None], step), ratio)
-    size = size[:, None, None].astype(start.dtype)
+    return _interpolated(points, size[:, None, None].astype(start.dtype))
+
+
+def _adaptive_weights(start, end, bins, extent, size) -> Array:
+    """Returns the weight of each pixel along one axis in each bin, `[R, bins, extent]`; `size` of them are valid."""
+    step = _quotient(jnp.maximum(end - start, 1), bins)[:, None, None]
+    most = -(-extent // bins)  # samples in a bin of an RoI that is as large as the mask
+    count = jnp.minimum(jnp.ceil(step), most)
+    first = start[:, None, None] + _product(np.arange(bins, dtype=start.dtype)[None, :, None], step)
+    number = np.arange(most)[None, None]
+    points = first + _product((number + 0.5).astype(start.dtype), step) / count
+    pixels, weights = _interpolated(points, size)
+    weights *= jnp.repeat((number < count) / count, 2, axis=-1)
+    row, bin_ = np.arange(start.shape[0])[:, None, None], np.arange(bins)[None, :, None]
+    return jnp.zeros((start.shape[0], bins, extent), start.dtype).at[row, bin_, pixels].add(weights)
+
+
+def _interpolated(points, size) -> tuple[Array, Array]:
+    """Returns the two pixels next to each of `points [R, bins, k]`, and their weights, `[R, bins, 2 * k]` each."""
     inside = (points >= -1) & (points <= size)  # False for NaN
     points = jnp.clip(jnp.where(inside, points, 0), 0, size - 1)
     low = jnp.floor(points)
     high = jnp.minimum(low + 1, size - 1)
     weights = jnp.stack([1 - (points - low), points - low], axis=-1) * inside[..., None]
     pixels = jnp.stack([low, high], axis=-1).astype(jnp.int32)
-    shape = (*points.shape[:2], 2 * ratio)
+    shape = (*points.shape[:2], 2 * points.shape[2])
     return pixels.reshape(shape), weights.reshape(shape)
 
 

@@ -30,6 +30,7 @@ class WeightsInfo:
         top5: Published top-5 accuracy in percent; None if there is none.
         box_ap: Published average precision of boxes in percent on COCO val2017; None if there is none.
         miou: Published mean IoU in percent, of the 21 classes of VOC on COCO val2017; None if there is none.
+        mask_ap: Published average precision of masks in percent on COCO val2017; None if there is none.
         licence: Licence of the weights as their publisher states it (SPDX).
         recipe: Page that describes the training.
         note: Anything else that a user must know.
@@ -46,6 +47,7 @@ class WeightsInfo:
     top5: float | None = None
     box_ap: float | None = None
     miou: float | None = None
+    mask_ap: float | None = None
     licence: str = ""
     recipe: str = ""
     note: str = ""

@@ -52,7 +52,7 @@ def soft_nms(boxes, scores, valid, *, count, method, iou_threshold, sigma, score
 
 
 def roi_align(features, roi, output_size, spatial_scale, sampling_ratio, aligned):
-    """Returns [h, w, C] and the weight of every pixel, [h, w, H, W]."""
+    """Returns [h, w, C] and the weight of every pixel, [h, w, H, W]. Without a ratio, it depends on the roi."""
     rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
     height, width, _ = features.shape
     x1, y1, x2, y2 = (float(v) * spatial_scale - 0.5 * aligned for v in roi)
@@ -60,15 +60,38 @@ def roi_align(features, roi, output_size, spatial_scale, sampling_ratio, aligned
     if not aligned:
         tall, wide = max(tall, 1.0), max(wide, 1.0)
     weights = np.zeros((rows, columns, height, width))
-    for i, j, a, b in np.ndindex(rows, columns, sampling_ratio, sampling_ratio):
-        y = y1 + (i + (a + 0.5) / sampling_ratio) * tall / rows
-        x = x1 + (j + (b + 0.5) / sampling_ratio) * wide / columns
+    down, across = (sampling_ratio or math.ceil(side) for side in (tall / rows, wide / columns))
+    for i, j, a, b in np.ndindex(rows, columns, down, across):
+        y = y1 + (i + (a + 0.5) / down) * tall / rows
+        x = x1 + (j + (b + 0.5) / across) * wide / columns
         if not (-1 <= y <= height and -1 <= x <= width):
             continue
         y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
         for v, u in np.ndindex(height, width):
-            weights[i, j, v, u] += max(0, 1 - abs(y - v)) * max(0, 1 - abs(x - u)) / sampling_ratio**2
+            weights[i, j, v, u] += max(0, 1 - abs(y - v)) * max(0, 1 - abs(x - u)) / (down * across)
     return np.einsum("ijvu,vuc->ijc", weights, features), weights
+
+
+def paste_mask(mask, box, size):
+    """Returns [H, W]: reads the padded mask at every pixel of the enlarged box."""
+    padded = np.pad(mask, 1)
+    corners = []
+    for axis in (1, 0):
+        low, high = float(box[axis]), float(box[axis + 2])
+        center, half = (low + high) / 2, (high - low) / 2 * padded.shape[1 - axis] / mask.shape[1 - axis]
+        corners.append((math.trunc(center - half), math.trunc(center + half)))
+    (top, bottom), (left, right) = corners
+    result = np.zeros(size)
+    for y, x in np.ndindex(*size):
+        if top <= y <= bottom and left <= x <= right:
+            at = []
+            for place, first, last, count in ((y, top, bottom, len(padded)), (x, left, right, len(padded[0]))):
+                source = max(0, (place - first + 0.5) * count / (last - first + 1) - 0.5)
+                at.append((int(source), min(int(source) + 1, count - 1), source - int(source)))
+            (a, b, v), (c, d, u) = at
+            upper, lower = ((1 - u) * padded[row, c] + u * padded[row, d] for row in (a, b))
+            result[y, x] = (1 - v) * upper + v * lower
+    return result
 
 
 def roi_max_pool(features, roi, output_size, spatial_scale):

@@ -206,3 +206,25 @@ def test_sampling_counts():
             assert (drawn == 1).sum() == positive.sum()
             assert (drawn == 0).sum() == negative.sum()
             assert len(drawn) == positive.sum() + negative.sum()
+
+
+def test_masks():
+    """The targets of the mask head, and the pasted masks."""
+    import torch
+    from torchvision.models.detection import roi_heads
+
+    rng, size = np.random.default_rng(0), (90, 131)
+    masks = rng.random((5, *size)) < 0.5
+    rois = operators.boxes(rng, CASES, extent=60, inverted=False)
+    rois = np.minimum(rois, np.asarray([131, 90, 131, 90], np.float32))
+    rois[0] = [0, 0, 131, 90]
+    indices = rng.integers(0, 5, CASES)
+    theirs = roi_heads.project_masks_on_boxes(torch.tensor(masks), torch.tensor(rois), torch.tensor(indices), 28)
+    ours = jax.jit(partial(ops.crop_masks, output_size=28))(masks, rois, indices)
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-6)
+    found = rng.random((CASES, 28, 28)).astype(np.float32)
+    boxes = rois - rng.uniform(-5, 5, (CASES, 1)).astype(np.float32)
+    theirs = roi_heads.paste_masks_in_image(torch.tensor(found)[:, None], torch.tensor(boxes), size)[:, 0].numpy()
+    np.testing.assert_allclose(jax.jit(partial(ops.paste_masks, size=size))(found, boxes), theirs, atol=1e-6)
+    for one, wanted in zip(ops.iter_masks(found, boxes, size), theirs, strict=True):
+        assert not ((one != (wanted > 0.5)) & (np.abs(wanted - 0.5) > 1e-6)).any()

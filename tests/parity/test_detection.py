@@ -81,9 +81,10 @@ def test_a_difference_is_seen():
 def test_the_ledger_is_within_its_tolerances_and_the_table_is_its():
     lines = [json.loads(line) for line in detection.RESULTS.read_text().splitlines()]
     assert {line["case"]: bad for line in lines if (bad := detection.failures(line))} == {}
-    assert [line["case"] for line in lines][-1] == "two small images"
-    assert len(lines) == 8
-    assert all(line["count"] > 24 for line in lines[:-1])
+    faster = [line for line in lines if line.get("model", rcnn.NAME) == rcnn.NAME]
+    assert [line["case"] for line in faster][-1] == "two small images"
+    assert len(faster) == 8
+    assert all(line["count"] > 24 for line in lines if line["case"] != "two small images")
     assert set(detection.TOLERANCES) <= {name for line in lines for name in line}
     assert detection.report(lines) == detection.RESULTS.with_suffix(".md").read_text()
 

@@ -57,6 +57,7 @@ def test_the_registry_names_the_published_weights(name):
         assert info.classes == fv.create_model(name).num_classes
         assert (info.box_ap is None) == (fv.model_info(name).task == "classification" or info.source == "darknet")
         assert info.box_ap is None or 10 < info.box_ap < 60
+        assert info.mask_ap is None or 10 < info.mask_ap < info.box_ap
         assert info.top1 is None or 50 < info.top1 < info.top5 < 100
         assert info.licence
         assert info.recipe.startswith("https://")
@@ -89,6 +90,7 @@ def test_the_tags_against_the_libraries(name):
         "alexnet_tv": "alexnet",
         "googlenet_bn": "googlenet",
         "faster_rcnn_resnet50_fpn": "fasterrcnn_resnet50_fpn",
+        "mask_rcnn_resnet50_fpn": "maskrcnn_resnet50_fpn",
     }.get(name, name)
     for tag in fv.weights.tags(name):
         info = fv.weights.tag_of(name, tag)
@@ -99,7 +101,8 @@ def test_the_tags_against_the_libraries(name):
             assert info.url == weights.url
             assert info.url.endswith(f"{info.digest.removeprefix('sha256:')}.pth")
             if info.box_ap:
-                assert info.box_ap == weights.meta["_metrics"]["COCO-val2017"]["box_map"]
+                coco = weights.meta["_metrics"]["COCO-val2017"]
+                assert (info.box_ap, info.mask_ap) == (coco["box_map"], coco.get("mask_map"))
                 assert tuple(weights.meta["categories"]) == ("__background__", *info.class_names)
                 assert weights.meta["num_params"] == fv.model_info(name).params
             if info.top1:
