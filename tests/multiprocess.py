@@ -1,6 +1,5 @@
 """Runs a Python program in several processes on this machine, joined by JAX over the loopback address."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,13 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.conftest import CACHE
+from tests.conftest import environment as environment_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELUDE = """
 import jax, sys
-jax.config.update("jax_compilation_cache_dir", {cache!r})
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
 from flaxvision import processes
 if {count} > 1:
@@ -38,7 +35,6 @@ def start(
     started = []
     for index in range(count):
         prelude = PRELUDE.format(
-            cache=str(CACHE),
             coordinator=coordinator,
             count=count,
             index=index,
@@ -49,14 +45,7 @@ def start(
             subprocess.Popen(
                 [sys.executable, "-c", prelude + program, *map(str, arguments)],
                 cwd=ROOT,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(ROOT),
-                    "JAX_PLATFORMS": "cpu",
-                    "TF_CPP_MIN_LOG_LEVEL": "3",  # some processors log a long line for each program from the cache
-                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                    **(environment or {}),
-                },
+                env=environment_of(devices) | {"PYTHONPATH": str(ROOT)} | (environment or {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import flaxvision as fv
+from tests.conftest import environment
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "mnist.py"
 KILLS = int(os.environ.get("FLAXVISION_KILLS", "5"))
@@ -41,14 +42,9 @@ mnist = spec()
 
 
 def start(workdir, *flags, **options):
-    cache = jax.config.jax_compilation_cache_dir
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    env["XLA_FLAGS"] = ""  # one device
-    # Some processors log a long line for each program from the cache. Nobody reads the pipe until the run ends.
-    env["TF_CPP_MIN_LOG_LEVEL"] = "3"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *RUN, "--workdir", str(workdir), *flags],
-        env=env,
+        env=environment(devices=1),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,5 @@
 """experiments/mnist.py as a user runs it in two processes, and the check of a folder in two processes."""
 
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from PIL import Image
 
 import flaxvision as fv
 from tests import multiprocess
-from tests.conftest import CACHE
+from tests.conftest import environment
 
 EXPERIMENT = multiprocess.ROOT / "experiments" / "mnist.py"
 LAUNCH = ("experiments/launch.py", "--num-processes", "2")
@@ -20,14 +19,8 @@ RUN = ("--model=mlp", "--hidden=8", "--epochs=1", "--batch-size=64", "--log-ever
 
 def experiment(*flags, launcher=(), devices=1):
     command = [sys.executable, *launcher, str(EXPERIMENT), *RUN, *flags]
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(multiprocess.ROOT),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    ended = subprocess.run(command, cwd=multiprocess.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    env = environment(devices) | {"PYTHONPATH": str(multiprocess.ROOT)}
+    ended = subprocess.run(command, cwd=multiprocess.ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return ended.stdout
 

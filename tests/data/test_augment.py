@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from flaxvision.data import augment
-from tests.compilation import OPTIMIZED
+from tests.conftest import AS_USERS
 
 SMALL = np.random.default_rng(0).random((9, 12, 3), dtype=np.float32)
 SQUARE = np.random.default_rng(1).random((11, 11, 3), dtype=np.float32)
@@ -311,7 +311,7 @@ def test_pixels_are_those_of_the_ops_of_images():
     transforms = {name: augment.make_transform(op, mean=(0.4, 0.5, 0.6), std=0.25) for name, op in OPS.items()}
     every = augment.make_transform(*OPS.values(), size=(10, 11), mix=mix, mean=0.5, std=0.5)
 
-    @partial(jax.jit, compiler_options=OPTIMIZED)
+    @partial(jax.jit, compiler_options=AS_USERS)
     def run(batch):
         out = {name: transform(jax.random.key(11), batch)["image"] for name, transform in transforms.items()}
         for name, size in (("size_resize", (20, 7)), ("size_pad", (12, 13))):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flaxvision.data import augment
-from tests.compilation import OPTIMIZED
+from tests.conftest import AS_USERS
 
 
 def keys(n, seed=0):
@@ -27,7 +27,7 @@ def test_mixing_leaves_padded_rows_out(mix):
         "label": np.arange(8, dtype=np.int32),
         "mask": np.asarray([1, 1, 0, 1, 1, 1, 0, 0], np.float32),
     }
-    run = jax.jit(partial(mix, num_classes=8, alpha=1.0), compiler_options=OPTIMIZED)
+    run = jax.jit(partial(mix, num_classes=8, alpha=1.0), compiler_options=AS_USERS)
     partners = np.zeros((8, 8))
     for seed in range(40):
         out = {k: np.asarray(v) for k, v in run(jax.random.key(seed), batch).items()}

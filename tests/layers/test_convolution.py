@@ -12,7 +12,7 @@ from jax import export, lax
 
 from flaxvision.layers import convolution, lowering
 from flaxvision.layers.convolution import Conv, ConvTranspose, DepthwiseConv, SeparableConv, conv, conv_transpose
-from flaxvision.layers.lowering import cpu, dimension_numbers_of
+from flaxvision.layers.lowering import dimension_numbers_of
 from flaxvision.layers.lowering.convolution import Convolution
 from flaxvision.layers.lowering.primitive import call
 from flaxvision.layers.lowering.window import Window, lax_conv
@@ -104,7 +104,16 @@ def gradients(fn, *operands, seed=2):
     return y, *pull(jnp.asarray(normal(*y.shape, seed=seed), y.dtype))
 
 
-def test_against_numpy_loop(case):
+def lowered(fn, *operands):
+    """The value and the gradients of a function as one program."""
+    return jax.jit(lambda *operands: gradients(fn, *operands)).lower(*operands)
+
+
+def compiled(fn, *operands):
+    return lowered(fn, *operands).compile()(*operands)
+
+
+def test_the_numpy_loop_and_gradients_of_plain_lax(case):
     x, kernel, stride, padding, dilation, groups = case
     rank, window = x.ndim - 2, kernel.shape[:-2]
     pads = padding
@@ -112,13 +121,8 @@ def test_against_numpy_loop(case):
         reach = [(k - 1) * dilation + 1 for k in window]
         sizes = zip(x.shape[1:-1], reach, strict=True)
         pads = [same(n, r, stride) if padding == "SAME" else (0, 0) for n, r in sizes]
-    close(ours(*case), loop(x, kernel, (stride,) * rank, pads, (dilation,) * rank, groups))
-
-
-def test_values_and_gradients_of_plain_lax(case):
-    x, kernel, *how = case
-    mine = jax.jit(lambda x, k: gradients(lambda x, k: ours(x, k, *how), x, k))(x, kernel)
-    theirs = jax.jit(lambda x, k: gradients(lambda x, k: plain(x, k, *how), x, k))(x, kernel)
+    mine, theirs = (compiled(lambda x, k, f=f: f(x, k, *case[2:]), x, kernel) for f in (ours, plain))
+    close(mine[0], loop(x, kernel, (stride,) * rank, pads, (dilation,) * rank, groups))
     jax.tree.map(close, mine, theirs)
 
 
@@ -127,25 +131,9 @@ def test_float64(name):
     x, kernel, *how = CASES[name]
     with jax.enable_x64(True):
         x, kernel = jnp.asarray(normal(*x, dtype=np.float64)), jnp.asarray(normal(*kernel, seed=1, dtype=np.float64))
-        mine = gradients(lambda x, k: ours(x, k, *how), x, kernel)
-        theirs = gradients(lambda x, k: plain(x, k, *how), x, kernel)
+        mine, theirs = (compiled(lambda x, k, f=f: f(x, k, *how), x, kernel) for f in (ours, plain))
         assert mine[0].dtype == jnp.float64
         jax.tree.map(partial(close, tolerance=1e-12), mine, theirs)
-
-
-@pytest.mark.parametrize("limit", [1, 4096], ids=["rows", "images"])
-@pytest.mark.parametrize("name", ["one channel", "2d valid", "explicit", "depthwise multiplier"])
-def test_filter_gradient_in_pieces(name, limit, monkeypatch):
-    """Small maps fit in one piece: a smaller limit makes the bands and batches of large ones."""
-    monkeypatch.setattr(cpu, "PATCH_BYTES", limit)
-    x, kernel, stride, _, dilation, groups = CASES[name]
-    x, kernel = normal(4, *x[1:]), normal(*kernel, seed=1)
-    pads = [same(n, (k - 1) * dilation + 1, stride) for n, k in zip(x.shape[1:], kernel.shape[:-2], strict=False)]
-    rank = x.ndim - 2
-    ones = (1,) * rank
-    w = Window((stride,) * rank, tuple(pads), ones, (dilation,) * rank, groups)
-    mine = gradients(lambda x, k: call(Convolution(w), x, k), x, kernel)
-    jax.tree.map(close, mine, gradients(lambda x, k: lax_conv(x, k, w), x, kernel))
 
 
 @pytest.mark.parametrize(
@@ -160,8 +148,8 @@ def test_strides_over_maps_of_one_position(x, window, strides, padding):
     """More padding than the first phases of the gradient need: XLA aborts where a map is cropped to nothing."""
     x, kernel = normal(*x), normal(*window, x[-1], 64, seed=1)
     w = Window(strides, padding, (1, 1), (1, 1))
-    mine = jax.jit(lambda x, k: gradients(lambda x, k: call(Convolution(w), x, k), x, k))(x, kernel)
-    jax.tree.map(close, mine, gradients(lambda x, k: lax_conv(x, k, w), x, kernel))
+    mine = compiled(lambda x, k: call(Convolution(w), x, k), x, kernel)
+    jax.tree.map(close, mine, compiled(lambda x, k: lax_conv(x, k, w), x, kernel))
 
 
 @pytest.mark.parametrize("layer", [Conv(8, (1, 1)), Conv(8, (3, 3), 2), DepthwiseConv((3, 3))], ids=str)
@@ -172,20 +160,6 @@ def test_export_of_any_batch(layer):
     forward = jax.jit(lambda x: jax.value_and_grad(lambda x: jnp.sin(layer.apply(variables, x)).sum())(x))
     exported = export.export(forward, platforms=["cpu", "cuda"])(jax.ShapeDtypeStruct(shape, jnp.float32))
     jax.tree.map(close, exported.call(x), forward(x))
-
-
-@pytest.mark.parametrize(
-    ("window", "strides"), [((7, 5), (2, 3)), ((3, 3), (2, 2)), ((2, 2), (3, 3)), ((1, 4), (3, 2))]
-)
-@pytest.mark.parametrize("limit", [1, 8 << 20], ids=["pieces", "whole"])
-def test_gradients_of_strided_windows(window, strides, limit, monkeypatch):
-    """Maps above SMALL_MAP, so that every gradient takes its own form; edges that the last window does not reach."""
-    monkeypatch.setattr(cpu, "PATCH_BYTES", limit)
-    monkeypatch.setattr(cpu, "SMALL_MAP", 0)
-    x, kernel = normal(4, 11, 14, 16), normal(*window, 16, 6, seed=1)
-    w = Window(strides, ((1, 0), (0, 2)), (1, 1), (1, 1))
-    mine = gradients(lambda x, k: call(Convolution(w), x, k), x, kernel)
-    jax.tree.map(close, mine, gradients(lambda x, k: lax_conv(x, k, w), x, kernel))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +201,9 @@ def test_transposed_is_the_gradient_of_conv(stride):
 @pytest.mark.parametrize("size", [(9,), (3, 4, 3)])
 def test_transposed_in_other_ranks(size):
     x, kernel = normal(2, *size, 2), normal(*(3,) * len(size), 2, 3, seed=1)
-    mine = gradients(lambda x, k: conv_transpose(x, k, 2), x, kernel)
+    mine = compiled(lambda x, k: conv_transpose(x, k, 2), x, kernel)
     numbers = dimension_numbers_of(len(size))
-    theirs = gradients(
+    theirs = compiled(
         lambda x, k: lax.conv_transpose(x, k, (2,) * len(size), "SAME", dimension_numbers=numbers), x, kernel
     )
     jax.tree.map(close, mine, theirs)

@@ -76,6 +76,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(cpu, "SMALL_MAP", 0)
     monkeypatch.setattr(cpu, "PATCH_BYTES", 2048)
     monkeypatch.setattr(rows, "CACHED_BYTES", 512)
+    jax.clear_caches()  # JAX does not see these numbers, and would keep the programs of others
     yield
     jax.clear_caches()
 

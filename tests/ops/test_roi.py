@@ -9,6 +9,7 @@ from flaxvision import ops
 from flaxvision.layers.lowering import gather
 from flaxvision.ops import roi
 from parity import operators
+from tests.conftest import AS_USERS
 from tests.layers.derivatives import plain_lax
 from tests.ops import loops
 
@@ -109,13 +110,14 @@ def test_samples_are_rounded_as_in_numpy():
     )
     low = np.floor(points)
     weights = np.stack([1 - (points - low), points - low], axis=-1).reshape(1000, 7, 6)
-    run = jax.jit(roi._samples, static_argnums=(2, 3, 5))
+    run = jax.jit(roi._samples, static_argnums=(2, 3, 5), compiler_options=AS_USERS)
     pixels, found = run(start, end, 7, 3, np.full(1000, 500), False)
     np.testing.assert_array_equal(found, weights)
     np.testing.assert_array_equal(pixels[:, :, ::2], low)
     lengths = np.arange(1, 401, dtype=np.float32)
-    for count in range(1, 15):
-        first, last = jax.jit(roi._bins, static_argnums=(2, 3))(0 * lengths, lengths - 1, count, 10**6)
+    counts = range(1, 15)
+    bins = jax.jit(lambda start, end: [roi._bins(start, end, n, 10**6) for n in counts], compiler_options=AS_USERS)
+    for count, (first, last) in zip(counts, bins(0 * lengths, lengths - 1), strict=True):
         step = lengths / np.float32(count)
         edges = np.arange(count + 1, dtype=np.float32)[None] * step[:, None]
         np.testing.assert_array_equal(first, np.floor(edges[:, :-1]))
