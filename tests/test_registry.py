@@ -210,10 +210,10 @@ def test_num_classes_is_a_count():
 
 def test_list_models_filters():
     assert fv.list_models("lenet*") == ["lenet5", "lenet5_modern", "lenet_dli"]
-    assert fv.list_models(task="segmentation") == []
-    detectors = fv.list_models(task="detection")
+    segmenters, detectors = (fv.list_models(task=task) for task in ("segmentation", "detection"))
+    assert {"fcn8s_vgg16", "unet", "deeplabv3_resnet50"} <= set(segmenters)
     assert {"faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "yolo_v2", "yolo_v3"} <= set(detectors)
-    assert sorted([*fv.list_models(task="classification"), *detectors]) == sorted(GOLDEN)
+    assert sorted([*fv.list_models(task="classification"), *detectors, *segmenters]) == sorted(GOLDEN)
 
 
 def test_a_name_is_registered_once():

@@ -27,7 +27,7 @@ def test_class_names():
         darknet = fv.weights.class_names_for(name, "darknet")
         assert sorted(darknet) == sorted(names)
         assert (darknet[0], darknet[2], darknet[999]) == ("kit fox", "Siberian Husky", "dumbbell")
-    known = "cifar10, coco90, imagenet1k, imagenet1k_darknet, coco80, imagenet1001"
+    known = "cifar10, coco90, imagenet1k, imagenet1k_darknet, voc21, coco80, imagenet1001"
     with pytest.raises(ValueError, match=f"class_names must be one of {known}; got 'coco'"):
         published.class_names("coco")
 
@@ -55,7 +55,9 @@ def test_the_registry_names_the_published_weights(name):
         assert info.url.startswith(("https://", "hf://"))
         assert info.digest is None or info.digest.startswith(("sha256:", "md5:"))
         assert info.classes == fv.create_model(name).num_classes
-        assert (info.box_ap is None) == (fv.model_info(name).task == "classification" or info.source == "darknet")
+        task = fv.model_info(name).task
+        assert (info.box_ap is None) == (task != "detection" or info.source == "darknet")
+        assert (info.miou is None) == (task != "segmentation")
         assert info.box_ap is None or 10 < info.box_ap < 60
         assert info.mask_ap is None or 10 < info.mask_ap < info.box_ap
         assert info.top1 is None or 50 < info.top1 < info.top5 < 100
