@@ -185,8 +185,8 @@ def test_the_mask_head_and_the_pyramid_get_gradients():
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(head, levels):
         def loss(head, levels):
-            params = {**variables["params"], "mask_head": head}
-            return mask_loss(model, {**variables, "params": params}, batch, levels, regions).mean()
+            given = {**variables, "params": {**variables["params"], "mask_head": head}}
+            return model.apply(given, batch, levels, regions, method="_mask_loss").mean()
 
         return jax.grad(loss, (0, 1))(head, levels)
 
