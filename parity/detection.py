@@ -301,7 +301,7 @@ This table compares `faster_rcnn_resnet50_fpn` and `mask_rcnn_resnet50_fpn` in t
 same random weights, drawn by `parity/rcnn.py`. It is written by
 
     python -m parity.detection --images FOLDER
-    python -m parity.mask_rcnn --images FOLDER
+    python -m parity.mask_rcnn --images FOLDER --only dog.jpg scream.jpg
 
 FOLDER holds the photographs that come with darknet. The columns are:
 

@@ -148,8 +148,9 @@ class MaskRCNN(FasterRCNN):
         logits = _of_class(self._mask_logits(levels, boxes), classes)
         resolution, canvas = np.asarray(masks.shape[2:]), np.asarray(images.shape[1:3])
         inside = -(-valid_sizes(images, batch.get("size")) * resolution[None] // canvas[None])
-        scale = tuple(resolution / canvas)
-        crop = lambda *given: crop_masks(*given[:3], logits.shape[2:], spatial_scale=scale, size=given[3])
+        crop = lambda masks, boxes, truths, size: crop_masks(
+            masks, boxes, truths, 2 * self.mask_pool_size, spatial_scale=tuple(resolution / canvas), size=size
+        )
         targets = jax.vmap(crop)(masks, boxes, truths, inside)
         entropy = optax.sigmoid_binary_cross_entropy(logits, targets).mean((2, 3))
         positive = kept & (classes > 0)
