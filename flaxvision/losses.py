@@ -151,14 +151,17 @@ def soft_dice(
         ignore: Label of pixels whose class is not known; they do not count.
 
     Returns:
-        Losses `[N]`; NaN for an image with another label outside [0, K).
+        Losses `[N]`; 0 for an image without known pixels, NaN for one with another label outside [0, K).
     """
     probabilities, targets, wrong = _dense(logits, labels, ignore)
     first = 0 if background else 1
     p, t = probabilities[..., first:], targets[..., first:]
     part = jnp.sum(p * t, axis=1)
     whole = jnp.sum(jnp.square(p) + t if squared else p + t, axis=1)
-    return jnp.where(wrong, jnp.nan, jnp.mean(1 - (2 * part + smooth) / (whole + smooth), axis=-1))
+    # Without a known pixel and without `smooth`, nothing is wrong.
+    empty = whole + smooth == 0
+    overlap = jnp.where(empty, 1.0, (2 * part + smooth) / jnp.where(empty, 1.0, whole + smooth))
+    return jnp.where(wrong, jnp.nan, jnp.mean(1 - overlap, axis=-1))
 
 
 def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORED) -> jax.Array:

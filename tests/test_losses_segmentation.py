@@ -74,6 +74,14 @@ def test_soft_dice_of_every_image(squared, background, smooth):
         assert float(got[n]) == pytest.approx(np.mean(each), rel=1e-5)
 
 
+def test_soft_dice_without_known_pixels():
+    labels, logits = jnp.full((1, 4, 5), 255), jnp.asarray(LOGITS[:1])
+    loss = lambda z: losses.soft_dice(z, labels, smooth=0.0)[0]
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert float(value) == 0
+    assert float(jnp.abs(gradient).max()) == 0
+
+
 def jaccard_loss(wrong, truth):
     """The share of the union of truth and errors that is wrong (Berman et al. 2018, equation 6)."""
     union = (truth | wrong).sum()

@@ -116,6 +116,8 @@ def test_wrong_options():
         measured(fv.train.segmentation(class_weights=(1.0, 2.0)), {})
     with pytest.raises(ValueError, match="class_weights must be None with a loss; got both"):
         fv.train.segmentation(loss=fv.losses.soft_dice, class_weights=(1.0,))
+    with pytest.raises(ValueError, match="ignore must be 255 with a loss, which does not see it; got 0"):
+        fv.train.segmentation(loss=fv.losses.soft_dice, ignore=0)
 
 
 def test_devices_give_the_same_step_and_metrics():

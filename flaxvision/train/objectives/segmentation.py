@@ -47,10 +47,12 @@ def segmentation(
         The objective. When traced it raises ValueError for labels or weights of the wrong shape.
 
     Raises:
-        ValueError: `class_weights` are given together with `loss`.
+        ValueError: `class_weights` or another `ignore` than 255 are given together with `loss`.
     """
     if loss is not None and class_weights is not None:
         raise ValueError("class_weights must be None with a loss; got both")
+    if loss is not None and ignore != fl.IGNORED:
+        raise ValueError(f"ignore must be {fl.IGNORED} with a loss, which does not see it; got {ignore}")
 
     def mean_loss(logits: jax.Array, batch: dict[str, Any], mask: jax.Array) -> fm.Mean:
         if loss is not None:
