@@ -85,6 +85,7 @@ class DeepLabV3(Segmenter):
         align_corners: Whether the logits are resized with aligned corners; see `layers.resize_bilinear`.
         aux_heads: Whether there is an `FCNHead` on the stage before the last. It runs in training only and sows its
             logits, at the size of the images, into the collection `aux_logits` as `aux`.
+        aux_dropout_rate: Rate of the dropout in the auxiliary head.
         head_epsilon: Epsilon of BatchNorm in the heads.
         head_momentum: Decay of BatchNorm's running statistics in the heads.
     """
@@ -96,6 +97,7 @@ class DeepLabV3(Segmenter):
     dropout_rate: float = 0.5
     align_corners: bool = False
     aux_heads: bool = False
+    aux_dropout_rate: float = 0.1
     head_epsilon: float = 1e-5
     head_momentum: float = 0.9
 
@@ -107,7 +109,7 @@ class DeepLabV3(Segmenter):
         conv = functools.partial(Conv, kernel_init=linear_init, **self.backbone.dtypes)
         norm = self.backbone.make_norm(train, epsilon=self.head_epsilon, momentum=self.head_momentum)
         if self.aux_heads and (train or self.is_initializing()):
-            head = FCNHead(self.num_classes, conv=conv, norm=norm, name="aux_head")
+            head = FCNHead(self.num_classes, self.aux_dropout_rate, conv=conv, norm=norm, name="aux_head")
             logits = head(self.stage(features, 2), train=train)
             if train:
                 self.sow("aux_logits", "aux", resized(logits, size, align_corners=self.align_corners))
