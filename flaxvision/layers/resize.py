@@ -39,7 +39,8 @@ def resize_bilinear(x: jax.Array, size: Sequence[int], *, align_corners: bool = 
         factors.append(factor)
         shifts.append((1 - factor) / 2 if align_corners else 0.0)
     shape = (x.shape[0], *size, x.shape[3])
-    scale, translation = jnp.asarray(factors, jnp.float32), jnp.asarray(shifts, jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # that of the weights
+    scale, translation = jnp.asarray(factors, dtype), jnp.asarray(shifts, dtype)
     if align_corners:
         # A map of one row or column has no second center to interpolate with.
         for axis, (old, new) in enumerate(zip(x.shape[1:3], size, strict=True), start=1):

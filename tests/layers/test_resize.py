@@ -33,6 +33,12 @@ def test_every_pixel_by_itself(size, align_corners):
     np.testing.assert_allclose(got, by_loop(x, size, align_corners), rtol=1e-5, atol=1e-5)
 
 
+def test_the_weights_are_as_exact_as_the_input():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4, 1)))
+        np.testing.assert_allclose(resize_bilinear(x, (7, 9)), by_loop(np.asarray(x), (7, 9), False), rtol=1e-12)
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_one_pixel_fills_the_result(align_corners):
     x = jnp.full((1, 1, 1, 2), 3.0)
