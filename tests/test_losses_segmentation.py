@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flaxvision import losses
+from parity import libraries
 
 RNG = np.random.default_rng(0)
 LOGITS = (3 * RNG.normal(size=(3, 4, 5, 6))).astype(np.float32)
@@ -152,6 +153,8 @@ def test_a_label_without_a_class_is_not_a_number(name):
 @pytest.mark.reference
 def test_against_torch_and_smp():
     import torch
+
+    libraries._import_torchvision()
     from segmentation_models_pytorch.losses import DiceLoss, LovaszLoss
 
     z, t = torch.from_numpy(LOGITS.transpose(0, 3, 1, 2).copy()), torch.from_numpy(LABELS.astype(np.int64))

@@ -11,7 +11,14 @@ from parity import comparison, drawing, ledger
 from parity.references import CASES, FILE
 
 # Large networks with a relative among the other cases, and second libraries.
-SLOW = ("timm/inception_v4", "timm/inception_resnet_v2", "timm/xception", "keras/resnet50", "keras/inception_v3")
+SLOW = (
+    "torchvision/fcn_resnet50",
+    "timm/inception_v4",
+    "timm/inception_resnet_v2",
+    "timm/xception",
+    "keras/resnet50",
+    "keras/inception_v3",
+)
 
 FC_BIAS = [1.2571606636047363, 1.404362678527832, 1.0963860750198364, 0.6162813901901245, 0.7030323147773743]
 
