@@ -129,7 +129,7 @@ def test_a_library_tells_the_transform_where_its_tags_agree(folder, capsys):
     ("args", "message"),
     [
         (["list", "nosuch*"], "pattern must match a model; got 'nosuch*'"),
-        (["list", "--task", "segmentation"], "pattern must match a model with the task segmentation; got '*'"),
+        (["list", "yolo*", "--task", "segmentation"], "must match a model with the task segmentation; got 'yolo*'"),
         (["predict", "resnet5", "x.npz", "photo.png"], "; got 'resnet5'"),
         (["predict", NAME, "theirs.npz", "nosuch.png", "--source", "akamaster"], "No such file"),
         (["predict", NAME, "theirs.npz", "names.txt", "--source", "akamaster"], "cannot identify image file"),
