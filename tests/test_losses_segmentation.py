@@ -162,7 +162,7 @@ def test_against_torch_and_smp():
     loss = losses.pixel_cross_entropy(jnp.asarray(LOGITS), jnp.asarray(LABELS))
     weights = losses.pixel_weights(jnp.asarray(LABELS), class_weights=WEIGHTS)
     assert float((loss * weights).sum() / weights.sum()) == pytest.approx(criterion(z, t).item(), rel=1e-5)
-    # smp's are over the batch; with one image they are ours. Its Dice leaves out classes that are absent.
+    # smp averages over the batch, which here is one image. Its Dice leaves out absent classes and counts `smooth` twice.
     for n in (1, 2):
         one, labels = z[n : n + 1], t[n : n + 1]
         lovasz = LovaszLoss("multiclass", per_image=False, ignore_index=255)(one, labels).item()
@@ -170,5 +170,5 @@ def test_against_torch_and_smp():
         assert float(got[0]) == pytest.approx(lovasz, rel=1e-5)
     assert set(np.unique(LABELS[1])) == set(range(6))
     dice = DiceLoss("multiclass", smooth=0.5, ignore_index=255)(z[1:2], t[1:2]).item()
-    got = losses.soft_dice(jnp.asarray(LOGITS[1:2]), jnp.asarray(LABELS[1:2]), squared=False, smooth=0.5)
+    got = losses.soft_dice(jnp.asarray(LOGITS[1:2]), jnp.asarray(LABELS[1:2]), squared=False, smooth=1.0)
     assert float(got[0]) == pytest.approx(dice, rel=1e-5)
