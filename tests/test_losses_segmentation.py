@@ -162,7 +162,7 @@ def test_against_torch_and_smp():
     loss = losses.pixel_cross_entropy(jnp.asarray(LOGITS), jnp.asarray(LABELS))
     weights = losses.pixel_weights(jnp.asarray(LABELS), class_weights=WEIGHTS)
     assert float((loss * weights).sum() / weights.sum()) == pytest.approx(criterion(z, t).item(), rel=1e-5)
-    # smp averages over the batch, which here is one image. Its Dice leaves out absent classes and counts `smooth` twice.
+    # smp averages over the batch, here one image. Its Dice leaves out absent classes and counts `smooth` twice.
     for n in (1, 2):
         one, labels = z[n : n + 1], t[n : n + 1]
         lovasz = LovaszLoss("multiclass", per_image=False, ignore_index=255)(one, labels).item()
