@@ -275,9 +275,8 @@ def test_every_recipe_can_be_chosen():
         assert recipe.num_steps(1000) >= 1
         recipe.learning_rate_schedule(1000)(0)
     for model in fv.list_models(task="detection"):
-        assert detect.parse(["--model", model]).recipe == model.removesuffix("_tiny").removesuffix("_spp").replace(
-            "_resnet50_fpn", ""
-        )
+        family = model.removesuffix("_tiny").removesuffix("_spp").removesuffix("_resnet50_fpn")
+        assert detect.parse(["--model", model]).recipe == family.replace("mask_rcnn", "faster_rcnn")
 
 
 def test_anchors_are_those_of_the_boxes_on_their_canvases(tiny):

@@ -39,7 +39,7 @@ RNG = np.random.default_rng(0)
 def cells(tmp_path, monkeypatch):
     """A folder of grey images with instance masks, and a network that compiles quickly."""
     monkeypatch.setattr(segment, "SMALL", {"features": (4, 8), "decoder_features": (4,)})
-    for part, count in (("train", 6), ("val", 3)):
+    for part, count in (("train", 8), ("val", 3)):
         for kind in ("images", "masks"):
             (tmp_path / "cells" / part / kind).mkdir(parents=True)
         for i in range(count):
@@ -60,9 +60,9 @@ def run(*flags):
 @pytest.mark.slow
 def test_a_run_on_a_folder(cells, tmp_path):
     flags = ["--dataset", "folder", "--data-dir", cells, "--classes", "background", "cell", "--instances"]
-    flags += ["--border-weights", "--channels", 1, "--batch-size", 3, "--eval-batch-size", 8, "--no-progress"]
+    flags += ["--border-weights", "--channels", 1, "--batch-size", 8, "--eval-batch-size", 8, "--no-progress"]
     flags += ["--elastic", 1.0, "--crop", 16, 20, "--padding", 2, "--learning-rate", 0.02, "--warmup-epochs", 0]
-    printed = run(*flags, "--epochs", 30, "--eval-every", 15, "--workdir", tmp_path / "a")
+    printed = run(*flags, "--epochs", 40, "--eval-every", 20, "--workdir", tmp_path / "a")
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["mean_iou"] > 0.8
     assert f"mean IoU {results['mean_iou']:.3f}" in printed
@@ -71,10 +71,11 @@ def test_a_run_on_a_folder(cells, tmp_path):
     metrics = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert {"segmentation_mean_iou", "segmentation_dice", "accuracy"} <= metrics[-1].keys()
 
-    # Stopped after a second of its budget and resumed, it ends with the same bits.
-    stopped = segment.parse([*map(str, flags), "--epochs", "30", "--eval-every", "15", "--workdir", f"{tmp_path}/b"])
-    assert segment.main(dataclasses.replace(stopped, time_budget=0.001)) != 0
-    run(*flags, "--epochs", 30, "--eval-every", 15, "--workdir", tmp_path / "b")
+    # Stopped early and resumed, it ends with the same bits.
+    stopped = segment.parse([*map(str, flags), "--epochs", "40", "--eval-every", "20", "--workdir", f"{tmp_path}/b"])
+    assert segment.main(dataclasses.replace(stopped, time_budget=0.3)) == 0
+    assert not (tmp_path / "b" / "results.json").exists()
+    run(*flags, "--epochs", 40, "--eval-every", 20, "--workdir", tmp_path / "b")
     weights = [fv.weights.load("unet_same", tmp_path / part / "weights.safetensors") for part in "ab"]
     chex.assert_trees_all_equal(*weights)
 
