@@ -152,7 +152,7 @@ def load(config: Config):
     options |= {"instances": config.instances} if config.instances else {}
     sources = []
     for i, split in enumerate((config.train_split, config.eval_split, test)):
-        weight = {"weight": fv.data.border_weights} if config.border_weights and i == 0 else {}
+        weight: dict[str, Any] = {"weight": fv.data.border_weights} if config.border_weights and i == 0 else {}
         source = fv.data.load_segmentation(config.dataset, split, **options, **weight)
         fv.data.validate(source, task="segmentation", num_classes=len(source.classes), verify=False)
         sources.append(source)
@@ -178,7 +178,8 @@ class Run:
         if "aux_heads" in fields:
             overrides["aux_heads"] = config.aux_heads
         self.overrides = overrides | config.model_overrides(fields, len(self.classes))
-        self.model, self.loaded = fv.create_model(self.name, **self.overrides), None
+        self.model: Any = fv.create_model(self.name, **self.overrides)
+        self.loaded: Any = None
         if config.weights:
             options = {} if config.eval_only else self.overrides
             rng = jax.random.key(config.seed)
@@ -227,7 +228,7 @@ class Run:
         height, width = self.config.crop or self.train_source[0]["image"].shape[:2]
         sample = jax.ShapeDtypeStruct((1, height, width, self.channels), jnp.float32)
         start, config = self.loaded, self.config
-        if start is None and config.backbone_weights:
+        if start is None and config.backbone_model and config.backbone_weights:
             start = jax.jit(lambda: self.model.init(rng, jnp.zeros(sample.shape)))()
             start = with_backbone(start, config.backbone_model, config.backbone_weights, config.source)
         tx = config.make_optimizer(learning_rate)
@@ -241,7 +242,8 @@ class Run:
         )
         init_rng, run_rng = jax.random.split(jax.random.key(config.seed))
         rate = config.learning_rate_schedule(batches.steps_per_epoch)
-        best = {"best_metric": "segmentation_mean_iou", "best_mode": "max"}
+        options: dict[str, Any] = config.fit_options(config.model)
+        options |= {"best_metric": "segmentation_mean_iou", "best_mode": "max"}
         size = fv.train.eval_batch_size(config.eval_batch_size)
         evaluated = fv.data.eval_batches(self.val, size, num_threads=config.threads)
         self._draw_samples(batches, run_rng)
@@ -257,7 +259,7 @@ class Run:
             evaluate=fv.train.Evaluation(self.eval_step, evaluated, config.input_timeout),
             eval_every=max(1, round(config.eval_every * batches.steps_per_epoch)),
             learning_rate=rate,
-            **config.fit_options(config.model) | best,
+            **options,
         )
         if result.exit_status is not None:
             return result.exit_status

@@ -65,7 +65,7 @@ def segment(
 
     def infer(x: jax.Array) -> jax.Array:
         if tuple(scales) == (1.0,) and not flip:
-            logits = model.apply(variables, x)
+            logits: Any = model.apply(variables, x)
             return jax.nn.softmax(logits) if probabilities else lax.argmax(logits, 3, jnp.int32)
         average = _averaged(model, variables, x, scales, flip)
         return average if probabilities else lax.argmax(average, 3, jnp.int32)
@@ -143,6 +143,7 @@ def _averaged(
     for scale in scales:
         scaled = resize_bilinear(images, [max(1, round(extent * scale)) for extent in images.shape[1:3]])
         for step in (1, -1)[: 1 + flip]:
-            y = jax.nn.softmax(model.apply(variables, scaled[:, :, ::step]))[:, :, ::step]
+            logits: Any = model.apply(variables, scaled[:, :, ::step])
+            y = jax.nn.softmax(logits)[:, :, ::step]
             found.append(y if scale == 1 else resize_bilinear(y, images.shape[1:3]))
     return sum(found[1:], found[0]) / len(found)

@@ -214,7 +214,7 @@ def fitted(example: Mapping[str, np.ndarray], size: tuple[int, int]) -> dict[str
         if inner != (height, width):
             if key == "image":
                 picture = Image.fromarray(value[..., 0] if value.shape[-1] == 1 else value)
-                resized = np.asarray(picture.resize(inner[::-1], Image.Resampling.BILINEAR))
+                resized = np.asarray(picture.resize((inner[1], inner[0]), Image.Resampling.BILINEAR))
                 value = resized.reshape(*inner, value.shape[-1])
             else:
                 rows, columns = (

@@ -41,8 +41,10 @@ def border_weights(instances: np.ndarray, *, w0: float = 10.0, sigma: float = 5.
         # The two smallest distances so far, from one object after another.
         near = np.full((2, *instances.shape), np.inf)
         for number in numbers:
-            distance = distance_transform_edt(instances != number)
-            near = np.sort(np.concatenate([near, distance[None]]), axis=0)[:2]
+            distance = np.asarray(distance_transform_edt(instances != number))
+            near = np.concatenate([near, distance[None]])
+            near.sort(axis=0)
+            near = near[:2]
         border = w0 * np.exp(-np.square(near.sum(0)) / (2 * sigma**2))
         weights = weights + np.where(inside, 0, border)
     return weights.astype(np.float32)

@@ -205,7 +205,7 @@ def bilinear_kernel(stride: int) -> np.ndarray:
 
 def _bilinear_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     del key
-    return jnp.asarray(np.einsum("hw,io->hwio", bilinear_kernel(shape[0] // 2), np.eye(*shape[2:])), dtype)
+    return jnp.asarray(np.einsum("hw,io->hwio", bilinear_kernel(shape[0] // 2), np.eye(shape[2], shape[3])), dtype)
 
 
 def start_from(params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,7 +223,8 @@ def start_from(params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[st
     Raises:
         ValueError: A parameter has another size, or there is none in common.
     """
-    fresh, given = flatten_dict(dict(params), sep="/"), flatten_dict(dict(trained), sep="/")
+    fresh: dict[str, Any] = dict(flatten_dict(dict(params), sep="/"))
+    given: dict[str, Any] = dict(flatten_dict(dict(trained), sep="/"))
     shared = {path for path in fresh.keys() & given.keys() if not path.startswith("upsample/")}
     wrong = [path for path in sorted(shared) if np.size(given[path]) != np.size(fresh[path])]
     if wrong or not shared:
