@@ -44,7 +44,7 @@ def test_the_first_example_of_the_readme():
 @pytest.mark.slow
 def test_the_examples_of_backbones_and_weights(tmp_path, monkeypatch, capsys):
     """On images of 32 pixels, with drawn weights in the place of the published files."""
-    _, backbones, weights = blocks("python")
+    _, backbones, segments, weights = blocks("python")
     model = fv.create_model("resnet50", num_classes=10)
     images = jnp.zeros((1, 32, 32, 3))
     variables = drawn(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images))
@@ -54,6 +54,12 @@ def test_the_examples_of_backbones_and_weights(tmp_path, monkeypatch, capsys):
     assert names["stages"]["stage4"].shape[1:3] == (2, 2)  # stride 16
     assert names["logits"].shape == (1, 10)
     assert names["backbone"].strides == {"stage2": 8, "stage3": 16}
+
+    model = fv.create_model("unet_same", num_classes=3)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+    names = {"fv": fv, "images": images, "variables": drawn(shapes)}
+    exec(segments, names)
+    assert names["labels"].shape == (1, 32, 32)
 
     model = fv.create_model("resnet50")
     variables = drawn(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images))
