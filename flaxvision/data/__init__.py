@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flaxvision.data.canvas import Canvases, CanvasSource, on_canvases
     from flaxvision.data.detection_sets import load_detection
     from flaxvision.data.folder import FolderSource
+    from flaxvision.data.instances import InstanceSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, describe_changes, eval_batches, train_batches
     from flaxvision.data.preprocessing import DetectionPreprocessing, Preprocessing
     from flaxvision.data.segmentation_sets import SegmentationSource, ShapesMaps, load_segmentation, read_mask
@@ -32,6 +33,7 @@ _HOME = {
     "DetectionSource": "annotations",
     "EvalBatches": "pipeline",
     "FolderSource": "folder",
+    "InstanceSource": "instances",
     "Mapped": "arrays",
     "Preprocessing": "preprocessing",
     "SegmentationSource": "segmentation_sets",

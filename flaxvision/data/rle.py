@@ -37,6 +37,29 @@ def runs_of(counts: bytes) -> np.ndarray:
     return runs
 
 
+def area(counts: bytes) -> int:
+    """Returns the number of ones of a mask.
+
+    Args:
+        counts: The `counts` of a compressed RLE.
+    """
+    return int(runs_of(counts)[1::2].sum())
+
+
+def encode(masks: np.ndarray) -> tuple[bytes, ...]:
+    """Encodes masks with pycocotools.
+
+    Args:
+        masks: Zeros and ones, or bool, [M, height, width].
+
+    Returns:
+        The `counts` of M compressed RLEs.
+    """
+    from pycocotools import mask as coder
+
+    return tuple(coder.encode(np.asfortranarray(mask, np.uint8))["counts"] for mask in masks)
+
+
 def decode(masks: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:
     """Decodes masks.
 

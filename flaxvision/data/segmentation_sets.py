@@ -285,7 +285,7 @@ def load_segmentation(
             * "folder": a folder with a folder of images and one of masks, whose files have the same names apart from
               their endings: `images` and `masks` or `labels`. They may lie in a folder for each split. Otherwise a file
               `SPLIT.txt` with one name per line, or `index.csv` with the columns `name` and `split`, lists a split; or
-              it is "all", or a part of all in natural order, such as "all[:24]";
+              it is "all", in natural order. A part of a split is "train[:80]" or "all[24:]";
             * "voc": the layout of PASCAL VOC: `JPEGImages`, `SegmentationClass` and optionally
               `ImageSets/Segmentation/SPLIT.txt`; classes are those of VOC.
         split: Name of the split.
@@ -307,13 +307,20 @@ def load_segmentation(
     if data_dir is None or not Path(data_dir).expanduser().is_dir():
         raise ValueError(f"data_dir must be an existing folder for {name!r}; got {data_dir}")
     folder = Path(data_dir).expanduser()
-    base = folder / split if (folder / split).is_dir() else folder
+    part = re.fullmatch(r"(?P<split>.+)\[(?P<low>\d*):(?P<high>\d*)\]", split)
+    whole = part["split"] if part else split
+    base = folder / whole if (folder / whole).is_dir() else folder
     pairs = _pairs(_one_of(base, _IMAGES, "images"), _one_of(base, _MASKS, "masks"))
-    lists = [folder / f"{split}.txt", folder / "ImageSets" / "Segmentation" / f"{split}.txt"]
+    lists = [folder / f"{whole}.txt", folder / "ImageSets" / "Segmentation" / f"{whole}.txt"]
     if base == folder:
-        pairs = _chosen(pairs, split, [file for file in lists if file.is_file()], folder)
+        pairs = _chosen(pairs, whole, [file for file in lists if file.is_file()], folder)
+    if part:
+        low, high = (int(part[end]) if part[end] else None for end in ("low", "high"))
+        pairs = dict([*pairs.items()][low:high])
     if classes is None:
         classes = VOC_CLASSES if name == "voc" else _class_names(folder)
+    if not pairs:
+        raise ValueError(f"split must hold images of {folder}; got none in {split!r}")
     images, masks = zip(*pairs.values(), strict=True)
     return SegmentationSource(images, masks, classes, f"{folder.resolve().name}/{split}", **options)
 
@@ -347,9 +354,8 @@ def _chosen(
     pairs: dict[str, tuple[Path, Path]], split: str, lists: Sequence[Path], folder: Path
 ) -> dict[str, tuple[Path, Path]]:
     """Returns the pairs of a split that is not a folder."""
-    if part := re.fullmatch(r"all(?:\[(\d*):(\d*)\])?", split):
-        low, high = (int(s) if s else None for s in (part[1], part[2]))
-        return dict([*pairs.items()][low:high])
+    if split == "all":
+        return pairs
     index = folder / "index.csv"
     if lists:
         names = [line.split()[0] for line in lists[0].read_text().splitlines() if line.strip()]

@@ -16,13 +16,14 @@ depend on the batch size or on the number of devices.
 from flaxvision.metrics.accumulator import Accumulator, compute, from_json, merge, to_host, to_json
 from flaxvision.metrics.classification import correct, top_k_correct
 from flaxvision.metrics.confusion import ConfusionMatrix
-from flaxvision.metrics.detection import CocoAP, DetectionAP, DetectionRecords, VocAP
+from flaxvision.metrics.detection import CocoAP, CocoMaskAP, DetectionAP, DetectionRecords, VocAP
 from flaxvision.metrics.mean import Mean
 from flaxvision.metrics.segmentation import SegmentationMetrics, SegmentationRecords
 
 __all__ = [
     "Accumulator",
     "CocoAP",
+    "CocoMaskAP",
     "ConfusionMatrix",
     "DetectionAP",
     "DetectionRecords",
