@@ -67,10 +67,12 @@ def theirs(batch, found, folder, size=(SIDE, SIDE), factor=1):
     for i in range(len(batch["boxes"])):
         for m in np.flatnonzero(batch["valid"][i]):
             mask = np.kron(batch["masks"][i, m], np.ones((factor, factor), np.uint8))
-            kind = {"image_id": 1 + i, "category_id": 1 + int(batch["labels"][i, m]), "iscrowd": int(batch["crowd"][i, m])}
-            truth.append({**kind, "id": 1 + len(truth), "area": int(mask.sum()), "segmentation": encoded(mask)})
+            kind = {"image_id": 1 + i, "category_id": 1 + int(batch["labels"][i, m]), "area": int(mask.sum())}
+            kind |= {"id": 1 + len(truth), "iscrowd": int(batch["crowd"][i, m])}
+            truth.append({**kind, "segmentation": encoded(mask)})
         kept = np.flatnonzero(found.valid[i])
-        for d, mask in zip(kept, ops.iter_masks(found.masks[i][kept], factor * found.boxes[i][kept], size), strict=True):
+        pasted = ops.iter_masks(found.masks[i][kept], factor * found.boxes[i][kept], size)
+        for d, mask in zip(kept, pasted, strict=True):
             kind = {"image_id": 1 + i, "category_id": 1 + int(found.labels[i, d]), "score": float(found.scores[i, d])}
             results.append({**kind, "segmentation": encoded(mask)})
     images = [{"id": 1 + i, "height": size[0], "width": size[1]} for i in range(len(batch["boxes"]))]
@@ -168,7 +170,7 @@ def test_padding_does_not_count():
 
 def test_masks_that_are_missing_or_of_another_size():
     batch, found = draw(0)
-    with pytest.raises(ValueError, match="and found must have masks; got .* and none"):
+    with pytest.raises(ValueError, match=r"and found must have masks; got .* and none"):
         fm.CocoMaskAP.of(batch, found.replace(masks=None), K)
     with pytest.raises(ValueError, match=r"batch must hold masks \[6, 5, 64, 64\]"):
         fm.CocoMaskAP.of({**batch, "masks": batch["masks"][:, :, ::2]}, found, K)

@@ -119,7 +119,16 @@ def test_the_nnx_bridge(name):
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(nnx.state(model, kind))) == ours
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"fcn32s_vgg16", "fcn16s_vgg16"}))
+SLOW = set(NAMES) - {"unet_same", "fcn_resnet50"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in sorted(set(NAMES) - {"fcn32s_vgg16", "fcn16s_vgg16"})
+    ],
+)
 def test_training(name):
     """Every parameter gets a gradient, BatchNorm moves, bfloat16 is near float32, and an image stands for itself."""
     model, x, shapes = small(name, num_classes=3)

@@ -120,6 +120,7 @@ def test_wrong_options():
         fv.train.segmentation(loss=fv.losses.soft_dice, ignore=0)
 
 
+@pytest.mark.slow
 def test_devices_give_the_same_step_and_metrics():
     """One step under jit on 1 and 8 devices and under pmap; ignored pixels are spread unevenly."""
     model = fv.create_model("unet_same", features=(4, 4), decoder_features=(4,), num_classes=3)
