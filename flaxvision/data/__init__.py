@@ -69,6 +69,7 @@ __all__ = [
     "DetectionSource",
     "EvalBatches",
     "FolderSource",
+    "InstanceSource",
     "Mapped",
     "Preprocessing",
     "SegmentationSource",

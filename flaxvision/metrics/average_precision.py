@@ -35,9 +35,7 @@ def coco_evaluation(records: Sequence[Record], num_classes: int, masks: bool = F
 
     truth, found = [], []
     for image, record in enumerate(records, 1):
-        for k, (label, crowd, area) in enumerate(
-            zip(record["labels"], record["crowd"], record["area"], strict=True)
-        ):
+        for k, (label, crowd, area) in enumerate(zip(record["labels"], record["crowd"], record["area"], strict=True)):
             place = _place(record["boxes"][k], record["masks"][k] if masks else None, record)
             kind = {"id": len(truth) + 1, "image_id": image, "category_id": int(label), "iscrowd": int(crowd)}
             truth.append({**place, **kind, "area": float(area)})

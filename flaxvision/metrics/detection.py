@@ -1,9 +1,9 @@
 """Average precision of detectors: COCO's, computed by pycocotools, and PASCAL VOC's.
 
-`CocoAP.of(batch, found, num_classes)`, `CocoMaskAP.of(...)` and `VocAP.of(...)` hold the detections and the ground truth
-of one batch on the device. `to_host` turns them into `DetectionRecords`, which keeps one record per image. It computes the average
-precision, the metrics of each class, bootstrap intervals over images, precision-recall curves and the kinds of false
-positives.
+`CocoAP.of(batch, found, num_classes)`, `CocoMaskAP.of(...)` and `VocAP.of(...)` hold the detections and the ground
+truth of one batch on the device. `to_host` turns them into `DetectionRecords`, which keeps one record per image. It
+computes the average precision, the metrics of each class, bootstrap intervals over images, precision-recall curves and
+the kinds of false positives.
 """
 
 from __future__ import annotations
