@@ -75,9 +75,15 @@ class InstanceSource:
             boxes[:, k] = bound + (k >= 2)
         first = np.unique(place, return_index=True)[1]
         classes = label[rows[first], columns[first]]
-        if not (label[rows, columns] == classes[place]).all() or not ((classes > 0) & (classes != 255)).all():
-            wrong = found[place[np.argmax((label[rows, columns] != classes[place]) | (classes[place] == 0))]]
-            raise ValueError(f"instance {wrong} of {self.name}[{index}] must have one class above 0; got others")
+        wrong = (label[rows, columns] != classes[place]) | ~((classes > 0) & (classes < len(self.source.classes)))[
+            place
+        ]
+        if wrong.any():
+            number = found[place[np.argmax(wrong)]]
+            raise ValueError(
+                f"instance {number} of {self.name}[{index}] must have one class above 0; got"
+                f" {np.unique(label[numbers == number]).tolist()}"
+            )
         flags = np.zeros(len(found), bool)
         objects = {"boxes": boxes, "labels": (classes - 1).astype(np.int32)}
         objects |= {"valid": ~flags, "crowd": flags, "difficult": flags.copy()}

@@ -41,6 +41,11 @@ def test_a_folder_of_indices(tmp_path):
         np.testing.assert_array_equal(example["label"], masks[name])
     data.validate(source, task="segmentation")
     assert len(data.load_segmentation("folder", "all[1:]", data_dir=tmp_path)) == 2
+    (tmp_path / "some.txt").write_text("b\na10\n")
+    some = data.load_segmentation("folder", "some[1:2]", data_dir=tmp_path)
+    assert [path.stem for path in some.images] == ["a10"]
+    with pytest.raises(ValueError, match=r"split must hold images of .*; got none in 'all\[7:\]'"):
+        data.load_segmentation("folder", "all[7:]", data_dir=tmp_path)
     assert source.fingerprint != data.load_segmentation("folder", "all[1:]", data_dir=tmp_path).fingerprint
 
 
