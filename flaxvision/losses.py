@@ -168,9 +168,7 @@ def soft_dice(
     return _rows(jnp.where(wrong, jnp.nan, jnp.mean(1 - overlap, axis=-1)), len(labels))
 
 
-def lovasz_softmax(
-    logits: jax.Array, labels: jax.Array, *, per_image: bool = True, ignore: int = IGNORED
-) -> jax.Array:
+def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, per_image: bool = True, ignore: int = IGNORED) -> jax.Array:
     """Computes the Lovasz-softmax loss (Berman et al. 2018, equation 11 and algorithm 1) of every image.
 
     It is the mean, over the classes that occur in the labels of the image, of the Lovasz extension of the Jaccard loss
