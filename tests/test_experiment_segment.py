@@ -42,7 +42,7 @@ RNG = np.random.default_rng(0)
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
     """A folder of grey images with instance masks, and a network that compiles quickly."""
-    monkeypatch.setattr(segment, "SMALL", {"features": (4, 8), "decoder_features": (4,)})
+    monkeypatch.setattr(segment.segment_models, "SMALL", {"features": (4, 8), "decoder_features": (4,)})
     for part, count in (("train", 8), ("val", 3)):
         for kind in ("images", "masks"):
             (tmp_path / "cells" / part / kind).mkdir(parents=True)
