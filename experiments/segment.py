@@ -6,6 +6,11 @@ r"""Trains and evaluates segmenters.
     python experiments/segment.py --dataset folder --data-dir SLICES --recipe unet --model unet --channels 1 \
         --classes membrane cell --values 0:0 255:1 --train-split "all[:24]" --eval-split "all[24:]"
     python experiments/segment.py --dataset voc --data-dir VOC2012 --recipe deeplab --model deeplabv3_resnet50
+    python experiments/segment.py --dataset voc --data-dir VOC2012 --size 500 500 --recipe fcn32s --model fcn32s_vgg16 \
+        --backbone-model vgg16 --backbone-weights torchvision/IMAGENET1K_V1 --workdir FCN32S
+    python experiments/segment.py --dataset voc --data-dir VOC2012 --size 500 500 --recipe fcn16s --model fcn16s_vgg16 \
+        --weights FCN32S/weights.safetensors
+    python experiments/segment.py --dataset oxford_iiit_pet --size 256 256
 
 The first command needs no files and no GPU.
 
@@ -28,13 +33,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import segment_models
 import tyro
-from detect_models import with_backbone
-from segment_recipes import RECIPES, SMALL, Recipe
+from segment_recipes import RECIPES, Recipe
 
 import flaxvision as fv
 
 _LOSSES = {"dice": fv.losses.soft_dice, "lovasz": fv.losses.lovasz_softmax}
+# What the splits train and val are called elsewhere.
+_SPLITS = {
+    "ade20k": {"train": "training", "val": "validation"},
+    "oxford_iiit_pet": {"val": "test"},
+    "cityscapes": {"val": "validation"},
+    "scene_parse150": {"val": "test"},
+}
 _SHOWN = 4  # images in each picture of the results
 
 
@@ -53,14 +65,15 @@ class Config(Recipe, fv.train.RunSettings):
     """Recipe that sets the other defaults."""
     model: str = "small"
     """A registered segmenter, or small: unet_same with four narrow stages."""
-    dataset: Literal["shapes", "folder", "voc"] = "shapes"
-    """shapes (drawn, needs no files), a folder of images and masks, or the layout of PASCAL VOC."""
+    dataset: str = "shapes"
+    """shapes (drawn, needs no files), folder (images and masks), voc or ade20k (their layouts), or a TFDS name:
+    oxford_iiit_pet, cityscapes or scene_parse150."""
     data_dir: str | None = None
-    """Folder of the data set."""
+    """Folder of the data set. For a TFDS name, the directory of prepared sets; default: that of TFDS."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "val"
-    """Split to evaluate on during training."""
+    """Split to evaluate on during training. val is also the one that a set calls validation, or else test."""
     test_split: str | None = None
     """Split for the final metrics. Default: test for shapes, else that of --eval-split."""
     classes: tuple[str, ...] = ()
@@ -76,7 +89,8 @@ class Config(Recipe, fv.train.RunSettings):
     size: tuple[int, int] | None = None
     """Height and width to which images are resized and padded. Needed if they differ in size."""
     weights: str | None = None
-    """Weights to start from: a published tag or a file."""
+    """Weights to start from: a published tag or a file. A file of fcn32s_vgg16 starts fcn16s_vgg16 and fcn8s_vgg16 too,
+    and one of fcn16s_vgg16 starts fcn8s_vgg16."""
     source: str | None = None
     """Library that wrote the file of --weights or --backbone-weights. Default: flaxvision."""
     backbone_model: str | None = None
@@ -111,7 +125,9 @@ def main(config: Config) -> int:
     config.start()
     check(config)
     train, val, test = load(config)
-    workdir = Path(config.workdir or f"runs/segment-{config.dataset}-{config.model}-{config.recipe}-{config.seed}")
+    workdir = Path(
+        config.workdir or f"runs/segment-{Path(config.dataset).name}-{config.model}-{config.recipe}-{config.seed}"
+    )
     if config.eval_only:
         workdir.mkdir(parents=True, exist_ok=True)
     else:
@@ -132,6 +148,8 @@ def check(config: Config) -> None:
         raise ValueError("--backbone-model and --backbone-weights must be given together; got one of them")
     if config.border_weights and not config.instances:
         raise ValueError("--border-weights must be left out without --instances")
+    if not config.per_image and (config.parallel == "pmap" or config.accumulate > 1):
+        raise ValueError("--per-image must be left on with --parallel pmap or --accumulate, which split the batch")
     for field in ("eval_every", "log_every", "eval_batch_size"):
         if not getattr(config, field) > 0:
             raise ValueError(f"--{field.replace('_', '-')} must be positive; got {getattr(config, field)}")
@@ -150,10 +168,10 @@ def load(config: Config):
         options = {"data_dir": config.data_dir, "classes": config.classes or None, "values": values}
         options |= {"channels": config.channels, "size": config.size, "cache": config.cache}
     options |= {"instances": config.instances} if config.instances else {}
-    sources = []
+    sources, own = [], _SPLITS.get(config.dataset.split("/")[0].split(":")[0], {})
     for i, split in enumerate((config.train_split, config.eval_split, test)):
         weight: dict[str, Any] = {"weight": fv.data.border_weights} if config.border_weights and i == 0 else {}
-        source = fv.data.load_segmentation(config.dataset, split, **options, **weight)
+        source = fv.data.load_segmentation(config.dataset, own.get(split, split), **options, **weight)
         fv.data.validate(source, task="segmentation", num_classes=len(source.classes), verify=False)
         sources.append(source)
     return sources
@@ -165,27 +183,9 @@ class Run:
     def __init__(self, config: Config, train, val, test, workdir: Path):
         self.config, self.workdir, self.classes = config, workdir, test.classes
         self.train_source, self.val, self.test = train, val, test
-        self.name = "unet_same" if config.model == "small" else config.model
         self.channels = test[0]["image"].shape[-1]
-        info, fields = fv.model_info(self.name), fv.model_fields(fv.create_model(self.name))
-        self.mean, self.std = info.mean, info.std
-        if len(self.mean) != self.channels:
-            self.mean, self.std = (0.5,) * self.channels, (0.25,) * self.channels
-        overrides: dict[str, Any] = dict(SMALL) if config.model == "small" else {}
-        if config.backbone_model:
-            known = fv.weights.fields(config.backbone_model, config.source) if config.source else {}
-            overrides |= {key: value for key, value in known.items() if key in fields and key != "num_classes"}
-        if "aux_heads" in fields:
-            overrides["aux_heads"] = config.aux_heads
-        self.overrides = overrides | config.model_overrides(fields, len(self.classes))
-        self.model: Any = fv.create_model(self.name, **self.overrides)
-        self.loaded: Any = None
-        if config.weights:
-            options = {} if config.eval_only else self.overrides
-            rng = jax.random.key(config.seed)
-            self.model, self.loaded = fv.weights.load_model(
-                self.name, config.weights, source=config.source, rng=rng, **options
-            )
+        self.built = built = segment_models.build(config, len(self.classes), self.channels)
+        self.model: Any = built.model
         self.train_step, self.eval_step = self._steps()
         self.find = jax.jit(partial(self._labels, tile=config.tile, overlap=config.overlap))
 
@@ -208,10 +208,10 @@ class Run:
         )
         ops = [op for wanted, op in chosen if wanted]
         self.view = a.make_transform(*ops)
-        standardize = {"mean": self.mean, "std": self.std}
+        standardize = {"mean": self.built.mean, "std": self.built.std}
         self.eval_transform = a.make_transform(**standardize)
         return fv.train.compile_steps(
-            fv.train.segmentation(loss=_loss(config.loss)),
+            fv.train.segmentation(loss=_loss(config.loss, config.per_image)),
             train_transform=a.make_transform(*ops, **standardize),
             eval_transform=self.eval_transform,
             accumulate=config.accumulate,
@@ -227,12 +227,11 @@ class Run:
         """Creates the train state, with newly initialized variables or those of the weights."""
         height, width = self.config.crop or self.train_source[0]["image"].shape[:2]
         sample = jax.ShapeDtypeStruct((1, height, width, self.channels), jnp.float32)
-        start, config = self.loaded, self.config
-        if start is None and config.backbone_model and config.backbone_weights:
-            start = jax.jit(lambda: self.model.init(rng, jnp.zeros(sample.shape)))()
-            start = with_backbone(start, config.backbone_model, config.backbone_weights, config.source)
+        config = self.config
         tx = config.make_optimizer(learning_rate)
-        return fv.train.create_state(self.model, tx, rng, sample, variables=start, ema_decay=config.ema_decay)
+        return fv.train.create_state(
+            self.model, tx, rng, sample, variables=self.built.variables, ema_decay=config.ema_decay
+        )
 
     def train(self) -> int:
         """Trains, evaluates and saves the model."""
@@ -252,8 +251,8 @@ class Run:
             self.create_state(rate, init_rng),
             self.train_step,
             batches,
-            model=self.name,
-            overrides=self.overrides,
+            model=self.built.name,
+            overrides=self.built.overrides,
             num_steps=config.num_steps(batches.steps_per_epoch),
             rng=run_rng,
             evaluate=fv.train.Evaluation(self.eval_step, evaluated, config.input_timeout),
@@ -269,24 +268,24 @@ class Run:
             records = fv.train.read_records(self.workdir / "metrics.jsonl")
             names, path = ["loss", "accuracy", "segmentation_mean_iou"], self.workdir / "curves.png"
             fv.plot.curves(records, path=path, steps_per_epoch=batches.steps_per_epoch, metrics=names)
-            preprocessing = {"crop": None, "resize": None, "mean": self.mean, "std": self.std}
+            preprocessing = {"crop": None, "resize": None, "mean": self.built.mean, "std": self.built.std}
             if self.channels == 1:
                 preprocessing["order"] = "L"
             fv.weights.save(
                 self.workdir / "weights.safetensors",
                 variables,
-                name=self.name,
+                name=self.built.name,
                 channels=self.channels,
                 class_names=self.classes,
                 metadata={**figures, "preprocessing": preprocessing},
-                **{k: v for k, v in self.overrides.items() if k not in ("dtype", "ghost_size")},
+                **{k: v for k, v in self.built.overrides.items() if k not in ("dtype", "ghost_size")},
             )
             print(f"see {self.workdir}; tensorboard --logdir {self.workdir / 'tensorboard'}")
         return 0
 
     def evaluate(self) -> int:
         """Evaluates the model of --weights."""
-        self.report(self.loaded)
+        self.report(self.built.variables)
         return 0
 
     def report(self, variables) -> dict[str, float]:
@@ -348,8 +347,8 @@ class Run:
         fv.plot.overlays(images, list(made["label"]), None, self.classes, background=0, columns=4, path=path)
 
 
-def _loss(name: str):
-    """Returns the loss of an image for `train.segmentation`, None for the cross-entropy alone."""
+def _loss(name: str, per_image: bool):
+    """Returns the loss of each image for `train.segmentation`, None for the cross-entropy alone."""
     if name == "cross_entropy":
         return None
 
@@ -358,7 +357,7 @@ def _loss(name: str):
         mean = lambda values: values.sum((1, 2)) / jnp.maximum(known, 1)
         if name == "focal":
             return mean(fv.losses.focal(logits, labels))
-        return mean(fv.losses.pixel_cross_entropy(logits, labels)) + _LOSSES[name](logits, labels)
+        return mean(fv.losses.pixel_cross_entropy(logits, labels)) + _LOSSES[name](logits, labels, per_image=per_image)
 
     return loss
 
