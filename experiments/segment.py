@@ -159,14 +159,14 @@ def load(config: Config):
     """Loads and checks the training, validation and test sources."""
     shapes = config.dataset == "shapes"
     test = config.test_split or ("test" if shapes else config.eval_split)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"cache": config.cache}
     if not shapes:
         try:
             values = {int(a): int(b) for a, b in (pair.split(":") for pair in config.values)} or None
         except ValueError:
             raise ValueError(f"--values must be pairs VALUE:CLASS; got {' '.join(config.values)}") from None
-        options = {"data_dir": config.data_dir, "classes": config.classes or None, "values": values}
-        options |= {"channels": config.channels, "size": config.size, "cache": config.cache}
+        options |= {"data_dir": config.data_dir, "classes": config.classes or None, "values": values}
+        options |= {"channels": config.channels, "size": config.size}
     options |= {"instances": config.instances} if config.instances else {}
     sources, own = [], _SPLITS.get(config.dataset.split("/")[0].split(":")[0], {})
     for i, split in enumerate((config.train_split, config.eval_split, test)):

@@ -224,3 +224,13 @@ def test_kept_examples_are_not_shared(tmp_path):
     first = source[0]
     first["label"][:] = 9
     assert (source[0]["label"] < 3).all()
+
+
+def test_shapes_in_memory_are_those_that_are_drawn():
+    kept, drawn = data.ShapesMaps("val", cache=True), data.ShapesMaps("val")
+    first = kept[3]
+    first["label"][:] = 9  # a copy
+    for _ in range(2):
+        for key, value in drawn[3].items():
+            np.testing.assert_array_equal(kept[3][key], value)
+    assert kept.fingerprint == drawn.fingerprint
