@@ -64,7 +64,7 @@ class Config(Recipe, fv.train.RunSettings):
     recipe: Literal[tuple(RECIPES)] = "small"  # type: ignore[valid-type]
     """Recipe that sets the other defaults."""
     model: str = "small"
-    """A registered segmenter, or small: unet_same with four narrow stages."""
+    """A registered segmenter, or small: unet_same with narrow stages."""
     dataset: str = "shapes"
     """shapes (drawn, needs no files), folder (images and masks), voc or ade20k (their layouts), or a TFDS name:
     oxford_iiit_pet, cityscapes or scene_parse150."""

@@ -56,8 +56,8 @@ _FCN = Recipe(
 RECIPES = {
     # The small model from scratch.
     "small": Recipe(
-        epochs=8.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
-        weight_decay=1e-4, clip_norm=10.0, vertical_flip=True, ema_decay=0.998,
+        epochs=10.0, batch_size=8, optimizer="adamw", learning_rate=2e-3, schedule="cosine", warmup_epochs=0.4,
+        weight_decay=1e-4, clip_norm=10.0, vertical_flip=True, loss="dice", ema_decay=0.99,
     ),
     # Ronneberger et al. 2015, section 3: one large tile per step, momentum 0.99, elastic deformations. The paper gives
     # no learning rate.
@@ -80,5 +80,5 @@ RECIPES = {
     "fcn16s": dataclasses.replace(_FCN, learning_rate=1e-12 * _PIXELS),
     "fcn8s": dataclasses.replace(_FCN, learning_rate=1e-14 * _PIXELS),
 }  # fmt: skip
-# The default model: a U-Net with four narrow stages.
-SMALL = {"features": (16, 32, 48, 64), "decoder_features": (48, 32, 16)}
+# The default model: a U-Net whose stages are narrow, the first one above all.
+SMALL = {"features": (8, 24, 64, 96, 128), "decoder_features": (96, 64, 24, 8)}
