@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,8 @@ class Config(Recipe, fv.train.RunSettings):
     """Classes of the values of the masks, as VALUE:CLASS; 255 is unknown. Default: the values are the classes."""
     instances: bool = False
     """The masks hold the numbers of instances. Class 0 is the background, and class 1 the instances."""
+    components: str | None = None
+    """Class whose connected parts are compared as instances in the final metrics. Default: the class of --instances."""
     border_weights: bool = False
     """Weigh pixels between close instances as in the U-Net paper; only with --instances."""
     channels: Literal[1, 3] = 3
@@ -131,7 +133,7 @@ def main(config: Config) -> int:
     if config.eval_only:
         workdir.mkdir(parents=True, exist_ok=True)
     else:
-        free = ("threads", "cache", "eval_batch_size", "eval_only", "tile", "overlap")
+        free = ("threads", "cache", "eval_batch_size", "eval_only", "tile", "overlap", "components")
         fv.train.open_workdir(workdir, config, free=(*config.FREE, *free))
     run = Run(config, train, val, test, workdir)
     return run.evaluate() if config.eval_only else run.train()
@@ -146,6 +148,8 @@ def check(config: Config) -> None:
         raise ValueError("--weights FILE-OR-TAG must be given with --eval-only; got none")
     if bool(config.backbone_model) != bool(config.backbone_weights):
         raise ValueError("--backbone-model and --backbone-weights must be given together; got one of them")
+    if config.components and config.instances:
+        raise ValueError("--components must be left out with --instances, which has instances")
     if config.border_weights and not config.instances:
         raise ValueError("--border-weights must be left out without --instances")
     if not config.per_image and (config.parallel == "pmap" or config.accumulate > 1):
@@ -174,6 +178,9 @@ def load(config: Config):
         source = fv.data.load_segmentation(config.dataset, own.get(split, split), **options, **weight)
         fv.data.validate(source, task="segmentation", num_classes=len(source.classes), verify=False)
         sources.append(source)
+    if config.components and config.components not in sources[-1].classes:
+        known = ", ".join(sources[-1].classes)
+        raise ValueError(f"--components must be one of {known}; got {config.components!r}")
     return sources
 
 
@@ -290,13 +297,19 @@ class Run:
 
     def report(self, variables) -> dict[str, float]:
         """Labels the test images one by one, prints the metrics of each class, and draws images."""
-        counts = []
+        config = self.config
+        counts, instances = [], []
+        part = self.classes.index(config.components) if config.components else 1 if config.instances else None
         labels_of = lambda image: np.asarray(self.find(variables, image[None]))[0]
         for i in range(len(self.test)):
             example = self.test[i]
             found = labels_of(example["image"])
             matrix = fv.metrics.ConfusionMatrix.init(len(self.classes)).update(found, example["label"])
             counts.append(np.asarray(matrix.counts, np.int64))
+            if part is not None:
+                truth = example.get("instances", fv.metrics.label_components(example["label"] == part))
+                parts = fv.metrics.label_components(found == part)
+                instances.append(fv.metrics.InstanceRecords.of(parts, truth, index=np.array([i])))
         records = fv.metrics.SegmentationRecords(np.stack(counts), np.arange(len(counts)))
         figures = records.compute()
         low, high = records.bootstrap("mean_iou")
@@ -314,6 +327,8 @@ class Run:
             f" {figures['accuracy']:.3f}, Dice {figures['dice']:.3f}"
         )
         results = {**figures, "mean_iou_low": low, "mean_iou_high": high, "classes": table}
+        if instances:
+            results |= _instances(instances)
         (self.workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         order = np.argsort(records.per_image())
         middle = max(0, (len(order) - _SHOWN) // 2)
@@ -345,6 +360,17 @@ class Run:
         images = [_picture(image) for image in made["image"]]
         path = self.workdir / "samples.png"
         fv.plot.overlays(images, list(made["label"]), None, self.classes, background=0, columns=4, path=path)
+
+
+def _instances(records: list[fv.metrics.InstanceRecords]) -> dict[str, float]:
+    """Prints the metrics of instances and returns them."""
+    figures = reduce(fv.metrics.InstanceRecords.merge, records).compute()
+    print(
+        f"adapted Rand error {figures['rand_error']:.3f}, variation of information {figures['vi']:.3f} bits,"
+        f" panoptic quality {figures['pq']:.3f},"
+        f" {figures['separated']:.0f} of {figures['touching']:.0f} touching pairs separated"
+    )
+    return figures
 
 
 def _loss(name: str, per_image: bool):

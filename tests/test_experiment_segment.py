@@ -70,6 +70,8 @@ def test_a_run_on_a_folder(cells, tmp_path):
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["mean_iou"] > 0.8
     assert f"mean IoU {results['mean_iou']:.3f}" in printed
+    assert results["pq"] > 0.5
+    assert f"{results['separated']:.0f} of {results['touching']:.0f} touching pairs separated" in printed
     for name in ("samples", "worst", "middle", "best", "confusion", "curves"):
         assert (tmp_path / "a" / f"{name}.png").stat().st_size > 1000
     metrics = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
@@ -101,6 +103,8 @@ def test_recipes_and_wrong_flags():
         (("--model", "resnet50"), "--model must be small or a segmenter"),
         (("--eval-only",), "--weights FILE-OR-TAG must be given"),
         (("--border-weights",), "--border-weights must be left out without --instances"),
+        (("--components", "disc", "--instances"), "--components must be left out with --instances"),
+        (("--components", "star"), "--components must be one of background, disc, box, triangle; got 'star'"),
         (("--backbone-model", "resnet50"), "must be given together"),
         (("--dataset", "folder", "--values", "1-2"), "--values must be pairs VALUE:CLASS; got 1-2"),
         (("--dataset", "pets"), r"name must be one of shapes, folder, .*, oxford_iiit_pet, .*; got 'pets'"),

@@ -121,8 +121,10 @@ def load_segmentation(
     known = ("shapes", "folder", "voc", "ade20k", *SETS)
     if name.split("/")[0].split(":")[0] in SETS:
         for option in ("colours", "instances", "weight"):
-            if options.pop(option, None):
-                raise ValueError(f"{option} must be left out for the TFDS set {name!r}, whose masks hold classes")
+            if value := options.pop(option, None):
+                raise ValueError(
+                    f"{option} must be left out for the TFDS set {name!r}, whose masks hold classes; got {value}"
+                )
         return load_tfds_segmentation(name, split, data_dir=data_dir, classes=classes, **options)
     if name not in known:
         raise ValueError(f"name must be one of {', '.join(known)}; got {name!r}")
