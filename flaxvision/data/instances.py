@@ -57,7 +57,7 @@ class InstanceSource:
     def _overview(self) -> tuple[np.ndarray, np.ndarray]:
         def look(index: int) -> tuple[tuple[int, ...], int]:
             numbers = self.source[index]["instances"]
-            return numbers.shape, np.count_nonzero(np.unique(numbers))
+            return numbers.shape, int(np.count_nonzero(np.unique(numbers)))
 
         sizes, counts = zip(*bounded_map(look, range(len(self))), strict=True)
         return np.array(sizes, np.int64), np.array(counts, np.int64)

@@ -5,6 +5,7 @@ too, but with NumPy 2 its decoder warns (2.0.11), and it does not check that the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,8 +56,9 @@ def encode(masks: np.ndarray) -> tuple[bytes, ...]:
     Returns:
         The `counts` of M compressed RLEs.
     """
-    from pycocotools import mask as coder
+    import pycocotools.mask
 
+    coder: Any = pycocotools.mask  # its type hints give str or bytes
     return tuple(coder.encode(np.asfortranarray(mask, np.uint8))["counts"] for mask in masks)
 
 

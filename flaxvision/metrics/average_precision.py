@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from flaxvision.data import rle
+
 COCO_NAMES = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
@@ -67,10 +69,8 @@ def _place(box: np.ndarray, mask: bytes | None, record: Record) -> dict[str, Any
     x1, y1, x2, y2 = (float(v) for v in box)
     place: dict[str, Any] = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
     if mask is not None:
-        from pycocotools import mask as coder
-
         place["segmentation"] = {"size": [int(side) for side in record["size"]], "counts": mask}
-        place["area"] = float(coder.area(place["segmentation"]))
+        place["area"] = float(rle.area(mask))
     return place
 
 

@@ -96,7 +96,7 @@ class DetectionAP(Accumulator):
         records = []
         for i in np.flatnonzero(rows["mask"]):
             real, found = rows["valid"][i], rows["found_valid"][i]
-            record = {key: rows[key][i][real] for key in ("boxes", "labels", "crowd", "difficult")}
+            record: dict[str, Any] = {key: rows[key][i][real] for key in ("boxes", "labels", "crowd", "difficult")}
             record |= {key: rows[key][i][found] for key in ("found_boxes", "found_scores", "found_labels")}
             sides = record["boxes"][:, 2:] - record["boxes"][:, :2]
             if "masks" in rows:
@@ -199,7 +199,9 @@ class DetectionRecords:
                 raise ValueError("index must be in the batches to find the objects of an image; got none")
             example = source.objects(index) if hasattr(source, "objects") else source[index]
             valid = np.asarray(example["valid"], bool)
-            truth = {key: np.asarray(example[key])[valid] for key in ("boxes", "labels", "crowd", "difficult")}
+            truth: dict[str, Any] = {
+                key: np.asarray(example[key])[valid] for key in ("boxes", "labels", "crowd", "difficult")
+            }
             sides = truth["boxes"][:, 2:] - truth["boxes"][:, :2]
             if self._masked:
                 masks = np.asarray(example["masks"])[valid]

@@ -6,6 +6,8 @@ from these contingency tables. `label_components` makes instances from a foregro
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from flaxvision.metrics.panoptic import quality, score_segments, segment_table
@@ -128,13 +130,13 @@ def label_components(foreground: np.ndarray, *, connectivity: int = 1, min_size:
     if connectivity not in (1, 2):
         raise ValueError(f"connectivity must be 1 or 2; got {connectivity}")
     structure = ndimage.generate_binary_structure(2, connectivity)
-    labels = np.zeros(foreground.shape, np.int32)
+    labels: Any = np.zeros(foreground.shape, np.int32)
     shape = (-1, *foreground.shape[-2:])
     for image, out in zip(foreground.reshape(shape), labels.reshape(shape), strict=True):
-        parts = np.asarray(ndimage.label(image, structure)[0])
-        keep = np.bincount(parts.ravel()) >= min_size
+        parts: Any = ndimage.label(image, structure)  # its type hints leave out the array
+        keep = np.bincount(parts[0].ravel()) >= min_size
         keep[0] = False
-        out[...] = (np.cumsum(keep) * keep)[parts]
+        out[...] = (np.cumsum(keep) * keep)[parts[0]]
     return labels
 
 

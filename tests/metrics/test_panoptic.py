@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flaxvision.metrics import PanopticRecords
+from parity import libraries
 
 K, THINGS = 4, (1, 3)
 
@@ -101,6 +102,8 @@ def test_wrong_arguments(change, message):
 def test_against_torchmetrics():
     """Without void pixels, for which torchmetrics has another rule."""
     import torch
+
+    libraries._import_torchvision()  # torchmetrics imports it
     from torchmetrics.detection import PanopticQuality
 
     pairs = [[np.where(maps == 255, 0, maps) for maps in draw(seed)] for seed in range(4)]
