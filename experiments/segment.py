@@ -85,7 +85,7 @@ class Config(Recipe, fv.train.RunSettings):
     components: str | None = None
     """Class whose connected parts are compared as instances in the final metrics. Default: the class of --instances."""
     border_weights: bool = False
-    """Weigh pixels between close instances as in the U-Net paper; only with --instances."""
+    """Weigh pixels between close instances as in the U-Net paper; only with --instances and --loss cross_entropy."""
     channels: Literal[1, 3] = 3
     """Channels of the images of a folder: 1 for grey."""
     size: tuple[int, int] | None = None
@@ -152,6 +152,8 @@ def check(config: Config) -> None:
         raise ValueError("--components must be left out with --instances, which has instances")
     if config.border_weights and not config.instances:
         raise ValueError("--border-weights must be left out without --instances")
+    if config.border_weights and config.loss != "cross_entropy":
+        raise ValueError(f"--border-weights must be used with --loss cross_entropy; got --loss {config.loss}")
     if not config.per_image and (config.parallel == "pmap" or config.accumulate > 1):
         raise ValueError("--per-image must be left on with --parallel pmap or --accumulate, which split the batch")
     for field in ("eval_every", "log_every", "eval_batch_size"):

@@ -64,7 +64,8 @@ def run(*flags):
 @pytest.mark.slow
 def test_a_run_on_a_folder(cells, tmp_path):
     flags = ["--dataset", "folder", "--data-dir", cells, "--classes", "background", "cell", "--instances"]
-    flags += ["--border-weights", "--channels", 1, "--batch-size", 8, "--eval-batch-size", 8, "--no-progress"]
+    flags += ["--border-weights", "--loss", "cross_entropy"]
+    flags += ["--channels", 1, "--batch-size", 8, "--eval-batch-size", 8, "--no-progress"]
     flags += ["--elastic", 1.0, "--crop", 16, 20, "--padding", 2, "--learning-rate", 0.02, "--warmup-epochs", 0]
     printed = run(*flags, "--epochs", 40, "--eval-every", 20, "--workdir", tmp_path / "a")
     results = json.loads((tmp_path / "a" / "results.json").read_text())
@@ -103,6 +104,10 @@ def test_recipes_and_wrong_flags():
         (("--model", "resnet50"), "--model must be small or a segmenter"),
         (("--eval-only",), "--weights FILE-OR-TAG must be given"),
         (("--border-weights",), "--border-weights must be left out without --instances"),
+        (
+            ("--border-weights", "--instances"),
+            "--border-weights must be used with --loss cross_entropy; got --loss dice",
+        ),
         (("--components", "disc", "--instances"), "--components must be left out with --instances"),
         (("--components", "star"), "--components must be one of background, disc, box, triangle; got 'star'"),
         (("--backbone-model", "resnet50"), "must be given together"),
