@@ -112,9 +112,9 @@ def test_wrong_shapes(batch, logits, message):
 
 
 def test_wrong_options():
+    weighted = {"weight": np.ones(LABELS.shape, np.float32)}
     with pytest.raises(ValueError, match="batch must not hold weight with a loss"):
-        weight = np.ones(LABELS.shape, np.float32)
-        measured(fv.train.segmentation(loss=fv.losses.soft_dice), {"weight": weight})
+        measured(fv.train.segmentation(loss=fv.losses.soft_dice), weighted)
     with pytest.raises(ValueError, match="class_weights must have 3 values, one per class; got 2"):
         measured(fv.train.segmentation(class_weights=(1.0, 2.0)), {})
     with pytest.raises(ValueError, match="class_weights must be None with a loss; got both"):
