@@ -97,7 +97,11 @@ class PanopticRecords(ImageRecords):
         return [dict(zip(("name", "segments", "pq", "sq", "rq"), row, strict=True)) for row in values]
 
     def merge(self, other: Self) -> Self:
-        """Combines two sets of images."""
+        """Combines two sets of images.
+
+        Raises:
+            ValueError: The sets have other classes or other things.
+        """
         if not np.array_equal(self.things, other.things):
             raise ValueError(
                 f"other must have the things {np.flatnonzero(self.things)} of {len(self.things)} classes; "
