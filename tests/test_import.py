@@ -16,6 +16,7 @@ HEAVY = (
     "matplotlib",
     "orbax",
     "sklearn",
+    "skimage",
     "PIL",
     "tqdm",
     "safetensors",

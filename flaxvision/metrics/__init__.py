@@ -14,25 +14,33 @@ depend on the batch size or on the number of devices.
 """
 
 from flaxvision.metrics.accumulator import Accumulator, compute, from_json, merge, to_host, to_json
+from flaxvision.metrics.boundary import BoundaryMetrics, BoundaryRecords
 from flaxvision.metrics.classification import correct, top_k_correct
 from flaxvision.metrics.confusion import ConfusionMatrix
 from flaxvision.metrics.detection import CocoAP, DetectionAP, DetectionRecords, VocAP
+from flaxvision.metrics.instances import InstanceRecords, label_components
 from flaxvision.metrics.mean import Mean
+from flaxvision.metrics.panoptic import PanopticRecords
 from flaxvision.metrics.segmentation import SegmentationMetrics, SegmentationRecords
 
 __all__ = [
     "Accumulator",
+    "BoundaryMetrics",
+    "BoundaryRecords",
     "CocoAP",
     "ConfusionMatrix",
     "DetectionAP",
     "DetectionRecords",
+    "InstanceRecords",
     "Mean",
+    "PanopticRecords",
     "SegmentationMetrics",
     "SegmentationRecords",
     "VocAP",
     "compute",
     "correct",
     "from_json",
+    "label_components",
     "merge",
     "to_host",
     "to_json",
