@@ -20,6 +20,7 @@ MODULES = {
     "opencv-python-headless": "cv2",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
+    "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "tensorboardx": "tensorboardX",
 }

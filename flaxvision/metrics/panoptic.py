@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -96,8 +96,12 @@ class PanopticRecords(ImageRecords):
         values = zip(names, (counts[:, 1] + counts[:, 3]).astype(int).tolist(), *quality(counts).tolist(), strict=True)
         return [dict(zip(("name", "segments", "pq", "sq", "rq"), row, strict=True)) for row in values]
 
-    def merge(self, other: PanopticRecords) -> PanopticRecords:
-        """Combines two sets of images."""
+    def merge(self, other: Self) -> Self:
+        """Combines two sets of images.
+
+        Raises:
+            ValueError: The sets have other classes or other things.
+        """
         if not np.array_equal(self.things, other.things):
             raise ValueError(
                 f"other must have the things {np.flatnonzero(self.things)} of {len(self.things)} classes; "
@@ -105,8 +109,8 @@ class PanopticRecords(ImageRecords):
             )
         return super().merge(other)
 
-    def _with(self, counts: np.ndarray, index: np.ndarray) -> PanopticRecords:
-        return PanopticRecords(counts, index, self.things)
+    def _with(self, counts: np.ndarray, index: np.ndarray) -> Self:
+        return type(self)(counts, index, self.things)
 
     def _figures(self, counts: np.ndarray) -> dict[str, float]:
         values = dict(zip(("pq", "sq", "rq"), quality(counts.sum(0)), strict=True))
