@@ -100,7 +100,7 @@ def normed(norm: type[nn.Module]) -> Callable[[jax.Array], jax.Array]:
 
 
 def cases() -> Iterator[Case]:
-    """Cases with the sizes of LeNet, VGG, ResNet, ResNeXt, MobileNet, U-Net and DCGAN."""
+    """Cases with the sizes of LeNet, VGG, ResNet, ResNeXt, MobileNet, DeepLab, FCN, U-Net and DCGAN."""
     both = lambda name, shape, *args, **kwargs: Case(
         name, shape, layers.Conv(*args, **kwargs), nn.Conv(*args, **kwargs)
     )
@@ -118,6 +118,8 @@ def cases() -> Iterator[Case]:
     yield both("conv 9x9 256-256 stride 2 valid", (8, 20, 20, 256), 256, (9, 9), 2, padding="VALID")
     yield both("conv 3x3 64-64 large", (2, 224, 224, 64), 64, three)
     yield both("conv 3x3 64-64 atrous 2", (8, 28, 28, 64), 64, three, kernel_dilation=2)
+    yield both("conv 3x3 512-512 atrous 4", (2, 32, 32, 512), 512, three, kernel_dilation=4)
+    yield both("conv 3x3 2048-256 atrous 12", (2, 32, 32, 2048), 256, three, kernel_dilation=12)
     yield both("conv 1x1 64-256", (8, 56, 56, 64), 256, one)
     yield both("conv 1x1 256-64", (8, 56, 56, 256), 64, one)
     yield both("conv 1x1 256-512 stride 2", (8, 56, 56, 256), 512, one, 2)
@@ -147,6 +149,9 @@ def cases() -> Iterator[Case]:
     yield Case("transposed 2x2 stride 2 128-64", (8, 28, 28, 128), *transposed(64, (2, 2), (2, 2)))
     yield Case("transposed 3x3 stride 2 128-64", (8, 28, 28, 128), *transposed(64, three, (2, 2)))
     yield Case("transposed 4x4 stride 2 128-64", (8, 28, 28, 128), *transposed(64, (4, 4), (2, 2)))
+    yield Case("transposed 2x2 stride 2 1024-512", (2, 16, 16, 1024), *transposed(512, (2, 2), (2, 2)))
+    yield Case("transposed 16x16 stride 8 21-21", (2, 34, 34, 21), *transposed(21, (16, 16), (8, 8)))
+    yield Case("transposed 64x64 stride 32 21-21", (2, 10, 10, 21), *transposed(21, (64, 64), (32, 32)))
     for window, stride, padding in ((2, 2, "VALID"), (3, 2, "SAME"), (3, 1, "SAME")):
         name = f"{window}x{window} stride {stride}"
         for kind in ("max", "avg"):

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from detect_recipes import SMALL
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import flaxvision as fv
@@ -46,6 +45,16 @@ class Built:
 def is_cfg(model: str) -> bool:
     """Returns whether a model is specified by a `.cfg` file."""
     return model.endswith(".cfg")
+
+
+def registry_name(config: Any) -> str:
+    """Returns the registry name of the model of --model, which is not a `.cfg` file."""
+    return config.SMALL[0] if config.model == "small" else config.model
+
+
+def has_masks(config: Any) -> bool:
+    """Returns whether the model predicts masks."""
+    return not is_cfg(config.model) and isinstance(fv.create_model(registry_name(config)), fv.models.MaskRCNN)
 
 
 def check(config: Any) -> None:
@@ -93,14 +102,14 @@ def build(config: Any, num_classes: int, find_anchors: Callable[[int], Any]) -> 
     """
     if is_cfg(config.model):
         return _from_cfg(config, num_classes, find_anchors)
-    name = "yolo_v3_tiny" if config.model == "small" else config.model
+    name = registry_name(config)
     info, usual = fv.model_info(name), fv.create_model(name)
     fields = fv.model_fields(usual)
-    overrides: dict[str, Any] = dict(SMALL) if config.model == "small" else {}
+    overrides: dict[str, Any] = dict(config.SMALL[1]) if config.model == "small" else {}
     if config.weights or config.backbone_weights:
         overrides["frozen_stages"] = config.frozen_stages
     rcnn = isinstance(usual, fv.models.FasterRCNN)
-    if rcnn and not config.weights:
+    if rcnn and not config.weights and config.model != "small":
         # The published network has the frozen statistics of a trained backbone, and an epsilon that goes with its own.
         overrides |= {"epsilon": 1e-5, "batch_norm": "frozen" if config.backbone_weights else "sync"}
     overrides |= config.model_overrides(fields, num_classes + int(rcnn))

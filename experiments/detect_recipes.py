@@ -101,4 +101,10 @@ SMALL = {
     "class_weight": 2.0,
 }
 _USUAL = ("train", "val", "test")
-SPLITS = {"shapes": _USUAL, "voc_xml": _USUAL, "yolo": ("train", "val", None), "coco": ("train2017", "val2017", None)}
+SPLITS = {
+    "shapes": _USUAL,
+    "voc_xml": _USUAL,
+    "yolo": ("train", "val", None),
+    "instances": ("train", "val", None),
+    "coco": ("train2017", "val2017", None),
+}

@@ -53,7 +53,10 @@ def draw(find: Callable[..., Any], source: fv.data.CanvasSource, classes: tuple[
         images.append(example["image"][:height, :width])
         kept = found.valid[i] & (found.scores[i] >= _SHOWN)
         drawn.append({key: getattr(found, key)[i][kept] for key in ("boxes", "labels", "scores")})
-        truth.append({key: example[key][example["valid"]] for key in _TRUTH})
+        truth.append(_objects(example, height, width))
+        if found.masks is not None:
+            pasted = fv.ops.iter_masks(found.masks[i][kept], found.boxes[i][kept], (height, width))
+            drawn[-1]["masks"] = [*pasted]
     path.parent.mkdir(parents=True, exist_ok=True)
     fv.plot.detections(images, drawn, truth, classes, path=path)
 
@@ -73,8 +76,17 @@ def draw_samples(batches: Any, transform: Callable[..., dict[str, Any]], rng: ja
         first = {key: value[:PICTURES] for key, value in next(iterator).items()}
     made = jax.device_get(jax.jit(transform)(rng, first))
     images = [image[:h, :w] for image, (h, w) in zip(made["image"], made["size"], strict=True)]
-    truth = [{key: made[key][i][made["valid"][i]] for key in _TRUTH} for i in range(len(images))]
+    examples = ({key: value[i] for key, value in made.items()} for i in range(len(images)))
+    truth = [_objects(example, *example["size"]) for example in examples]
     fv.plot.detections(images, truth, None, batches.source.classes, columns=4, path=path)
+
+
+def _objects(example: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Returns the objects of an example on a canvas, with masks of the size of the image."""
+    objects = {key: example[key][example["valid"] > 0] for key in _TRUTH}
+    if "masks" in example:
+        objects["masks"] = example["masks"][example["valid"] > 0][:, :height, :width] > 0
+    return objects
 
 
 def report(
@@ -108,6 +120,29 @@ def report(
         fv.plot.precision_recall(curves, classes, path=folder / "precision_recall.png")
         fv.plot.false_positives(found.false_positives(), classes, path=folder / "false_positives.png")
     (folder / "results.json").write_text(json.dumps({**figures, **more, "classes": table}, indent=1) + "\n")
+    return more
+
+
+def report_masks(found: fv.metrics.DetectionRecords, classes: tuple[str, ...], folder: Path) -> dict[str, float]:
+    """Prints the metrics of the masks of each class and a bootstrap interval.
+
+    Args:
+        found: The masks of all images.
+        classes: Names of the classes.
+        folder: Folder with the `results.json` of `report`, to which the metrics are added.
+
+    Returns:
+        The metrics; their names start with `masks_`.
+    """
+    values, (low, high) = found.compute(), found.bootstrap("ap50", resamples=300)
+    more = {f"masks_{name}": value for name, value in values.items()} | {"masks_ap50_low": low, "masks_ap50_high": high}
+    print(f"{'masks of class':16} {'objects':>8} {'AP':>7} {'AP50':>7}")
+    table = found.per_class(classes)
+    for row in table:
+        print(f"{row['name'][:16]:16} {row['objects']:8} {row['ap']:7.3f} {row['ap50']:7.3f}")
+    print(f"AP {values['ap']:.3f}, AP50 {values['ap50']:.3f} (95 % bootstrap interval {low:.3f} to {high:.3f})")
+    results = json.loads((folder / "results.json").read_text()) | more | {"mask_classes": table}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return more
 
 

@@ -36,15 +36,28 @@ class Recipe(fv.train.Recipe):
     """Augmentation: maximum relative change of the contrast."""
     loss: Literal["cross_entropy", "dice", "lovasz", "focal"] = "cross_entropy"
     """Loss. dice and lovasz are added to the cross-entropy."""
+    per_image: bool = True
+    """dice and lovasz sum over each image; --no-per-image sums over the whole batch."""
     aux_heads: bool = False
     """Train the auxiliary head of the model, if it has one."""
 
 
+# Shelhamer et al. 2017: FCN-32s starts from VGG-16, FCN-16s from FCN-32s and FCN-8s from FCN-16s, each of the latter
+# two with a learning rate 100 times lower (section 4.2). SGD on single whole images with a momentum of 0.99 and no
+# augmentation (section 4.3), and fixed bilinear upsampling. The numbers are those of the authors' released solvers:
+# 100,000 steps on 8,498 images, and for the sum of the losses of all pixels a learning rate of 1e-10 and a weight decay
+# of 5e-4. Here the loss is the mean, so that the same step has the former times and the latter divided by the number of
+# pixels. The authors double the learning rate of biases; this recipe does not.
+_PIXELS = 375 * 500
+_FCN = Recipe(
+    epochs=12.0, batch_size=1, optimizer="momentum", momentum=0.99, learning_rate=1e-10 * _PIXELS, schedule="constant",
+    weight_decay=5e-4 / _PIXELS, flip=False, frozen=("upsample*",),
+)  # fmt: skip
 RECIPES = {
     # The small model from scratch.
     "small": Recipe(
-        epochs=8.0, batch_size=16, optimizer="adamw", learning_rate=3e-3, schedule="cosine", warmup_epochs=0.4,
-        weight_decay=1e-4, clip_norm=10.0, vertical_flip=True, ema_decay=0.998,
+        epochs=10.0, batch_size=8, optimizer="adamw", learning_rate=2e-3, schedule="cosine", warmup_epochs=0.4,
+        weight_decay=1e-4, clip_norm=10.0, vertical_flip=True, loss="dice", ema_decay=0.99,
     ),
     # Ronneberger et al. 2015, section 3: one large tile per step, momentum 0.99, elastic deformations. The paper gives
     # no learning rate.
@@ -63,6 +76,9 @@ RECIPES = {
         epochs=30.0, batch_size=32, optimizer="momentum", learning_rate=0.02, schedule="polynomial", power=0.9,
         weight_decay=1e-4, crop=(480, 480), scale=(0.5, 2.0), aux_heads=True,
     ),
+    "fcn32s": _FCN,
+    "fcn16s": dataclasses.replace(_FCN, learning_rate=1e-12 * _PIXELS),
+    "fcn8s": dataclasses.replace(_FCN, learning_rate=1e-14 * _PIXELS),
 }  # fmt: skip
-# The default model: a U-Net with four narrow stages.
-SMALL = {"features": (16, 32, 48, 64), "decoder_features": (48, 32, 16)}
+# The default model: a U-Net whose stages are narrow, the first one above all.
+SMALL = {"features": (8, 24, 64, 96, 128), "decoder_features": (96, 64, 24, 8)}

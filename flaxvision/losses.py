@@ -135,9 +135,10 @@ def soft_dice(
     smooth: float = 1.0,
     squared: bool = True,
     background: bool = True,
+    per_image: bool = True,
     ignore: int = IGNORED,
 ) -> jax.Array:
-    """Computes the soft Dice loss of every image (Milletari et al. 2016, section 3), averaged over the classes.
+    """Computes the soft Dice loss (Milletari et al. 2016, section 3) of every image, averaged over the classes.
 
     `1 - (2 sum p t + smooth) / (sum p^2 + sum t^2 + smooth)` over the pixels, for the probability `p` of a class and
     its target `t`, 0 or 1.
@@ -148,12 +149,15 @@ def soft_dice(
         smooth: Added to both parts of the fraction; the paper has none.
         squared: Whether the denominator has the squares of the paper, or `p` and `t`.
         background: Whether class 0 counts.
+        per_image: Whether the sums are over the pixels of each image, as in the paper, or of the whole batch. Under
+            `jax.pmap`, the batch is that of one device.
         ignore: Label of pixels whose class is not known; they do not count.
 
     Returns:
-        Losses `[N]`; 0 for an image without known pixels, NaN for one with another label outside [0, K).
+        Losses `[N]`; 0 for an image without known pixels, NaN for one with another label outside [0, K). Without
+        `per_image`, every entry is the loss of the batch.
     """
-    probabilities, targets, wrong = _dense(logits, labels, ignore)
+    probabilities, targets, wrong = _dense(logits, labels, ignore, per_image)
     first = 0 if background else 1
     p, t = probabilities[..., first:], targets[..., first:]
     part = jnp.sum(p * t, axis=1)
@@ -161,11 +165,11 @@ def soft_dice(
     # Without a known pixel and without `smooth`, nothing is wrong.
     empty = whole + smooth == 0
     overlap = jnp.where(empty, 1.0, (2 * part + smooth) / jnp.where(empty, 1.0, whole + smooth))
-    return jnp.where(wrong, jnp.nan, jnp.mean(1 - overlap, axis=-1))
+    return _rows(jnp.where(wrong, jnp.nan, jnp.mean(1 - overlap, axis=-1)), len(labels))
 
 
-def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORED) -> jax.Array:
-    """Computes the Lovasz-softmax loss of every image (Berman et al. 2018, equation 11 and algorithm 1).
+def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, per_image: bool = True, ignore: int = IGNORED) -> jax.Array:
+    """Computes the Lovasz-softmax loss (Berman et al. 2018, equation 11 and algorithm 1) of every image.
 
     It is the mean, over the classes that occur in the labels of the image, of the Lovasz extension of the Jaccard loss
     of the errors.
@@ -173,12 +177,16 @@ def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORE
     Args:
         logits: `[N, H, W, K]`.
         labels: Class indices `[N, H, W]`.
+        per_image: Whether the pixels and classes are those of each image, or of the whole batch. The former
+            approximates the mean IoU over images, the latter that of a data set (section 3). Under `jax.pmap`, the
+            batch is that of one device.
         ignore: Label of pixels whose class is not known; they do not count.
 
     Returns:
-        Losses `[N]`; 0 for an image without known pixels, NaN for one with another label outside [0, K).
+        Losses `[N]`; 0 for an image without known pixels, NaN for one with another label outside [0, K). Without
+        `per_image`, every entry is the loss of the batch.
     """
-    probabilities, targets, wrong = _dense(logits, labels, ignore)
+    probabilities, targets, wrong = _dense(logits, labels, ignore, per_image)
     errors = jnp.abs(targets - probabilities)
 
     def of_class(errors: jax.Array, truth: jax.Array) -> jax.Array:
@@ -193,7 +201,25 @@ def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORE
     each = jax.vmap(jax.vmap(of_class, in_axes=1))(errors, targets)
     present = jnp.any(targets > 0, axis=1)
     mean = jnp.sum(jnp.where(present, each, 0.0), axis=-1) / jnp.maximum(jnp.sum(present, axis=-1), 1)
-    return jnp.where(wrong, jnp.nan, mean)
+    return _rows(jnp.where(wrong, jnp.nan, mean), len(labels))
+
+
+def instance_mask(logits: jax.Array, targets: jax.Array, classes: jax.Array) -> jax.Array:
+    """Computes Mask R-CNN's mask loss of every region (He et al. 2017, section 3).
+
+    It is the mean binary cross-entropy over the pixels of the mask of the true class. The masks of other classes have
+    no loss, so the classes do not compete. The paper averages over the regions that are not background.
+
+    Args:
+        logits: One mask for each class, `[..., h, w, K]`.
+        targets: True mask of each region in the frame of its box, `[..., h, w]`, in [0, 1].
+        classes: Class of each region, `[...]`.
+
+    Returns:
+        Losses `[...]`. The loss of a class outside [0, K) is NaN.
+    """
+    own = jnp.take_along_axis(logits, classes[..., None, None, None], axis=-1)[..., 0]
+    return optax.sigmoid_binary_cross_entropy(own, targets).mean((-2, -1))
 
 
 def _known(labels: jax.Array, classes: int, ignore: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -209,9 +235,19 @@ def _real(logits: jax.Array, inside: jax.Array) -> jax.Array:
     return jnp.where(inside[..., None], logits, jnp.zeros((), logits.dtype))
 
 
-def _dense(logits: jax.Array, labels: jax.Array, ignore: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns probabilities and targets `[N, H * W, K]`, 0 where the class is not known, and wrong images `[N]`."""
-    rows, classes = labels.shape[0], logits.shape[-1]
+def _rows(losses: jax.Array, rows: int) -> jax.Array:
+    """Repeats the loss of a batch `[1]` for every row; leaves losses of images `[N]` as they are."""
+    return jnp.broadcast_to(losses, (rows,))
+
+
+def _dense(
+    logits: jax.Array, labels: jax.Array, ignore: int, per_image: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns probabilities and targets `[N, H * W, K]`, 0 where the class is not known, and wrong images `[N]`.
+
+    Without `per_image`, the batch is one image: `[1, N * H * W, K]` and `[1]`.
+    """
+    rows, classes = labels.shape[0] if per_image else 1, logits.shape[-1]
     known, inside, labels = _known(labels, classes, ignore)
     counted = inside.reshape(rows, -1, 1).astype(logits.dtype)
     probabilities = jax.nn.softmax(_real(logits, inside)).reshape(rows, -1, classes) * counted

@@ -12,10 +12,12 @@ import jax
 import numpy as np
 
 from flaxvision import plot, weights
+from flaxvision.data import rle
 from flaxvision.data.canvas import Canvases
 from flaxvision.data.preprocessing import DetectionPreprocessing
 from flaxvision.detection import detect
 from flaxvision.models.darknet_cfg import CfgDetector
+from flaxvision.ops import iter_masks
 from flaxvision.registry import model_info
 from flaxvision.weights.bundle import is_bundle
 from flaxvision.weights.preprocessing import known_preprocessing
@@ -98,7 +100,8 @@ def detect_in_files(
 
     Returns:
         A dict for each file: `path`; `image`, uint8 [H, W, 3]; and by decreasing score `boxes` [D, 4], xyxy in pixels
-        of that image, `scores` [D] and `labels` [D].
+        of that image, `scores` [D] and `labels` [D]; and for a detector with masks `masks`, a compressed RLE of each
+        mask in that image; see `flaxvision.data.rle`.
 
     Raises:
         ValueError: A file is not a readable image.
@@ -114,15 +117,12 @@ def detect_in_files(
         valid = found.valid[0]
         scale = np.array([image.shape[1] / size[1], image.shape[0] / size[0]] * 2, np.float32)
         boxes = found.boxes[0][valid] * scale[None]
-        results.append(
-            {
-                "path": path,
-                "image": image,
-                "boxes": boxes,
-                "scores": found.scores[0][valid],
-                "labels": found.labels[0][valid],
-            }
-        )
+        result = {"path": path, "image": image, "boxes": boxes}
+        result |= {"scores": found.scores[0][valid], "labels": found.labels[0][valid]}
+        if found.masks is not None:
+            pasted = iter_masks(found.masks[0][valid], boxes, image.shape[:2])
+            result["masks"] = [rle.encode(mask[None])[0] for mask in pasted]
+        results.append(result)
     return results
 
 
@@ -139,7 +139,10 @@ def table(results: Sequence[dict[str, Any]], names: Sequence[str] | None) -> str
 
 
 def to_json(results: Sequence[dict[str, Any]], names: Sequence[str] | None) -> str:
-    """Returns the detections as JSON: a list with `file`, `height`, `width` and `objects` of each image."""
+    """Returns the detections as JSON: a list with `file`, `height`, `width` and `objects` of each image.
+
+    Masks are in COCO's format: a `segmentation` with `size` and the `counts` of a compressed RLE.
+    """
     content = []
     for result in results:
         objects = [
@@ -152,6 +155,8 @@ def to_json(results: Sequence[dict[str, Any]], names: Sequence[str] | None) -> s
             for box, score, label in zip(result["boxes"], result["scores"], result["labels"], strict=True)
         ]
         height, width = result["image"].shape[:2]
+        for each, mask in zip(objects, result.get("masks", ()), strict="masks" in result):
+            each["segmentation"] = {"size": [height, width], "counts": mask.decode()}
         content.append({"file": str(result["path"]), "height": height, "width": width, "objects": objects})
     return json.dumps(content, indent=1)
 
@@ -170,6 +175,8 @@ def draw(results: Sequence[dict[str, Any]], names: Sequence[str] | None, out: Pa
     """
     files = picture_files([result["path"] for result in results], out)
     for result, file in zip(results, files, strict=True):
+        if "masks" in result:
+            result = {**result, "masks": rle.decode(result["masks"], result["image"].shape[:2]).astype(bool)}
         plot.detections([result["image"]], [result], classes=names, columns=1, path=file)
     return files
 

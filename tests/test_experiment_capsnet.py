@@ -25,6 +25,7 @@ capsnet = script()
 SMALL = {"conv_features": 8, "primary_features": 1, "batch_size": 64, "decay": 0.1, "log_every": 4, "progress": False}
 
 
+@pytest.mark.slow
 def test_trains_draws_and_goes_on(tmp_path, capsys):
     workdir = tmp_path / "run"
     config = capsnet.Config(workdir=str(workdir), epochs=0.5, eval_every=0.25, **SMALL)

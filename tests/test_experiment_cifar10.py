@@ -100,6 +100,7 @@ def config_of(tmp_path, npz, **options):
     return cifar10.Config(**dataclasses.asdict(cifar10.RECIPES["fast"]) | defaults | options)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_goes_on(tmp_path, npz, tiny, capsys):
     config = config_of(tmp_path, npz, learning_rate=0.05, cutout=4, mixup=0.1)
     assert cifar10.main(config) == 0

@@ -41,18 +41,15 @@ detect = load_script()
 def tiny(monkeypatch):
     """A few images, and a network that compiles quickly."""
     monkeypatch.setattr(shapes, "_SPLITS", {"train": 24, "val": 8, "test": 11})
-    monkeypatch.setattr(
-        detect.detect_models,
-        "SMALL",
-        {
-            "convs": (((4, 3),), ((4, 3),), ((8, 3),), ((8, 3),), ((8, 3),)),
-            "stages": ("stage3", "stage4"),
-            "last_pool": False,
-            "necks": (((8, 1),), ()),
-            "head_features": (8, 8),
-            "lateral_features": (8,),
-        },
-    )
+    small = {
+        "convs": (((4, 3),), ((4, 3),), ((8, 3),), ((8, 3),), ((8, 3),)),
+        "stages": ("stage3", "stage4"),
+        "last_pool": False,
+        "necks": (((8, 1),), ()),
+        "head_features": (8, 8),
+        "lateral_features": (8,),
+    }
+    monkeypatch.setattr(detect.Config, "SMALL", ("yolo_v3_tiny", small))
 
 
 def run(*flags):
@@ -195,7 +192,7 @@ def test_published_weights_are_evaluated_in_their_own_classes(tmp_path):
 
 @pytest.mark.slow
 def test_a_backbone_from_a_classifier_whose_first_stages_stay(tiny, tmp_path):
-    convs = detect.detect_models.SMALL["convs"]
+    convs = detect.Config.SMALL[1]["convs"]
     donor = fv.create_model("darknet19", convs=convs, num_classes=2)
     variables = jax.jit(donor.init)(jax.random.key(9), jnp.zeros((1, 32, 32, 3)))
     file = tmp_path / "donor.safetensors"

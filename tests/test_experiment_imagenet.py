@@ -172,9 +172,8 @@ LONG = {"size": 24, "eval_size": 32, "eval_shorter": 36, "warmup_epochs": 0.0, "
 ALEXNET = {"size": 32, "shorter": (36, 40), "eval_shorter": 36, "parallel": "pmap", "learning_rate": 0.1}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "options"), [("long", LONG), pytest.param("alexnet", ALEXNET, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "options"), [("long", LONG), ("alexnet", ALEXNET)])
 def test_a_folder_trains_and_every_photograph_counts_once(tmp_path, folder, tiny, recipe, options, capsys):
     config = config_of(tmp_path, recipe, folder, **options)
     assert imagenet.main(config) == 0
@@ -211,6 +210,7 @@ def test_verifying_covers_both_parts(tmp_path, folder, tiny, part):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_continues_from_a_mended_folder_elsewhere(tmp_path, folder, tiny, monkeypatch, caplog):
     def fail(state):
         raise RuntimeError("the first evaluation fails")  # after the checkpoint
@@ -231,6 +231,7 @@ def test_a_run_continues_from_a_mended_folder_elsewhere(tmp_path, folder, tiny, 
     assert "class 'dark' had 24 images, has 23; a run that resumes from it differs" in caplog.text
 
 
+@pytest.mark.slow
 def test_given_weights_see_the_preprocessing_that_belongs_to_them(tmp_path, tiny, capsys):
     model = fv.create_model("tiny")
     rng = np.random.default_rng(2)

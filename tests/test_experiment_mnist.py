@@ -129,6 +129,7 @@ def test_a_run_killed_at_random_moments_and_terminated_ends_in_the_same_bits(tmp
     assert finished(tmp_path / "killed") == outcome(uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_before_the_training_leaves_with_status_0_and_the_run_goes_on(tmp_path, uninterrupted):
     process = start(tmp_path / "early")
     for _ in range(600):  # the handler is set once the imports are done: config.json comes soon after
@@ -257,6 +258,7 @@ def test_names_are_refused_with_the_nearest(tmp_path):
     assert "--epochs" in output
 
 
+@pytest.mark.slow
 def test_a_folder_of_photographs_trains(tmp_path):
     photos = tmp_path / "photos"
     for name, level in (("dark", 40), ("light", 210)):

@@ -28,6 +28,7 @@ def test_overlays_beside_the_truth(tmp_path):
 
 def test_colours_are_blended():
     image = np.full((2, 2, 3), 0.5, np.float32)
+    image[0, 1] = (0.2, 0.4, 0.9)  # of the same brightness
     out = coloured(image, np.array([[0, 1], [255, 2]]), background=0, opacity=0.5)
     np.testing.assert_allclose(out[0, 0], 0.5)
     np.testing.assert_allclose(out[1, 0], 0.5)

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from flaxvision.data.canvas import Canvases, CanvasSource, on_canvases
     from flaxvision.data.detection_sets import load_detection
     from flaxvision.data.folder import FolderSource
+    from flaxvision.data.instances import InstanceSource
     from flaxvision.data.pipeline import EvalBatches, TrainBatches, describe_changes, eval_batches, train_batches
     from flaxvision.data.preprocessing import DetectionPreprocessing, Preprocessing
-    from flaxvision.data.segmentation_sets import SegmentationSource, ShapesMaps, load_segmentation, read_mask
+    from flaxvision.data.segmentation_sets import ShapesMaps, load_segmentation
+    from flaxvision.data.segmentation_source import SegmentationSource, read_mask
     from flaxvision.data.shapes import ShapesSource
     from flaxvision.data.sources import load
     from flaxvision.data.statistics import channel_statistics
@@ -32,9 +34,10 @@ _HOME = {
     "DetectionSource": "annotations",
     "EvalBatches": "pipeline",
     "FolderSource": "folder",
+    "InstanceSource": "instances",
     "Mapped": "arrays",
     "Preprocessing": "preprocessing",
-    "SegmentationSource": "segmentation_sets",
+    "SegmentationSource": "segmentation_source",
     "ShapesMaps": "segmentation_sets",
     "ShapesSource": "shapes",
     "Source": "arrays",
@@ -52,7 +55,7 @@ _HOME = {
     "load_voc": "annotation_files",
     "load_yolo": "annotation_files",
     "on_canvases": "canvas",
-    "read_mask": "segmentation_sets",
+    "read_mask": "segmentation_source",
     "stratified_split": "arrays",
     "subset": "arrays",
     "train_batches": "pipeline",
@@ -67,6 +70,7 @@ __all__ = [
     "DetectionSource",
     "EvalBatches",
     "FolderSource",
+    "InstanceSource",
     "Mapped",
     "Preprocessing",
     "SegmentationSource",

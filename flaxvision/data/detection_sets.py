@@ -17,7 +17,7 @@ from flaxvision.data.decode import decode_image
 from flaxvision.data.shapes import ShapesSource
 from flaxvision.data.workers import bounded_map
 
-NAMES = ("shapes", "voc_xml", "coco", "yolo")
+NAMES = ("shapes", "voc_xml", "coco", "yolo", "instances")
 # Where the files of COCO are looked for: first as in the official archives, then as in folders made by hand.
 _COCO_JSON = ("annotations/instances_{split}.json", "annotations/{split}.json", "{split}.json")
 _COCO_BESIDE = "{split}/_annotations.coco.json"
@@ -50,16 +50,19 @@ def load_detection(
               archives; or a TFDS directory in which "coco" is prepared, where the splits "train2017" and "val2017" are
               "train" and "validation" of "coco/2017";
             * "yolo": a folder of YOLO text files; see `load_yolo`;
+            * "instances": a folder of images and of masks whose values are the numbers of instances; see the "folder"
+              of `load_segmentation`. All instances have one class;
             * the name of a prepared TFDS set with boxes, such as "voc/2007" or "coco/2017".
         split: Name of the split.
         data_dir: The folder. For a TFDS name, the directory of prepared sets; None for the default of TFDS.
         classes: Class names. For "voc_xml" and "yolo", None reads them from the files. For COCO and TFDS, they must
-            include the classes of the data, whose order is the default; a model may have others in between.
+            include the classes of the data, whose order is the default; a model may have others in between. For
+            "instances", one name; the default is "object".
         drop_empty: Whether to leave out boxes of zero width or height and list them in the attribute `dropped`,
             instead of raising an error.
         one_based: For "voc_xml"; see `load_voc`.
-        masks: Whether to read the mask of each object. Only "shapes" and folders of COCO have masks; TFDS leaves out
-            those of COCO.
+        masks: Whether to read the mask of each object. Only "shapes", "instances" and folders of COCO have masks; TFDS
+            leaves out those of COCO.
 
     Returns:
         The source.
@@ -80,6 +83,8 @@ def load_detection(
         raise ValueError(f"data_dir must be the folder of the data set for {name!r}; got None")
     if folder is not None and not folder.is_dir():
         raise ValueError(f"data_dir must be an existing folder; got {os.fspath(folder)!r}")
+    if name == "instances":
+        return _load_instances(folder, split, classes, masks)
     if name in ("voc_xml", "yolo") and masks:
         raise ValueError(f"masks must be False for {name!r}, whose annotations have no masks; got True")
     if name == "voc_xml":
@@ -97,6 +102,17 @@ def load_detection(
     if name == "coco":
         name, split = _COCO_OF_TFDS.get(split, (name, split))
     return load_tfds_detection(name, split, data_dir=folder, classes=classes, drop_empty=drop_empty)
+
+
+def _load_instances(folder: Path | None, split: str, classes: Sequence[str] | None, masks: bool) -> Source:
+    from flaxvision.data.instances import InstanceSource
+    from flaxvision.data.segmentation_sets import load_segmentation
+
+    names = ("object",) if classes is None else tuple(classes)
+    if len(names) != 1:
+        raise ValueError(f"classes must be one name for 'instances', whose objects have one class; got {list(names)}")
+    options: Any = {"data_dir": folder, "classes": ("background", *names), "instances": True, "cache": True}
+    return InstanceSource(load_segmentation("folder", split, **options), masks=masks)
 
 
 def _load_coco_folder(folder: Path, split: str, classes: Sequence[str] | None, drop_empty: bool, masks: bool) -> Source:

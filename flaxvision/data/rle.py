@@ -5,6 +5,7 @@ too, but with NumPy 2 its decoder warns (2.0.11), and it does not check that the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,30 @@ def runs_of(counts: bytes) -> np.ndarray:
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
+
+
+def area(counts: bytes) -> int:
+    """Returns the number of ones of a mask.
+
+    Args:
+        counts: The `counts` of a compressed RLE.
+    """
+    return int(runs_of(counts)[1::2].sum())
+
+
+def encode(masks: np.ndarray) -> tuple[bytes, ...]:
+    """Encodes masks with pycocotools.
+
+    Args:
+        masks: Zeros and ones, or bool, [M, height, width].
+
+    Returns:
+        The `counts` of M compressed RLEs.
+    """
+    import pycocotools.mask
+
+    coder: Any = pycocotools.mask  # its type hints give str or bytes
+    return tuple(coder.encode(np.asfortranarray(mask, np.uint8))["counts"] for mask in masks)
 
 
 def decode(masks: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:

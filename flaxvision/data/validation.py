@@ -29,7 +29,8 @@ def validate(
     * `classification`: `label`, an integer in [0, K).
     * `multilabel`: `label` [K], zeros and ones.
     * `regression`: `label`, a finite number or numbers [D], equally many in every example.
-    * `segmentation`: `label` [H, W], integers in [0, K), or 255 where the class is unknown.
+    * `segmentation`: `label` [H, W], integers in [0, K), or 255 where the class is unknown. Optionally `weight` [H, W],
+      finite floats that are not negative.
     * `detection`: `boxes` [M, 4], xyxy within the image with x1 < x2 and y1 < y2, `labels` [M] in [0, K) and `valid`
       [M], zeros and ones; rows with `valid` 0 are padding and may hold anything. Optionally `crowd` and `difficult`
       [M], zeros and ones; `masks` [M, h, w], zeros and ones with at least one 1; and `size` [2], the height and width
@@ -177,6 +178,16 @@ def _check_segmentation(batch: Mapping[str, np.ndarray], name: str, num_classes:
     if label.shape[1:] != size:
         raise ValueError(f"label must have the image's size {list(size)}; got {list(label.shape[1:])} in {name!r}")
     _check_range("label", label, name, num_classes, ignored=255)
+    if "weight" not in batch:
+        return
+    weight = batch["weight"]
+    if weight.shape[1:] != size:
+        raise ValueError(f"weight must have the image's size {list(size)}; got {list(weight.shape[1:])} in {name!r}")
+    if not np.issubdtype(weight.dtype, np.floating):
+        raise ValueError(f"weight must be floating point; got {weight.dtype} in {name!r}")
+    _check_finite("weight", weight, name)
+    if (weight < 0).any():
+        raise ValueError(f"weight must not be negative; got {weight[weight < 0][0]} in {name!r}")
 
 
 def _check_detection(batch: Mapping[str, np.ndarray], name: str, num_classes: int) -> None:

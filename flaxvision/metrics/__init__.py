@@ -17,7 +17,7 @@ from flaxvision.metrics.accumulator import Accumulator, compute, from_json, merg
 from flaxvision.metrics.boundary import BoundaryMetrics, BoundaryRecords
 from flaxvision.metrics.classification import correct, top_k_correct
 from flaxvision.metrics.confusion import ConfusionMatrix
-from flaxvision.metrics.detection import CocoAP, DetectionAP, DetectionRecords, VocAP
+from flaxvision.metrics.detection import CocoAP, CocoMaskAP, DetectionAP, DetectionRecords, VocAP
 from flaxvision.metrics.instances import InstanceRecords, label_components
 from flaxvision.metrics.mean import Mean
 from flaxvision.metrics.panoptic import PanopticRecords
@@ -28,6 +28,7 @@ __all__ = [
     "BoundaryMetrics",
     "BoundaryRecords",
     "CocoAP",
+    "CocoMaskAP",
     "ConfusionMatrix",
     "DetectionAP",
     "DetectionRecords",

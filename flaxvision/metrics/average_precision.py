@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from flaxvision.data import rle
+
 COCO_NAMES = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
@@ -19,12 +21,13 @@ KINDS = ("correct", "localization", "duplicate", "confusion", "background")
 Record = Mapping[str, Any]
 
 
-def coco_evaluation(records: Sequence[Record], num_classes: int) -> Any:
+def coco_evaluation(records: Sequence[Record], num_classes: int, masks: bool = False) -> Any:
     """Evaluates records with pycocotools.
 
     Args:
         records: As in `DetectionRecords`. Images are numbered in this order.
         num_classes: Number of classes K.
+        masks: Whether to compare masks instead of boxes.
 
     Returns:
         The `COCOeval` after `summarize`. Its `stats` are the twelve metrics.
@@ -34,36 +37,18 @@ def coco_evaluation(records: Sequence[Record], num_classes: int) -> Any:
 
     truth, found = [], []
     for image, record in enumerate(records, 1):
-        for box, label, crowd, area in zip(
-            record["boxes"], record["labels"], record["crowd"], record["area"], strict=True
-        ):
-            x1, y1, x2, y2 = (float(v) for v in box)
-            truth.append(
-                {
-                    "id": len(truth) + 1,
-                    "image_id": image,
-                    "category_id": int(label),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": float(area),
-                    "iscrowd": int(crowd),
-                }
-            )
-        for box, label, score in zip(
-            record["found_boxes"], record["found_labels"], record["found_scores"], strict=True
-        ):
-            x1, y1, x2, y2 = (float(v) for v in box)
-            found.append(
-                {
-                    "id": len(found) + 1,
-                    "image_id": image,
-                    "category_id": int(label),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                    "score": float(score),
-                }
-            )
-    images = [{"id": image} for image in range(1, len(records) + 1)]
+        for k, (label, crowd, area) in enumerate(zip(record["labels"], record["crowd"], record["area"], strict=True)):
+            place = _place(record["boxes"][k], record["masks"][k] if masks else None, record)
+            kind = {"id": len(truth) + 1, "image_id": image, "category_id": int(label), "iscrowd": int(crowd)}
+            truth.append({**place, **kind, "area": float(area)})
+        for k, (label, score) in enumerate(zip(record["found_labels"], record["found_scores"], strict=True)):
+            place = _place(record["found_boxes"][k], record["found_masks"][k] if masks else None, record)
+            kind = {"id": len(found) + 1, "image_id": image, "category_id": int(label), "iscrowd": 0}
+            found.append({**place, **kind, "score": float(score)})
+    images = [
+        {"id": image, **(dict(zip(("height", "width"), record["size"], strict=True)) if masks else {})}
+        for image, record in enumerate(records, 1)
+    ]
     categories = [{"id": k} for k in range(num_classes)]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and a table
         sets = []
@@ -72,16 +57,29 @@ def coco_evaluation(records: Sequence[Record], num_classes: int) -> Any:
             one.dataset = {"images": images, "annotations": annotations, "categories": categories}
             one.createIndex()
             sets.append(one)
-        evaluation = COCOeval(*sets, iouType="bbox")
+        evaluation = COCOeval(*sets, iouType="segm" if masks else "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
 
 
-def class_table(records: Sequence[Record], num_classes: int, classes: Sequence[str] | None) -> list[dict[str, Any]]:
+def _place(box: np.ndarray, mask: bytes | None, record: Record) -> dict[str, Any]:
+    """Returns the entries of an annotation that say where its object lies."""
+    x1, y1, x2, y2 = (float(v) for v in box)
+    place: dict[str, Any] = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+    if mask is not None:
+        place["segmentation"] = {"size": [int(side) for side in record["size"]], "counts": mask}
+        place["area"] = float(rle.area(mask))
+    return place
+
+
+def class_table(
+    records: Sequence[Record], num_classes: int, classes: Sequence[str] | None, masks: bool = False
+) -> list[dict[str, Any]]:
     """Returns the metrics of each class; see `DetectionRecords.per_class`."""
-    precision = coco_evaluation(records, num_classes).eval["precision"]  # [threshold, recall, class, area, detections]
+    # [threshold, recall, class, area, detections]
+    precision = coco_evaluation(records, num_classes, masks).eval["precision"]
     matched = match_classes(records, num_classes, 0.5)
     table = []
     for k in range(num_classes):
@@ -93,7 +91,7 @@ def class_table(records: Sequence[Record], num_classes: int, classes: Sequence[s
                 "objects": positives,
                 "ap": float(every[every > -1].mean()) if (every > -1).any() else float("nan"),
                 "ap50": float(half[half > -1].mean()) if (half > -1).any() else float("nan"),
-                "voc": voc_average_precision(*matched[k].curve()) if positives else float("nan"),
+                **({} if masks else {"voc": voc_average_precision(*matched[k].curve()) if positives else float("nan")}),
             }
         )
     return table

@@ -1,6 +1,6 @@
 """Boundary F of semantic segmentation.
 
-Source: Csurka et al. 2013, "What is a good evaluation measure for semantic segmentation?", BMVC.
+G. Csurka, D. Larlus, F. Perronnin, "What is a good evaluation measure for semantic segmentation?", BMVC 2013.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ class BoundaryMetrics(Accumulator):
 class BoundaryRecords(ImageRecords):
     """The boundary pixels of every image and class, on the host.
 
-    `compute` returns `boundary_f`, the mean over images of the mean over their classes, as the paper has it. A class
-    with boundary pixels in the prediction or the truth alone has an F of 0 in the image. One that has none in both is
-    left out, and so is an image without any. `pooled_boundary_f` is the mean over the classes of the F that follows
-    from the counts of all images together.
+    `compute` returns `boundary_f`, the mean over the images of the mean over their classes, as in the paper. If only
+    the prediction or only the truth has boundary pixels of a class, the F of the class is 0 in that image. If neither
+    has any, the class is left out of the mean. `pooled_boundary_f` is the mean over the classes of the F that is
+    computed from the counts of all images together.
 
     Attributes:
         counts: `[N, K, 4]` int64; see `BoundaryMetrics`.

@@ -1,9 +1,9 @@
 """Average precision of detectors: COCO's, computed by pycocotools, and PASCAL VOC's.
 
-`CocoAP.of(batch, found, num_classes)` and `VocAP.of(...)` hold the detections and the ground truth of one batch on the
-device. `to_host` turns them into `DetectionRecords`, which keeps one record per image. It computes the average
-precision, the metrics of each class, bootstrap intervals over images, precision-recall curves and the kinds of false
-positives.
+`CocoAP.of(batch, found, num_classes)`, `CocoMaskAP.of(...)` and `VocAP.of(...)` hold the detections and the ground
+truth of one batch on the device. `to_host` turns them into `DetectionRecords`, which keeps one record per image. It
+computes the average precision, the metrics of each class, bootstrap intervals over images, precision-recall curves and
+the kinds of false positives.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from flaxvision.data import rle
 from flaxvision.metrics import average_precision as ap
 from flaxvision.metrics.accumulator import Accumulator
+from flaxvision.ops.masks import iter_masks
 
 
 @struct.dataclass
@@ -28,7 +30,7 @@ class DetectionAP(Accumulator):
 
     Attributes:
         rows: Arrays by name, with one row per image.
-        protocol: How the average precision is computed: "coco", "voc_11" or "voc_area".
+        protocol: How the average precision is computed: "coco", "coco_masks", "voc_11" or "voc_area".
         num_classes: Number of classes K.
     """
 
@@ -77,7 +79,8 @@ class DetectionAP(Accumulator):
         }
         if "area" in batch:
             arrays["area"] = jnp.asarray(batch["area"], jnp.float32)
-        return cls(arrays, num_classes=num_classes, **options)
+        made = cls(arrays, num_classes=num_classes, **options)
+        return made if made.protocol != "coco_masks" else made.replace(rows=arrays | _mask_rows(batch, found, scale))
 
     def merge(self, other: DetectionAP) -> DetectionAP:
         """Appends the rows of another batch, which must have the same M and D."""
@@ -93,9 +96,14 @@ class DetectionAP(Accumulator):
         records = []
         for i in np.flatnonzero(rows["mask"]):
             real, found = rows["valid"][i], rows["found_valid"][i]
-            record = {key: rows[key][i][real] for key in ("boxes", "labels", "crowd", "difficult")}
+            record: dict[str, Any] = {key: rows[key][i][real] for key in ("boxes", "labels", "crowd", "difficult")}
             record |= {key: rows[key][i][found] for key in ("found_boxes", "found_scores", "found_labels")}
             sides = record["boxes"][:, 2:] - record["boxes"][:, :2]
+            if "masks" in rows:
+                size = tuple(np.rint(rows["size"][i] / rows["scale"][i]).astype(int).tolist())
+                record |= {"size": size, "masks": _encode_truth(rows["masks"][i][real], rows["size"][i], size)}
+                record["found_masks"] = _encode_found(rows["found_masks"][i][found], record["found_boxes"], size)
+                sides = np.array([[rle.area(mask)] for mask in record["masks"]], np.float32).reshape(-1, 1)
             record["area"] = rows["area"][i][real] if "area" in rows else sides.prod(-1)
             records.append({"index": int(rows["index"][i]), **record})
         return DetectionRecords(records, self.protocol, self.num_classes)
@@ -114,6 +122,28 @@ class CocoAP(DetectionAP):
     `ap_medium`, `ap_large`, `ar1`, `ar10`, `ar100`, `ar_small`, `ar_medium` and `ar_large`. A metric is -1 if it is not
     defined.
     """
+
+
+@struct.dataclass
+class CocoMaskAP(DetectionAP):
+    """COCO's average precision of masks, computed by pycocotools: `CocoMaskAP.of(batch, found, num_classes)`.
+
+    The batch must hold `masks` [N, M, H, W], which cover the canvas at its resolution, and `found` must have masks. The
+    names of the metrics are those of `CocoAP`.
+
+    Masks are compared in pixels of the original image. A detected mask is pasted there at a threshold of 0.5. If the
+    image was resized, which `scale` tells, the masks of the batch are resized back by nearest neighbour, and thin
+    objects differ from the original ones. `DetectionRecords.with_truth` replaces them by the masks of the data set.
+    """
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], found: Any, num_classes: int, **options: Any) -> DetectionAP:
+        """Returns the accumulator of one batch; see `DetectionAP.of`.
+
+        Raises:
+            ValueError: The batch or the detections have no masks, or the masks do not have the shape above.
+        """
+        return super().of(batch, found, num_classes, **{"protocol": "coco_masks", **options})
 
 
 @struct.dataclass
@@ -137,8 +167,10 @@ class DetectionRecords:
 
     Args:
         records: For each image, a mapping with `index`, `boxes` [M, 4], `labels`, `crowd`, `difficult` and `area` [M],
-            `found_boxes` [D, 4], `found_scores` and `found_labels` [D].
-        protocol: How `compute` computes the average precision: "coco", "voc_11" or "voc_area".
+            `found_boxes` [D, 4], `found_scores` and `found_labels` [D]; and for the protocol "coco_masks" `size`, the
+            height and width of the image, and compressed RLEs of size M in `masks` and of size D in `found_masks`; see
+            `flaxvision.data.rle`.
+        protocol: How `compute` computes the average precision: "coco", "coco_masks", "voc_11" or "voc_area".
         num_classes: Number of classes K.
     """
 
@@ -151,6 +183,39 @@ class DetectionRecords:
     def merge(self, other: DetectionRecords) -> DetectionRecords:
         """Appends the images of another batch."""
         return DetectionRecords([*self._records, *other._records], self.protocol, self.num_classes)
+
+    def with_truth(self, source: Any) -> DetectionRecords:
+        """Returns the records with the objects of a data set, in pixels of its images.
+
+        Args:
+            source: The data set. `source.objects(i)`, or else `source[i]`, are the objects of the image with index i.
+
+        Raises:
+            ValueError: The index of an image is not known, or masks of another size are compared.
+        """
+        records = []
+        for record in self.records:
+            if (index := record["index"]) < 0:
+                raise ValueError("index must be in the batches to find the objects of an image; got none")
+            example = source.objects(index) if hasattr(source, "objects") else source[index]
+            valid = np.asarray(example["valid"], bool)
+            truth: dict[str, Any] = {
+                key: np.asarray(example[key])[valid] for key in ("boxes", "labels", "crowd", "difficult")
+            }
+            sides = truth["boxes"][:, 2:] - truth["boxes"][:, :2]
+            if self._masked:
+                masks = np.asarray(example["masks"])[valid]
+                if masks.shape[1:] != tuple(record["size"]):
+                    raise ValueError(f"masks of image {index} must be {record['size']}; got {masks.shape[1:]}")
+                truth["masks"] = rle.encode(masks)
+                sides = masks.sum((1, 2), dtype=np.float32)[:, None]
+            truth["area"] = np.asarray(example["area"])[valid] if "area" in example else sides.prod(-1)
+            records.append({**record, **truth})
+        return DetectionRecords(records, self.protocol, self.num_classes)
+
+    @property
+    def _masked(self) -> bool:
+        return self.protocol == "coco_masks"
 
     @property
     def records(self) -> list[Mapping[str, Any]]:
@@ -168,18 +233,18 @@ class DetectionRecords:
         return [self._records[i] for i in order]
 
     def compute(self) -> dict[str, float]:
-        """Returns the metrics of the protocol; see `CocoAP` and `VocAP`."""
-        if self.protocol == "coco":
+        """Returns the metrics of the protocol; see `CocoAP`, `CocoMaskAP` and `VocAP`."""
+        if self.protocol.startswith("coco"):
             return self.coco()
         return {"map50": self.voc()}
 
     def coco(self) -> dict[str, float]:
-        """Returns the twelve metrics of COCO by name; -1 if not defined."""
-        stats = ap.coco_evaluation(self.records, self.num_classes).stats
+        """Returns the twelve metrics of COCO by name, of masks for the protocol "coco_masks"; -1 if not defined."""
+        stats = ap.coco_evaluation(self.records, self.num_classes, self._masked).stats
         return dict(zip(ap.COCO_NAMES, map(float, stats), strict=True))
 
     def voc(self, *, eleven_points: bool | None = None, iou_threshold: float = 0.5) -> float:
-        """Returns the mean average precision of PASCAL VOC; NaN if there are no objects.
+        """Returns the mean average precision of PASCAL VOC, of boxes; NaN if there are no objects.
 
         Args:
             eleven_points: Whether to use the eleven points of VOC 2007; None follows `protocol`.
@@ -194,7 +259,7 @@ class DetectionRecords:
         return float(np.mean(values)) if values else float("nan")
 
     def curves(self, iou_threshold: float = 0.5) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """Returns the precision-recall curve of each class.
+        """Returns the precision-recall curve of each class, of boxes.
 
         A curve is a pair of recall [D] and precision [D] after each detection, by decreasing score. Difficult and crowd
         objects, and the detections that match them, are left out. The curve of a class without objects is None.
@@ -207,10 +272,12 @@ class DetectionRecords:
     def per_class(self, classes: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Returns the metrics of each class: `name`, `objects`, COCO's `ap` and `ap50`, and `voc`, the area of VOC.
 
+        For the protocol "coco_masks", `ap` and `ap50` are those of masks, and there is no `voc`.
+
         Args:
             classes: Names of the classes; None for their numbers.
         """
-        return ap.class_table(self.records, self.num_classes, classes)
+        return ap.class_table(self.records, self.num_classes, classes, self._masked)
 
     def bootstrap(
         self,
@@ -225,8 +292,8 @@ class DetectionRecords:
         Images are drawn with replacement. Each metric is averaged over the classes that have objects in the resample.
 
         Args:
-            figure: The metric: COCO's "ap" or "ap50", or PASCAL VOC's "map50" by the area. None for "ap50" with the
-                protocol "coco" and "map50" otherwise.
+            figure: The metric: COCO's "ap" or "ap50", of masks for the protocol "coco_masks", or PASCAL VOC's "map50"
+                by the area. None for "ap50" with a protocol of COCO and "map50" otherwise.
             resamples: Number of resamples.
             level: Confidence level: the fraction of the resamples within the interval.
             seed: Seed of the resampling.
@@ -237,7 +304,7 @@ class DetectionRecords:
         Raises:
             ValueError: `figure` is not one of these, a number is out of range, or there are no images.
         """
-        figure = figure or ("ap50" if self.protocol == "coco" else "map50")
+        figure = figure or ("ap50" if self.protocol.startswith("coco") else "map50")
         if figure not in ("ap", "ap50", "map50"):
             raise ValueError(f"figure must be 'ap', 'ap50' or 'map50'; got {figure!r}")
         if resamples < 1:
@@ -249,14 +316,14 @@ class DetectionRecords:
         if figure == "map50":
             matched = [ap.match_classes(self.records, self.num_classes, 0.5)]
         else:
-            matched = ap.coco_outcomes(ap.coco_evaluation(self.records, self.num_classes))
+            matched = ap.coco_outcomes(ap.coco_evaluation(self.records, self.num_classes, self._masked))
             matched = matched if figure == "ap" else matched[:1]
         values = ap.resampled(matched, resamples, seed, coco=figure != "map50")
         low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
     def false_positives(self) -> dict[str, np.ndarray]:
-        """Counts the kinds of correct and wrong detections of each class (Hoiem et al. 2012).
+        """Counts the kinds of correct and wrong detections of each class, by their boxes (Hoiem et al. 2012).
 
         Only the detections with the highest scores are counted, as many as the class has objects. Detections that match
         a difficult or crowd object are left out. The kinds are:
@@ -271,3 +338,29 @@ class DetectionRecords:
             The number of detections of each class, [K], by kind.
         """
         return ap.false_positive_kinds(self.records, self.num_classes)
+
+
+def _mask_rows(batch: Mapping[str, Any], found: Any, scale: jax.Array) -> dict[str, jax.Array]:
+    """Returns the rows that the protocol "coco_masks" needs besides those of boxes."""
+    masks, shape = batch.get("masks"), (*batch["valid"].shape, *batch["image"].shape[1:3])
+    if found.masks is None or masks is None or masks.shape != shape:
+        got = "none" if masks is None else masks.shape
+        raise ValueError(
+            f"batch must hold masks {list(shape)}, and found must have masks; got {got} and "
+            f"{'none' if found.masks is None else found.masks.shape}"
+        )
+    size = batch.get("size", jnp.broadcast_to(jnp.asarray([shape[2:]]), (shape[0], 2)))
+    masks = jnp.asarray(masks, bool)
+    return {"masks": masks, "found_masks": found.masks.astype(jnp.float32), "size": size, "scale": scale}
+
+
+def _encode_truth(masks: np.ndarray, valid: np.ndarray, size: tuple[int, int]) -> tuple[bytes, ...]:
+    """Crops masks [M, H, W] to the valid region, resizes them to the original image, and encodes them."""
+    rows, columns = (
+        np.minimum(((np.arange(n) + 0.5) * have / n).astype(int), have - 1) for n, have in zip(size, valid, strict=True)
+    )
+    return rle.encode(masks[:, rows][:, :, columns])
+
+
+def _encode_found(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> tuple[bytes, ...]:
+    return tuple(rle.encode(mask[None])[0] for mask in iter_masks(masks, boxes, size))

@@ -6,6 +6,8 @@ from these contingency tables. `label_components` makes instances from a foregro
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from flaxvision.metrics.panoptic import quality, score_segments, segment_table
@@ -24,9 +26,8 @@ class InstanceRecords(ImageRecords):
     * `pq`, `sq`, `rq`: panoptic, segmentation and recognition quality (Kirillov et al. 2019, section 4), with the
       instances as one class;
     * `touching`: the number of pairs of true instances with at most `gap` pixels between them;
-    * `separated`: the number of touching pairs that are told apart. Each of the two instances has most of its pixels in
-      one segment of the prediction. Both segments must be found instances, not the background, and differ. At equal
-      overlaps the segment with the lower id counts.
+    * `separated`: the number of touching pairs whose instances lie in two different found instances. An instance lies
+      in the found instance, or the background, that shares most pixels with it; in a tie, in the one with the lower id.
 
     The Rand figures and the variation of information of a set are means over its images, as in the challenges. An image
     in which one is undefined (0 / 0) is left out of its mean. Matches and pairs are summed over the images.
@@ -129,14 +130,13 @@ def label_components(foreground: np.ndarray, *, connectivity: int = 1, min_size:
     if connectivity not in (1, 2):
         raise ValueError(f"connectivity must be 1 or 2; got {connectivity}")
     structure = ndimage.generate_binary_structure(2, connectivity)
-    labels = np.zeros(foreground.shape, np.int32)
-    batch = (foreground, labels) if foreground.ndim == 3 else (foreground[None], labels[None])
-    for image, out in zip(*batch, strict=True):
-        parts = np.zeros(image.shape, np.int32)
-        ndimage.label(image, structure, output=parts)
-        keep = np.bincount(parts.ravel()) >= min_size
+    labels: Any = np.zeros(foreground.shape, np.int32)
+    shape = (-1, *foreground.shape[-2:])
+    for image, out in zip(foreground.reshape(shape), labels.reshape(shape), strict=True):
+        parts: Any = ndimage.label(image, structure)  # its type hints leave out the array
+        keep = np.bincount(parts[0].ravel()) >= min_size
         keep[0] = False
-        out[...] = np.where(keep, np.cumsum(keep), 0)[parts]
+        out[...] = (np.cumsum(keep) * keep)[parts[0]]
     return labels
 
 
@@ -147,6 +147,7 @@ def _count(found: np.ndarray, truth: np.ndarray, unknown: np.ndarray, gap: int) 
 
     table = segment_table(found[~unknown], truth[~unknown])
     column, row = np.unique(table[0], return_inverse=True)[1], np.unique(table[1], return_inverse=True)[1]
+    whole = sparse.csr_array((table[2].astype(np.float64), (row, column)))
     rand, information = [np.nan] * 3, [np.nan] * 2
     real = table[1] != 0
     if real.any():
@@ -154,9 +155,8 @@ def _count(found: np.ndarray, truth: np.ndarray, unknown: np.ndarray, gap: int) 
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 if all segments are single pixels
             rand = metrics.adapted_rand_error(table=inside)
     if table.size:
-        whole = sparse.csr_array((table[2] / table[2].sum(), (row, column)))
         blank = np.zeros((1, 1), int)  # it is not read; scikit-image compares the shapes of the images it is given
-        split, merge = metrics.variation_of_information(blank, blank, table=whole)
+        split, merge = metrics.variation_of_information(blank, blank, table=whole / whole.sum())
         information = [abs(split), abs(merge)]  # not -0.0
     segments = score_segments(table, segment_table(found[unknown], truth[unknown]))
     pairs = _touching(np.where(unknown, 0, truth), gap)

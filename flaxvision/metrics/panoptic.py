@@ -16,9 +16,9 @@ class PanopticRecords(ImageRecords):
     """Panoptic quality of maps of class and instance: `PanopticRecords.of(found, truth, num_classes, things=...)`.
 
     A found and a true segment of one class match if their IoU is above 0.5. `compute` returns the panoptic quality
-    `pq`, the segmentation quality `sq` (mean IoU of the matches) and the recognition quality `rq` (F1 of the segments):
-    means over the classes that were seen in the truth or the prediction. `pq_things`, `pq_stuff` and so on are the
-    means over the classes of each kind. NaN where no class was seen.
+    `pq`, the segmentation quality `sq` (mean IoU of the matches) and the recognition quality `rq` (F1 of the segments).
+    They are means over the classes that occur in the truth or the prediction. `pq_things`, `pq_stuff` and so on are
+    means over the classes of one kind. A mean over no class is NaN.
 
     Attributes:
         counts: `[N, K, 4]`: sum of IoU, true positives, false positives, false negatives of each class.
@@ -97,11 +97,7 @@ class PanopticRecords(ImageRecords):
         return [dict(zip(("name", "segments", "pq", "sq", "rq"), row, strict=True)) for row in values]
 
     def merge(self, other: Self) -> Self:
-        """Combines two sets of images.
-
-        Raises:
-            ValueError: The sets have other classes or other things.
-        """
+        """Combines two sets of images."""
         if not np.array_equal(self.things, other.things):
             raise ValueError(
                 f"other must have the things {np.flatnonzero(self.things)} of {len(self.things)} classes; "

@@ -211,6 +211,14 @@ def _bilinear_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float3
 def start_from(params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """Starts an `FCNVGG` from a trained VGG, or from an `FCNVGG` with fewer skips (section 4.2).
 
+    The authors train in stages: FCN-32s, then FCN-16s from it, then FCN-8s. The new score starts at 0. With bilinear
+    upsampling, the finer network then computes exactly the scores that the coarser one upsamples, and upsamples them by
+    2 and by half the stride instead of once. So before the first step its logits are
+
+    * equal, up to rounding, in the middle half of the space between two scores, along each axis;
+    * elsewhere different, because the second step cuts the corner of the first at each score: along an axis, by
+      `max(0, 1 / 8 - d / 2)` times the second difference of the scores there, at a distance of `d` scores.
+
     Args:
         params: Fresh parameters of the `FCNVGG`.
         trained: Parameters of the trained network. The dense layers `fc6` and `fc7` of a VGG become convolutions. Its

@@ -20,9 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flaxvision.layers import Conv, ConvTranspose
+from flaxvision.losses import instance_mask
 from flaxvision.models.backbone import Dtype, as_float32
 from flaxvision.models.detector import batch_mean, valid_sizes
 from flaxvision.models.faster_rcnn import FasterRCNN, Regions
@@ -111,7 +111,7 @@ class MaskRCNN(FasterRCNN):
             object.
         """
         logits = self._mask_logits(outputs["levels"], boxes)
-        return nn.sigmoid(_of_class(logits, labels + 1))
+        return nn.sigmoid(jnp.take_along_axis(logits, labels[..., None, None, None] + 1, axis=-1)[..., 0])
 
     def losses(
         self, batch: Mapping[str, Any], rng: jax.Array | None = None, *, train: bool = True
@@ -145,14 +145,14 @@ class MaskRCNN(FasterRCNN):
         # The positives come first in the sample. The background has no masks.
         most = max(1, int(self.box_sample_size * self.box_positive_fraction))
         boxes, kept, classes, truths = (x[:, :most] for x in regions)
-        logits = _of_class(self._mask_logits(levels, boxes), classes)
+        logits = self._mask_logits(levels, boxes)
         resolution, canvas = np.asarray(masks.shape[2:]), np.asarray(images.shape[1:3])
         inside = -(-valid_sizes(images, batch.get("size")) * resolution[None] // canvas[None])
         crop = lambda masks, boxes, truths, size: crop_masks(
             masks, boxes, truths, 2 * self.mask_pool_size, spatial_scale=tuple(resolution / canvas), size=size
         )
         targets = jax.vmap(crop)(masks, boxes, truths, inside)
-        entropy = optax.sigmoid_binary_cross_entropy(logits, targets).mean((2, 3))
+        entropy = instance_mask(logits, targets, classes)
         positive = kept & (classes > 0)
         count = jnp.maximum(batch_mean(positive.sum(-1), batch.get("mask")), 1e-6)  # the loss is 0 without positives
         return jnp.where(positive, entropy, 0).sum(-1) / count
@@ -160,11 +160,6 @@ class MaskRCNN(FasterRCNN):
     def _mask_logits(self, levels: dict[str, jax.Array], boxes: jax.Array) -> jax.Array:
         """Maps boxes `[N, R, 4]` to logits `[N, R, h, w, K]`."""
         return self.mask_head(self._pool(levels, boxes, self.mask_pool_size))
-
-
-def _of_class(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    """Selects the logits `[N, R, h, w]` of the `classes [N, R]` of the regions."""
-    return jnp.take_along_axis(logits, classes[..., None, None, None], axis=-1)[..., 0]
 
 
 register(

@@ -19,6 +19,9 @@ _KIND_COLOURS = {
     "background": "#7f7f7f",
 }
 
+_OPACITY = 0.5  # of masks
+_NAMED = 20  # maximum number of objects with masks that have a text
+
 
 def detections(
     images: Sequence[Any] | np.ndarray,
@@ -32,9 +35,11 @@ def detections(
 
     Args:
         images: N images [H, W, 3] of any sizes, uint8 or floats in [0, 1].
-        found: For each image `boxes` [D, 4] xyxy in pixels, `labels` and `scores` [D].
+        found: For each image `boxes` [D, 4] xyxy in pixels, `labels` and `scores` [D], and optionally `masks` bool
+            [D, H, W]. Objects with masks have a colour each, and no text if there are many; others have the colour of
+            their class.
         truth: Ground truth: for each image `boxes` [M, 4], `labels` [M] and optionally `crowd` and `difficult` [M],
-            which are drawn with dashed lines. None draws the detections only.
+            which are drawn with dashed lines, and `masks` [M, H, W]. None draws the detections only.
         classes: Names of the classes; None for their numbers.
         columns: Number of images per row; detections and ground truth of an image count as one.
         path: File to write; None only returns the figure.
@@ -159,25 +164,34 @@ def _boxes(axes, picture, example, classes, title):
     from matplotlib.patches import Rectangle
 
     height, width = picture.shape[:2]
+    masks, scores = example.get("masks"), example.get("scores")
+    boxes, labels = np.asarray(example["boxes"]).reshape(-1, 4), np.asarray(example["labels"])
+    # The best detection is drawn last, on top.
+    order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
+    if masks is not None:
+        picture = np.repeat(picture[..., None], 3, -1) if picture.ndim == 2 else np.array(picture[..., :3])
+        for i in order:
+            inside = np.asarray(masks[i], bool)
+            picture[inside] = (1 - _OPACITY) * picture[inside] + _OPACITY * np.asarray(_colour(int(i)))
     axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if height < 200 else "antialiased")
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)
     if title is not None:
         axes.set_title(title, fontsize=8, pad=2)
-    boxes, labels = np.asarray(example["boxes"]).reshape(-1, 4), np.asarray(example["labels"])
-    scores = example.get("scores")
     dashed = np.zeros(len(boxes), bool)
     for key in ("crowd", "difficult"):
         dashed |= np.asarray(example.get(key, np.zeros(len(boxes), bool)), bool)
-    # The best detection is drawn last, on top.
-    for i in range(len(boxes)) if scores is None else np.argsort(scores, kind="stable"):
+    for i in order:
         x1, y1, x2, y2 = boxes[i] - 0.5  # pixel i covers the interval from i - 0.5 to i + 0.5 in matplotlib
         label = int(labels[i])
         if classes is not None and not 0 <= label < len(classes):
             raise ValueError(f"labels must be indices of the {len(classes)} classes; got {label}")
-        colour = _colour(label)
-        style = {"fill": False, "edgecolor": colour, "linewidth": 1.4, "linestyle": "--" if dashed[i] else "-"}
+        colour = _colour(label if masks is None else int(i))
+        thickness = 1.4 if masks is None else 0.7
+        style = {"fill": False, "edgecolor": colour, "linewidth": thickness, "linestyle": "--" if dashed[i] else "-"}
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **style))
+        if masks is not None and len(boxes) > _NAMED:
+            continue
         text = str(label) if classes is None else classes[label]
         text = text if scores is None else f"{text} {float(scores[i]):.2f}"
         back = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}

@@ -27,7 +27,8 @@ def overlays(
 ) -> "Figure":
     """Draws images under the colours of their labels, and optionally the ground truth next to each.
 
-    Next to the ground truth, pixels whose label is wrong are drawn in black on a third picture.
+    Next to the ground truth, pixels whose label is wrong are drawn in black on a third picture. Labels of pixels whose
+    true class is not known are not drawn.
 
     Args:
         images: N images [H, W, 3] or [H, W] of any sizes, uint8 or floats in [0, 1].
@@ -57,6 +58,8 @@ def overlays(
         raise ValueError(f"columns must be at least 1; got {columns}")
     found = [np.asarray(map_) for map_ in labels]
     truths = None if truth is None else [np.asarray(map_) for map_ in truth]
+    if truths is not None and all(a.shape == b.shape for a, b in zip(found, truths, strict=True)):
+        found = [np.where(b == IGNORED, IGNORED, a) for a, b in zip(found, truths, strict=True)]
     present: set[int] = set()
     for name, maps in (("labels", found), ("truth", truths or [])):
         for picture, map_ in zip(pictures, maps, strict=False):
@@ -101,7 +104,7 @@ def overlays(
 
 
 def coloured(image: np.ndarray, labels: np.ndarray, background: int | None = None, opacity: float = 0.55) -> np.ndarray:
-    """Blends an image with the colours of its labels.
+    """Blends the brightness of an image with the colours of its labels.
 
     Args:
         image: [H, W, 3] or [H, W] floats in [0, 1].
@@ -117,7 +120,8 @@ def coloured(image: np.ndarray, labels: np.ndarray, background: int | None = Non
     for k in np.unique(labels).tolist():
         if k not in (IGNORED, background):
             place = labels == k
-            out[place] = (1 - opacity) * out[place] + opacity * np.asarray(colour_of(k), np.float32)
+            grey = _grey(out[place][None])[0][:, None]  # a colour below would change that of the class
+            out[place] = (1 - opacity) * grey + opacity * np.asarray(colour_of(k), np.float32)
     return out
 
 

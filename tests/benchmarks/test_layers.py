@@ -56,6 +56,7 @@ def workers(monkeypatch):
     return lambda benchmark: against.workers(machine.ROOT, benchmark)
 
 
+@pytest.mark.slow
 def test_two_checkouts_by_turns(workers):
     with workers("benchmarks.layers") as found:
         case = next(c for c in layers.cases() if c.name == "global avg pool")

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from flaxvision import data
-from flaxvision.data.segmentation_sets import fitted
+from flaxvision.data.segmentation_source import fitted
 
 RNG = np.random.default_rng(0)
 CLASSES = ("sky", "road", "car")
@@ -41,6 +41,11 @@ def test_a_folder_of_indices(tmp_path):
         np.testing.assert_array_equal(example["label"], masks[name])
     data.validate(source, task="segmentation")
     assert len(data.load_segmentation("folder", "all[1:]", data_dir=tmp_path)) == 2
+    (tmp_path / "some.txt").write_text("b\na10\n")
+    some = data.load_segmentation("folder", "some[1:2]", data_dir=tmp_path)
+    assert [path.stem for path in some.images] == ["a10"]
+    with pytest.raises(ValueError, match=r"split must hold images of .*; got none in 'all\[7:\]'"):
+        data.load_segmentation("folder", "all[7:]", data_dir=tmp_path)
     assert source.fingerprint != data.load_segmentation("folder", "all[1:]", data_dir=tmp_path).fingerprint
 
 
@@ -109,6 +114,21 @@ def test_the_layout_of_voc(tmp_path):
     assert (len(source.classes), source.classes[0], source.classes[15]) == (21, "background", "person")
 
 
+def test_the_layout_of_ade20k(tmp_path):
+    mask = np.array([[0, 1, 2], [150, 13, 255]], np.uint8)
+    for part, split in (("x", "training"), ("y", "validation")):
+        place = folder(tmp_path / part, {part: np.minimum(mask, 150)})
+        for kind, of in (("images", "images"), ("masks", "annotations")):
+            (tmp_path / of).mkdir(exist_ok=True)
+            (place / kind).rename(tmp_path / of / split)
+    source = data.load_segmentation("ade20k", "validation", data_dir=tmp_path)
+    assert [path.stem for path in source.images] == ["y"]
+    np.testing.assert_array_equal(source[0]["label"], [[255, 0, 1], [149, 12, 149]])
+    assert (len(source.classes), source.classes[12], source.classes[149]) == (150, "person", "flag")
+    with pytest.raises(ValueError, match=r"images must have a folder of images, such as val; got none of val"):
+        data.load_segmentation("ade20k", "val", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("mask", "options", "message"),
     [
@@ -157,7 +177,7 @@ def test_wrong_folders(tmp_path):
         load(sized, values={1: 3})
     with pytest.raises(ValueError, match="weight must be None without instances"):
         load(sized, weight=data.border_weights)
-    with pytest.raises(ValueError, match="name must be 'shapes', 'folder' or 'voc'; got 'imagenet'"):
+    with pytest.raises(ValueError, match=r"name must be one of shapes, folder, voc, .*; got 'imagenet'"):
         data.load_segmentation("imagenet", "train")
     with pytest.raises(ValueError, match="data_dir must be an existing folder for 'voc'; got None"):
         data.load_segmentation("voc", "train")
@@ -204,3 +224,13 @@ def test_kept_examples_are_not_shared(tmp_path):
     first = source[0]
     first["label"][:] = 9
     assert (source[0]["label"] < 3).all()
+
+
+def test_shapes_in_memory_are_those_that_are_drawn():
+    kept, drawn = data.ShapesMaps("val", cache=True), data.ShapesMaps("val")
+    first = kept[3]
+    first["label"][:] = 9  # a copy
+    for _ in range(2):
+        for key, value in drawn[3].items():
+            np.testing.assert_array_equal(kept[3][key], value)
+    assert kept.fingerprint == drawn.fingerprint

@@ -165,6 +165,23 @@ def test_faults_of_every_task_are_named(task, change, message):
             data.validate(Listed([good, {k: v for k, v in good.items() if k != key}]), task=task)
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (np.ones((6, 4)), r"weight must have the image's size \[4, 6\]; got \[6, 4\] in 'listed\[1\]'"),
+        (np.ones((4, 6), int), "weight must be floating point; got int64"),
+        (np.full((4, 6), np.nan), "weight must be finite; got nan"),
+        (np.linspace(2, -0.5, 24).reshape(4, 6), r"weight must not be negative; got -0\."),
+    ],
+)
+def test_weights_of_pixels(weight, message):
+    """They are optional, and may be 0."""
+    good = SOUND["segmentation"] | {"weight": np.linspace(0, 3, 24, dtype=np.float32).reshape(4, 6)}
+    data.validate(Listed([good]), task="segmentation", num_classes=2)
+    with pytest.raises(ValueError, match=message):
+        data.validate(Listed([good, good | {"weight": weight}]), task="segmentation", num_classes=2)
+
+
 def test_a_part_of_a_folder_is_verified_too(tmp_path):
     from PIL import Image
 

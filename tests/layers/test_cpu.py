@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from flaxvision.layers.lowering import cpu
+from flaxvision.layers.lowering import cpu, dilated
 from flaxvision.layers.lowering.convolution import Convolution
 from flaxvision.layers.lowering.primitive import call
 from flaxvision.layers.lowering.window import Window, lax_conv
@@ -52,3 +52,22 @@ def test_gradients_of_strided_windows(window, strides, check_limits):
     x, kernel = normal(4, 11, 14, 16), normal(*window, 16, 6, seed=1)
     w = Window(strides, ((1, 0), (0, 2)), (1, 1), (1, 1))
     check_limits(w, x, kernel, {"SMALL_MAP": 0, "PATCH_BYTES": 1}, {"PATCH_BYTES": 8 << 20})  # in pieces, whole
+
+
+@pytest.mark.parametrize(
+    ("window", "dilation", "padding", "far"),
+    [
+        ((3, 3), (4, 4), ((4, 4), (4, 4)), True),
+        ((3, 3), (12, 12), ((12, 12), (12, 12)), True),  # the corners see nothing
+        ((2, 3), (7, 3), ((7, 2), (1, 5)), True),
+        ((3, 3), (2, 2), ((2, 2), (2, 2)), False),  # phases
+        ((3, 2), (2, 3), ((1, 0), (0, 2)), False),
+    ],
+)
+def test_dilated_kernels(window, dilation, padding, far):
+    """Of both kinds: kernels that reach far beyond the map, and others, whose gradient goes by phases."""
+    x, kernel = normal(2, 9, 11, 18), normal(*window, 18, 6, seed=1)
+    w = Window((1, 1), padding, (1, 1), dilation)
+    assert dilated.reaches_far(x.shape, kernel.shape, w) == far
+    theirs = compiled(lambda x, k: lax_conv(x, k, w), x, kernel)
+    jax.tree.map(close, compiled(lambda x, k: call(Convolution(w), x, k), x, kernel), theirs)

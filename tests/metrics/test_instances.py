@@ -1,194 +1,157 @@
-"""Metrics of instances and panoptic quality against scikit-image, plain loops and torchmetrics."""
-
-import itertools
+"""Instances of label maps against scikit-image on whole maps, and against loops."""
 
 import numpy as np
 import pytest
 from scipy import ndimage
-from skimage import metrics as sk
 
-from flaxvision import metrics as fm
+from flaxvision.metrics import InstanceRecords, label_components
 
 
-def maps(seed, shape=(3, 17, 20)):
-    """Blocks of instances, and a prediction that has shifted, merged and lost some."""
+def draw(seed, shape=(40, 50), count=9):
+    """True instances, and a prediction that shifts, splits, merges and misses some of them."""
     rng = np.random.default_rng(seed)
-    truth = np.kron(rng.integers(0, 9, (shape[0], 6, 5)), np.ones((1, 3, 4), int))[:, : shape[1], : shape[2]]
-    found = np.roll(truth, 1, axis=2) * (rng.random(shape) < 0.9) * 100
-    found[found == 300] = 400
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    truth, found = np.zeros(shape, int), np.zeros(shape, int)
+    for k in range(1, count + 1):
+        at, radius = rng.uniform(4, 36, 2), rng.uniform(3, 7)
+        inside = (y - at[0]) ** 2 + (x - at[1]) ** 2 < radius**2
+        truth[inside] = 3 * k
+        fate = rng.uniform()
+        shifted = np.roll(inside, rng.integers(-1, 2, 2), (0, 1))
+        if fate < 0.5:
+            found[shifted] = 100 - k
+        elif fate < 0.7:
+            found[shifted & (x < at[1])], found[shifted & (x >= at[1])] = 200 + k, 300 + k
+        elif fate < 0.85:
+            found[shifted] = 50
     return found, truth
 
 
-def quality(iou, tp, fp, fn):
-    size = tp + fp / 2 + fn / 2
-    return (iou / size, iou / tp if tp else 0.0, tp / size) if size else (np.nan,) * 3
+CASES = {f"random {seed}": draw(seed) for seed in range(5)} | {
+    "the truth": (draw(7)[1], draw(7)[1]),
+    "nothing found": (np.zeros((40, 50), int), draw(8)[1]),
+    "one for all": (np.ones((40, 50), int), draw(9)[1]),
+    "every pixel by itself": (np.arange(1, 2001).reshape(40, 50), draw(9)[1]),
+}
 
 
-def loop(found, truth, known, keys_found, keys_truth):
-    """Sum of IoU, TP, FP and FN of Kirillov et al., one pair of segments after another."""
-    total, matched_found, matched_truth = 0.0, set(), set()
-    for a, b in itertools.product(keys_found, keys_truth):
-        p, t = found == a, (truth == b) & known
-        union = ((p & known) | t).sum()
-        if union and (p & t).sum() / union > 0.5:
-            total += (p & t).sum() / union
-            matched_found.add(a)
-            matched_truth.add(b)
-    extra = [
-        a for a in keys_found if a not in matched_found and ((found == a) & ~known).sum() * 2 <= (found == a).sum()
-    ]
-    return np.array([total, len(matched_found), len(extra), len(keys_truth) - len(matched_truth)])
+@pytest.mark.parametrize("name", CASES)
+def test_rand_and_information_are_those_of_scikit_image(name):
+    from skimage import metrics
+
+    found, truth = CASES[name]
+    figures = InstanceRecords.of(found, truth).compute()
+    with np.errstate(invalid="ignore"):  # if all found instances are single pixels
+        rand = metrics.adapted_rand_error(truth, found)
+    ours = [figures[key] for key in ("rand_error", "rand_precision", "rand_recall")]
+    np.testing.assert_allclose(ours, rand, rtol=0, atol=1e-9)
+    split, merge = metrics.variation_of_information(truth, found)
+    np.testing.assert_allclose([figures["vi_split"], figures["vi_merge"]], [split, merge], rtol=0, atol=1e-9)
+    assert figures["vi"] == figures["vi_split"] + figures["vi_merge"]
 
 
-@pytest.mark.parametrize("ignore", [None, 8])
-def test_instances_equal_scikit_image_and_loops(ignore):
-    found, truth = maps(0)
-    rows, counts = [], np.zeros(4)
-    for p, t in zip(found, truth, strict=True):
-        known = t != ignore
-        rows.append([*sk.adapted_rand_error(t[known], p[known]), *sk.variation_of_information(t[known], p[known])])
-        counts += loop(p, t, known, set(p.ravel()) - {0}, set(t[known]) - {0})
-    got = fm.InstanceRecords.of(found, truth, ignore=ignore).compute()
-    names = ("rand_error", "rand_precision", "rand_recall", "vi_split", "vi_merge")
-    np.testing.assert_allclose([got[n] for n in names], np.mean(rows, 0), rtol=0, atol=1e-9)
-    assert got["vi"] == got["vi_split"] + got["vi_merge"]
-    assert 0 < counts[1] < counts[1] + counts[2]
-    np.testing.assert_allclose([got[n] for n in ("pq", "sq", "rq")], quality(*counts), rtol=0, atol=1e-9)
+def quality_by_a_loop(found, truth, unknown):
+    """Kirillov et al. 2019, section 4, segment by segment."""
+    total, hits, spare = 0.0, 0, 0
+    for p in set(np.unique(found)) - {0}:
+        matches = []
+        for t in set(np.unique(truth[~unknown])) - {0}:
+            a, b = (found == p) & ~unknown, (truth == t) & ~unknown
+            iou = (a & b).sum() / (a | b).sum()
+            matches += [iou] if iou > 0.5 else []
+        total, hits = total + sum(matches), hits + len(matches)
+        void = ((found == p) & unknown).sum()
+        spare += not matches and void <= (found == p).sum() / 2
+    missed = len(set(np.unique(truth[~unknown])) - {0}) - hits
+    return total / (hits + spare / 2 + missed / 2), total / max(hits, 1), hits / (hits + spare / 2 + missed / 2)
 
 
-@pytest.mark.parametrize("gap", [0, 1, 2])
-def test_touching_pairs_equal_a_loop(gap):
-    truth = maps(1)[1] * (np.random.default_rng(1).random((3, 17, 20)) < 0.4)
-    want = 0
-    for t in truth:
-        near = {k: ndimage.binary_dilation(t == k, np.ones((2 * gap + 3,) * 2)) for k in set(t.ravel()) - {0}}
-        want += sum((near[a] & (t == b)).any() for a, b in itertools.combinations(near, 2))
-    got = fm.InstanceRecords.of(truth, truth, gap=gap).compute()
-    assert got["touching"] == got["separated"] == want > 0
+def touching_by_a_loop(truth, found, gap):
+    """Pairs by the distance of every two pixels, and the segment with most pixels of each."""
+    places = {k: np.argwhere(truth == k) for k in np.unique(truth) if k}
+    best = {}
+    for k, place in places.items():
+        ids, counts = np.unique(found[tuple(place.T)], return_counts=True)
+        best[k] = ids[np.argmax(counts)]
+    pairs = separated = 0
+    for a in places:
+        for b in places:
+            if a < b:
+                distance = np.abs(places[a][:, None] - places[b][None]).max(-1).min()
+                if distance - 1 <= gap:
+                    pairs += 1
+                    separated += best[a] != 0 and best[b] != 0 and best[a] != best[b]
+    return pairs, separated
 
 
-def test_what_is_told_apart():
-    truth = np.array([[1, 1, 1, 0, 0, 2, 2, 2, 0, 0, 0, 3]])
-    count = lambda found, **options: [
-        fm.InstanceRecords.of(np.array([found]), truth, **options).compute()[n] for n in ("touching", "separated")
-    ]
-    assert count([9, 9, 9, 0, 0, 4, 4, 4, 0, 0, 0, 5]) == [1, 1]  # 2 and 3 have three pixels between them
-    assert count([9, 9, 9, 0, 0, 4, 4, 4, 0, 0, 0, 5], gap=3) == [2, 2]
-    assert count([9, 9, 9, 9, 9, 9, 9, 9, 0, 0, 0, 5]) == [1, 0]  # merged
-    assert count([9, 9, 9, 0, 0, 4, 0, 0, 0, 0, 0, 5]) == [1, 0]  # most of 2 is background
-    assert count([9, 9, 4, 0, 0, 9, 4, 4, 0, 0, 0, 5]) == [1, 1]  # by the largest overlap
-    assert count([9, 9, 9, 0, 0, 4, 4, 4, 0, 0, 0, 5], ignore=2) == [0, 0]
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("gap", [0, 3])
+def test_matches_and_touching_pairs_are_those_of_loops(name, gap):
+    found, truth = CASES[name]
+    figures = InstanceRecords.of(found, truth, gap=gap).compute()
+    wanted = quality_by_a_loop(found, truth, np.zeros(truth.shape, bool))
+    np.testing.assert_allclose([figures["pq"], figures["sq"], figures["rq"]], wanted, rtol=0, atol=1e-9)
+    assert (figures["touching"], figures["separated"]) == touching_by_a_loop(truth, found, gap)
 
 
-def test_images_without_instances():
-    zero, one = np.zeros((4, 5), int), np.ones((4, 5), int)
-    got = fm.InstanceRecords.of(zero, zero).compute()
-    assert np.isnan([got["rand_error"], got["pq"]]).all()
-    assert got["vi"] == 0
-    both = fm.InstanceRecords.of(np.stack([zero, one]), np.stack([zero, one])).compute()
-    assert (both["rand_error"], both["pq"], both["vi"]) == (0, 1, 0)
-    missed, extra = (fm.InstanceRecords.of(a, b).compute() for a, b in ((zero, one), (one, zero)))
-    assert missed["pq"] == extra["pq"] == 0
-    pixels = fm.InstanceRecords.of(np.arange(1, 5)[None], np.arange(1, 5)[None]).compute()
-    assert np.isnan(pixels["rand_error"])  # no two pixels have one label
-    assert pixels["pq"] == 1
-    nothing = fm.InstanceRecords.of(zero, one, ignore=1).compute()
-    assert np.isnan([nothing["rand_error"], nothing["vi"], nothing["pq"]]).all()
+def test_unknown_pixels():
+    from skimage import metrics
+
+    found, truth = draw(3)
+    unknown = np.zeros(truth.shape, bool)
+    unknown[:, 30:] = True
+    figures = InstanceRecords.of(found, np.where(unknown, 255, truth), ignore=255).compute()
+    wanted = quality_by_a_loop(found, truth, unknown)
+    np.testing.assert_allclose([figures["pq"], figures["sq"], figures["rq"]], wanted, rtol=0, atol=1e-9)
+    error = metrics.adapted_rand_error(truth[:, :30], found[:, :30])[0]
+    assert figures["rand_error"] == pytest.approx(error, abs=1e-9)
 
 
-def test_images_in_any_order():
-    found, truth = maps(2)
-    of = lambda order: fm.InstanceRecords.of(found[order], truth[order], index=np.array(order))
-    whole, parts = of([0, 1, 2]), of([2]).merge(of([1, 0]))
-    for name, value in whole.compute().items():
-        assert parts.compute()[name] == pytest.approx(value, abs=1e-12)
-    assert parts.bootstrap("pq", resamples=20) == whole.bootstrap("pq", resamples=20)
-    assert whole.per_image("pq")[1] == fm.InstanceRecords.of(found[1], truth[1]).compute()["pq"]
-    low, high = whole.bootstrap("rand_error", resamples=50)
-    assert low <= whole.compute()["rand_error"] <= high
-    with pytest.raises(ValueError, match=r"figure must be one of rand_error, .*; got 'dice'"):
-        whole.bootstrap("dice")
+def test_sets_of_images():
+    """Figures are means over images or sums, whatever the order of the images."""
+    images = [CASES[f"random {seed}"] for seed in range(5)]
+    each = [InstanceRecords.of(*image, index=np.array([i])) for i, image in enumerate(images)]
+    batch = InstanceRecords.of(*(np.stack(maps) for maps in zip(*images, strict=True)), index=np.arange(5))
+    other = each[3].merge(each[0]).merge(each[4]).merge(each[1]).merge(each[2])
+    for key, value in batch.compute().items():
+        assert other.compute()[key] == pytest.approx(value, abs=1e-12)
+    assert batch.compute()["rand_error"] == pytest.approx(np.mean([r.compute()["rand_error"] for r in each]))
+    assert batch.compute()["touching"] == sum(r.compute()["touching"] for r in each)
+    np.testing.assert_array_equal(batch.per_image("pq"), [r.compute()["pq"] for r in each])
+    low, high = batch.bootstrap("pq", resamples=200)
+    assert low < batch.compute()["pq"] < high
+    assert other.bootstrap("pq", resamples=200) == (low, high)
+    with pytest.raises(ValueError, match=r"figure must be one of rand_error, .*; got 'iou'"):
+        batch.bootstrap("iou")
 
 
-def test_label_components():
-    image = np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]], bool)
-    four = fm.label_components(image)
-    assert four.tolist() == [[1, 0, 0, 2], [0, 3, 0, 2], [0, 0, 0, 0], [4, 4, 4, 0]]
-    eight = fm.label_components(np.stack([image, ~image]), connectivity=2, min_size=3)
-    assert eight[0].tolist() == [[0] * 4, [0] * 4, [0] * 4, [1, 1, 1, 0]]
-    assert eight[1].max() == 1
-    with pytest.raises(ValueError, match="connectivity must be 1 or 2; got 4"):
-        fm.label_components(image, connectivity=4)
+def test_an_image_without_instances():
+    none = np.zeros((4, 5), int)
+    figures = InstanceRecords.of(none, none).compute()
+    assert np.isnan([figures["rand_error"], figures["pq"]]).all()
+    assert (figures["vi"], figures["touching"]) == (0, 0)
 
 
-def panoptic(seed):
-    rng = np.random.default_rng(seed)
-    blocks = lambda high: np.kron(rng.integers(0, high, (4, 4, 4)), np.ones((1, 4, 4), int))
-    truth = np.stack([blocks(4), blocks(3)], -1)
-    found = np.where(rng.random((4, 16, 16, 1)) < 0.2, rng.integers(0, 3, truth.shape), np.roll(truth, 1, axis=1))
-    return found, truth
+def test_components():
+    foreground = np.array([[1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]])
+    np.testing.assert_array_equal(label_components(foreground), [[1, 1, 0, 0], [0, 0, 2, 0], [3, 0, 0, 4]])
+    eight = label_components(foreground, connectivity=2, min_size=2)
+    np.testing.assert_array_equal(eight > 0, [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    many = np.random.default_rng(0).uniform(size=(2, 30, 30)) < 0.5
+    for got, image in zip(label_components(many), many, strict=True):
+        np.testing.assert_array_equal(got, ndimage.label(image)[0])
 
 
-@pytest.mark.parametrize("void", [False, True])
-def test_panoptic_quality_equals_a_loop(void):
-    found, truth = panoptic(0)
-    if void:
-        truth[np.random.default_rng(1).random(truth.shape[:3]) < 0.2, 0] = 255
-        truth[0, :7, :, 0] = 255
-        found[1, :2, :, 0] = 255
-    counts = np.zeros((5, 4))
-    for p, t in zip(found, truth, strict=True):
-        ids = [np.where(np.isin(x[..., 0], [1, 2]), x[..., 1], 0) + 1000 * x[..., 0] for x in (p, t)]
-        for k in range(5):
-            keys = [{i for i in set(x.ravel()) if i // 1000 == k} for x in ids]
-            counts[k] += loop(*ids, t[..., 0] != 255, *keys)
-    records = fm.PanopticRecords.of(found, truth, 5, things=[1, 2])
-    np.testing.assert_allclose(records.counts.sum(0), counts, rtol=0, atol=1e-9)
-    rows = np.array([quality(*row) for row in counts])  # class 4 is not seen
-    got = records.compute()
-    for end, classes in (("", [0, 1, 2, 3]), ("_things", [1, 2]), ("_stuff", [0, 3])):
-        want = rows[classes].mean(0)
-        np.testing.assert_allclose([got[n + end] for n in ("pq", "sq", "rq")], want, rtol=0, atol=1e-9)
-    table = records.per_class("abcde")
-    np.testing.assert_allclose([[row[n] for n in ("pq", "sq", "rq")] for row in table], rows, rtol=0, atol=1e-9)
-    halves = [fm.PanopticRecords.of(found[i], truth[i], 5, things=[1, 2]) for i in (slice(1), slice(1, 4))]
-    assert halves[0].merge(halves[1]).compute() == got
-
-
-@pytest.mark.reference
-def test_panoptic_quality_equals_torchmetrics():
-    torch = pytest.importorskip("torch")
-    detection = pytest.importorskip("torchmetrics.detection")
-    found, truth = panoptic(3)
-    theirs = detection.PanopticQuality(
-        things={1, 2}, stuffs={0, 3}, return_sq_and_rq=True, return_per_class=True, allow_unknown_preds_category=True
-    )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # a ratio of integers has the default type
-    try:
-        want = theirs(torch.as_tensor(found), torch.as_tensor(truth)).numpy()
-    finally:
-        torch.set_default_dtype(default)
-    table = fm.PanopticRecords.of(found, truth, 4, things=[1, 2]).per_class()
-    order = sorted(range(4), key=[1, 2, 0, 3].index)  # theirs has the things first
-    got = [[table[k][n] for n in ("pq", "sq", "rq")] for k in order]
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
-
-
-def test_wrong_arguments():
-    found, truth = maps(0)
-    with pytest.raises(ValueError, match=r"one shape \[H, W\] or \[N, H, W\]; got \(17, 20\) and \(3, 17, 20\)"):
-        fm.InstanceRecords.of(found[0], truth)
-    with pytest.raises(ValueError, match="truth must have integers; got float64"):
-        fm.InstanceRecords.of(found, truth * 1.0)
-    with pytest.raises(ValueError, match="found must have ids of at least 0; got -1"):
-        fm.InstanceRecords.of(found - 1, truth)
-    with pytest.raises(ValueError, match=r"one position for each of 3 images; got shape \(2,\)"):
-        fm.InstanceRecords.of(found, truth, index=np.arange(2))
-    found, truth = panoptic(0)
-    with pytest.raises(ValueError, match=r"truth must have classes from 0 to 2, or 255; got 3"):
-        fm.PanopticRecords.of(np.minimum(found, 2), truth, 3, things=[1])
-    with pytest.raises(ValueError, match=r"things must be classes from 0 to 3; got \[4\]"):
-        fm.PanopticRecords.of(found, truth, 4, things=[4])
-    with pytest.raises(ValueError, match=r"other must have the things \[1\] of 4 classes; got \[2\] of 4"):
-        fm.PanopticRecords.of(found, truth, 4, things=[1]).merge(fm.PanopticRecords.of(found, truth, 4, things=[2]))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"found": np.zeros((2, 3), int)}, r"found and truth must have one shape .*; got \(2, 3\) and \(3, 3\)"),
+        ({"found": np.zeros((3, 3))}, "found must have integers; got float64"),
+        ({"truth": -np.ones((3, 3), int)}, "truth must have ids of at least 0; got -1"),
+        ({"gap": -1}, "gap must be at least 0; got -1"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    sound = {"found": np.zeros((3, 3), int), "truth": np.ones((3, 3), int)}
+    with pytest.raises(ValueError, match=message):
+        InstanceRecords.of(**{**sound, **arguments})

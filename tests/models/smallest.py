@@ -54,7 +54,10 @@ SMALLEST: dict[str, tuple[tuple[int, ...], dict, int]] = {
     ),
 }
 # Their compilation takes longer than 15 s. The parity tests execute them in every run.
-SLOW = {"googlenet", "googlenet_bn", "bn_inception", "inception_v3", "inception_v4", "inception_resnet_v2", "xception"}
+SLOW = {
+    *("googlenet", "googlenet_bn", "bn_inception", "inception_v3", "inception_v4", "inception_resnet_v2", "xception"),
+    *("senet154", "se_resnet18", "se_resnet50", "resnet50", "mobilenet_v1", "darknet53", "vgg16_dli", "alexnet"),
+}
 
 
 def sample_of(size, channels, rows=2):

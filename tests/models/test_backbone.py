@@ -53,7 +53,7 @@ def whole(model, variables, x, train):
     return model.apply(variables, x, **options)
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", with_backbone())
 def test_a_call_is_the_head_of_the_features(name, train):
     """As programs: operation for operation the same, and so bit for bit."""
@@ -196,8 +196,10 @@ ATROUS = {
     "xception": models.XceptionBackbone(middle_blocks=1, pool_padding=((1, 1), (1, 1))),
 }
 
+SLOW_ATROUS = {"bottleneck by the paper", "se basic", "se bottleneck", "senet154", "mobilenet v1", "xception"}
 
-@pytest.mark.parametrize("name", ATROUS)
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW_ATROUS)) for n in ATROUS])
 def test_dilated_stages_contain_the_strided_ones(name):
     """A dilated stage, subsampled by the stride that it lost, is the strided stage; the parameters are the same."""
     strided = ATROUS[name]

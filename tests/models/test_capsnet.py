@@ -79,6 +79,7 @@ def test_routing_needs_a_round():
         routing_by_agreement(jnp.ones((1, 2, 3, 4)), 0)
 
 
+@pytest.mark.slow
 def test_routed_capsules_in_chunks(monkeypatch):
     """The CPU's form, a few images at a time, and its gradient through all rounds are those of the whole batch."""
     u, kernel = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((6, 7, 3), (7, 3, 4, 5)))

@@ -197,6 +197,7 @@ def test_anchors_beyond_the_image_do_not_take_part():
     np.testing.assert_array_equal(pool[:, :2] + 5, [[0, 0], [64, 0], [0, 48], [64, 48]])
 
 
+@pytest.mark.slow
 def test_the_sample_lies_in_the_image():
     model, batch = tiny(), batch_of()
     batch["size"] = np.asarray([[30, 33], [64, 96], [33, 64], [64, 20]], np.int32)
@@ -293,6 +294,7 @@ def test_every_parameter_gets_a_gradient_and_frozen_ones_none():
             np.testing.assert_allclose(gradient, flatten_dict(free, sep="/")[path], rtol=1e-3, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_one_compilation_for_each_canvas():
     """50 images of 50 sizes on two canvases."""
     model, rng = tiny(), np.random.default_rng(0)
@@ -316,7 +318,8 @@ def test_one_compilation_for_each_canvas():
         assert (boxes <= [size[1], size[0]] * 2).all()
 
 
-@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_the_number_of_devices_does_not_matter(parallel):
     """1 and 8 devices, with keys of the rows, uneven counts and a padded row. A toy detector does it in every run."""
     model, batch = tiny(), batch_of(rows=8)

@@ -241,3 +241,67 @@ def test_published_weights():
     names = fv.weights.class_names_for(NAME, "torchvision/COCO_V1")
     assert (len(names), names[0], names[89]) == (90, "person", "toothbrush")
     assert fv.weights.preprocessing_for(NAME) == fv.weights.preprocessing_for("faster_rcnn_resnet50_fpn")
+
+
+def ap50(found, truths):
+    """Average precision at an IoU of 0.5 of regions as rows of pixels: the area under precision over recall.
+
+    Args:
+        found: For each image, scores [D], classes [D] and regions [D, H, W].
+        truths: For each image, classes [M] and regions [M, H, W].
+    """
+    each = []
+    for kind in {int(label) for labels, _ in truths for label in labels}:
+        ranked, total = [], 0
+        for (scores, labels, regions), (true_labels, true_regions) in zip(found, truths, strict=True):
+            mine = true_regions[true_labels == kind].astype(bool)
+            free, total = [*range(len(mine))], total + len(mine)
+            for k in sorted(np.flatnonzero(labels == kind), key=lambda k: -scores[k]):
+                overlaps = [(regions[k] & mine[m]).sum() / (regions[k] | mine[m]).sum() for m in free]
+                hit = bool(overlaps) and max(overlaps) >= 0.5
+                if hit:
+                    free.pop(int(np.argmax(overlaps)))
+                ranked.append((-scores[k], not hit, hit))
+        hits = np.array([hit for *_, hit in sorted(ranked)], float)
+        precision = np.cumsum(hits) / (np.arange(len(hits)) + 1)
+        each.append((precision * hits).sum() / total)
+    return np.mean(each)
+
+
+@pytest.mark.slow
+def test_it_learns_four_images_by_heart():
+    """Every object is found, by its box and by its mask, before anything else of its class."""
+    source = fv.data.on_canvases(fv.data.load_detection("shapes", "train", masks=True), 96, max_objects=6)
+    examples = [source[i] for i in range(4)]
+    batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+    batch["image"] = (batch["image"].astype(np.float32) - 128) / 64
+    assert batch["valid"].sum() >= 8
+    backbone = fv.create_backbone(
+        "resnet18", stage_sizes=(1, 1, 1), features=(16, 32, 64), batch_norm="frozen", epsilon=0.0,
+        stages=("stage1", "stage2", "stage3"),
+    )  # fmt: skip
+    model = MaskRCNN(
+        backbone, num_classes=4, fpn_features=32, head_features=128, mask_features=(32, 32),
+        anchor_sizes=((12,), (24,), (40,), (64,)), rpn_pre_nms_train=200, rpn_pre_nms_eval=100, rpn_post_nms_train=100,
+        rpn_post_nms_eval=50, rpn_sample_size=64, box_sample_size=64,
+    )  # fmt: skip
+    tx = fv.train.optimizer("adam", fv.train.schedule("cosine", 3e-3, 300, warmup_steps=20), clip_norm=10.0)
+    state = fv.train.create_state(model, tx, jax.random.key(0), batch["image"])
+    step = jax.jit(functools.partial(fv.train.train_step, objective=fv.train.detection()))
+    for _ in range(300):
+        state, _ = step(state, batch, jax.random.key(1))
+    find = jax.jit(functools.partial(fv.detect, model, max_detections=20))
+    found = jax.device_get(find(state.variables, batch["image"], batch["size"]))
+    boxes, masks = [], []
+    y, x = np.arange(96)[:, None] + 0.5, np.arange(96) + 0.5
+    inside = lambda b: (x > b[0]) & (x < b[2]) & (y > b[1]) & (y < b[3])
+    for i in range(4):
+        valid, real = found.valid[i], batch["valid"][i].astype(bool)
+        ranked = (found.scores[i][valid], found.labels[i][valid])
+        pasted = np.asarray(fv.ops.paste_masks(found.masks[i][valid], found.boxes[i][valid], (96, 96))) > 0.5
+        drawn = [inside(b) for b in found.boxes[i][valid]]
+        labels = batch["labels"][i][real]
+        boxes.append(((*ranked, drawn), (labels, np.stack([inside(b) for b in batch["boxes"][i][real]]))))
+        masks.append(((*ranked, pasted), (labels, batch["masks"][i][real])))
+    assert ap50(*zip(*boxes, strict=True)) == pytest.approx(1.0)
+    assert ap50(*zip(*masks, strict=True)) == pytest.approx(1.0)

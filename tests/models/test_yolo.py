@@ -84,7 +84,9 @@ def batch_of(size, classes):
     }
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "yolo_v3_tiny")) for name in NARROW]
+)
 def test_training(name):
     """Every parameter gets a gradient, BatchNorm moves, and a few steps lower the loss."""
     model = fv.create_model(name, num_classes=3, **NARROW[name])

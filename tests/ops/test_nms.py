@@ -17,7 +17,7 @@ def stacked(cases):
     return {key: np.stack([case[key] for case in cases]) for key in cases[0]}
 
 
-@pytest.mark.parametrize(("threshold", "classwise"), [(0.3, False), (0.6, True)])
+@pytest.mark.parametrize(("threshold", "classwise"), [pytest.param(0.3, False, marks=pytest.mark.slow), (0.6, True)])
 def test_nms_is_a_greedy_loop(threshold, classwise):
     cases = [operators.nms_case(seed) for seed in SEEDS]
     batch = stacked(cases)

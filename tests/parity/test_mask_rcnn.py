@@ -28,6 +28,7 @@ def variables(stored):
     return NETWORK.variables(rcnn.draw(shapes, rcnn.Calibration.from_arrays(stored, shapes)))
 
 
+@pytest.mark.slow
 def test_the_same_detections_and_masks(stored, variables):
     images, _ = mask_rcnn.small_case()
     others = [{name: stored[f"{name} {row}"] for name in ("boxes", "scores", "labels")} for row in (0, 1)]
@@ -51,6 +52,7 @@ def test_the_same_detections_and_masks(stored, variables):
         assert sum(int(((pasted[i] != inside[j]) & ~near[j]).sum()) for i, j in pairs) == 0
 
 
+@pytest.mark.slow
 def test_the_same_losses(stored, variables):
     _, batch = mask_rcnn.small_case()
     theirs = {name.removeprefix("loss "): float(value) for name, value in stored.items() if name.startswith("loss ")}

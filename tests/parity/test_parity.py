@@ -12,6 +12,9 @@ from parity.references import CASES, FILE
 
 # Large networks with a relative among the other cases, and second libraries.
 SLOW = (
+    "torchvision/googlenet_bn/aux",
+    "torchvision/inception_v3/aux",
+    "torchvision/deeplabv3_resnet50",
     "torchvision/fcn_resnet50",
     "timm/inception_v4",
     "timm/inception_resnet_v2",

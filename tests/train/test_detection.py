@@ -84,6 +84,7 @@ def test_the_loss_is_the_sum_of_the_named_losses(model):
         fv.train.detection()(model.apply, {}, {}, less, None, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [(), (3, 15)], ids=["full", "padded"])
 def test_the_devices_do_not_matter(model, masked):
     """The samples are drawn by the row of the global batch: jit on 1 and 8 devices and pmap take the same steps."""
@@ -194,6 +195,7 @@ def test_difficult_objects_count_for_coco_and_not_for_voc():
     assert one["coco_ap50"] == pytest.approx(51 / 101)
 
 
+@pytest.mark.slow
 def test_a_detector_learns(model):
     """Four images by heart: the losses fall and the boxes are found."""
     data = batch(8, seed=3)
@@ -210,6 +212,7 @@ def test_a_detector_learns(model):
     assert found["coco_ap50"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_step_compiles_once_for_each_canvas(model):
     """Fifty photographs of fifty sizes: as many traces as canvases, in training and in evaluation."""
 

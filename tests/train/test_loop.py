@@ -43,7 +43,12 @@ def test_a_run_does_all_its_steps(uninterrupted):
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "checkpoint_every"), [(0, None), (7, None), (10, None), (19, None), (1, 3), (13, 3)]
+    ("killed_at", "checkpoint_every"),
+    [
+        (7, None),
+        (13, 3),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0, None), (10, None), (19, None), (1, 3))),
+    ],
 )
 def test_a_killed_run_ends_in_the_same_bits(tmp_path, uninterrupted, killed_at, checkpoint_every):
     with pytest.raises(KilledError):

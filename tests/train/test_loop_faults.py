@@ -10,7 +10,7 @@ from flaxvision.train import EarlyStopping
 from tests.train.runs import EVAL, SOURCE, InEvaluation, KilledError, Seen, bits, raising, records_of, run, state_of
 
 
-@pytest.mark.parametrize("number", [2, 4])  # 4: after the last step
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 4])  # 4: after the last step
 @pytest.mark.parametrize("error", [KilledError(), MemoryError("in the evaluation")], ids=["kill", "error"])
 def test_an_evaluation_that_fails_costs_nothing(tmp_path, uninterrupted, number, error):
     with pytest.raises(type(error)):
@@ -68,7 +68,7 @@ def test_a_run_without_a_step_leaves_nothing(tmp_path):
     assert fv.checkpoint.Checkpoints(tmp_path / "checkpoints").latest_step is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("evaluation", [2, 4])
 def test_a_signal_in_an_evaluation_is_honoured_at_the_next_batch(tmp_path, uninterrupted, number, evaluation):
     seen = []

@@ -112,6 +112,9 @@ def test_wrong_shapes(batch, logits, message):
 
 
 def test_wrong_options():
+    weighted = {"weight": np.ones(LABELS.shape, np.float32)}
+    with pytest.raises(ValueError, match="batch must not hold weight with a loss"):
+        measured(fv.train.segmentation(loss=fv.losses.soft_dice), weighted)
     with pytest.raises(ValueError, match="class_weights must have 3 values, one per class; got 2"):
         measured(fv.train.segmentation(class_weights=(1.0, 2.0)), {})
     with pytest.raises(ValueError, match="class_weights must be None with a loss; got both"):
@@ -120,6 +123,7 @@ def test_wrong_options():
         fv.train.segmentation(loss=fv.losses.soft_dice, ignore=0)
 
 
+@pytest.mark.slow
 def test_devices_give_the_same_step_and_metrics():
     """One step under jit on 1 and 8 devices and under pmap; ignored pixels are spread unevenly."""
     model = fv.create_model("unet_same", features=(4, 4), decoder_features=(4,), num_classes=3)

@@ -72,6 +72,7 @@ def test_the_largest_dimension_that_the_devices_divide_is_split():
     assert state_sharding(state, make_mesh(jax.devices()[:1]))["tall"].spec == P()
 
 
+@pytest.mark.slow
 def test_the_results_are_those_of_a_replicated_state():
     whole, split = jit_step(STEP), jit_step(STEP, shard_state=True)
     measure = [jit_step(partial(eval_step, objective=OBJECTIVE, use_ema=True), shard_state=s) for s in (False, True)]

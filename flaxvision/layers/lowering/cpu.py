@@ -9,6 +9,9 @@ XLA's own convolutions are slow on a CPU in many cases. These forms compute the 
 * A dilated input is one small convolution per output phase ("sub-pixel"), interleaved. Transposed convolutions and the
   input gradients of strided ones have dilated inputs.
 * Kernel gradients of large feature maps are matrix products of patches, a few images at a time.
+* A dilated kernel that reaches far beyond the map (the rates 12 to 36 of DeepLab) is one matrix product per element,
+  over the pixels that the element sees. With other dilations, the kernel gradient is that of an undilated kernel over
+  the phases of the map ("space to batch").
 
 Two things differ from plain lax. A NaN or an infinity spreads to the groups that are computed together with its own.
 Over a mesh of several CPU devices, each device computes the whole of a kernel gradient that is cut into pieces: the
@@ -25,8 +28,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flaxvision.layers.lowering import dilated
 from flaxvision.layers.lowering.primitive import transpose, zeros_varying_as
-from flaxvision.layers.lowering.window import Window, dilated_size, lax_conv
+from flaxvision.layers.lowering.window import Shape, Window, dilated_size, lax_conv, out_size, pad
 
 PATCH_BYTES = 8 << 20  # patch matrices of this size stay in the caches
 SMALL_MAP = 400  # below this many output positions XLA's own kernel gradient is fast enough
@@ -34,7 +38,6 @@ GROUP_CHANNELS = 32  # minimum number of input channels of a dense convolution t
 GROUP_BLOCKS = 16  # maximum number of dense convolutions for one grouped convolution: each costs compile time
 
 Convolve = Callable[[jax.Array, jax.Array, Window], jax.Array]
-Shape = tuple[int, ...]
 
 
 def convolution(x: jax.Array, kernel: jax.Array, w: Window) -> jax.Array:
@@ -119,24 +122,9 @@ def _convolution(x, kernel, w: Window, spatial: Convolve):
 # -- geometry ---------------------------------------------------------------------------------------------------------
 
 
-def _out_size(x_shape, k_shape, w: Window) -> Shape:
-    """Returns the spatial size of the output of an undilated input."""
-    return tuple(
-        (n + sum(p) - dilated_size(k, d)) // s + 1
-        for n, k, s, p, d in zip(x_shape[1:-1], k_shape, w.strides, w.padding, w.rhs_dilation, strict=False)
-    )
-
-
-def _pad(x, padding):
-    """Pads the spatial dimensions with zeros; negative amounts crop."""
-    if not any(low or high for low, high in padding):
-        return x
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
-
-
 def _taps(x, window, out, w: Window) -> list[jax.Array]:
     """Returns the padded input as each element of the kernel sees it: prod(window) arrays `[N, *out, C]`."""
-    x = _pad(x, w.padding)
+    x = pad(x, w.padding)
     views = []
     for place in product(*map(range, window)):
         start = [t * d for t, d in zip(place, w.rhs_dilation, strict=True)]
@@ -157,22 +145,26 @@ def divisor(n: int, limit: int) -> int:
 def _dense(x, kernel, w: Window, spatial: Convolve):
     if math.prod(kernel.shape[:-2]) > 1:
         return spatial(x, kernel, w)
-    out = _out_size(x.shape, kernel.shape, w)
+    out = out_size(x.shape, kernel.shape, w)
     (x,) = _taps(x, kernel.shape[:-2], out, w)
     y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[-2:])
     return y.reshape(x.shape[0], *out, kernel.shape[-1])
 
 
 def _spatial(x, kernel, w: Window):
+    if dilated.reaches_far(x.shape, kernel.shape, w):
+        return dilated.sum_of_elements(x, kernel, w)
     # jaxlib 0.10's unpadded 2-D convolution is three times slower than the padded one. Computing one row too many and
     # cutting it off is cheaper, and XLA fuses the cut into the next operation. Up to two channels are not affected.
     if x.ndim == 4 and x.shape[-1] > 2 and not any(map(any, w.padding)):
-        rows = _out_size(x.shape, kernel.shape, w)[0]
+        rows = out_size(x.shape, kernel.shape, w)[0]
         return lax_conv(x, kernel, w._replace(padding=((0, w.strides[0]), (0, 0))))[:, :rows]
     return lax_conv(x, kernel, w)
 
 
 def _input_gradient(g, kernel, w: Window, shape: Shape):
+    if dilated.reaches_far(shape, kernel.shape, w):
+        return transpose(lambda x: dilated.sum_of_elements(x, kernel, w), jax.ShapeDtypeStruct(shape, g.dtype), g)
     if max(w.strides) == 1 or max(w.rhs_dilation) > 1:
         return transpose(lambda x: lax_conv(x, kernel, w), jax.ShapeDtypeStruct(shape, g.dtype), g)
     # XLA's own can be 50 times slower: 6 s for 25 images with a 9x9 window at stride 2 and 256 channels in and out.
@@ -191,6 +183,12 @@ def _kernel_gradient(x, g, w: Window, shape: Shape):
     depth = math.prod(window) * channels
     narrow = (channels < 16 and features < 32) or len(window) == 1  # little arithmetic for each copied patch
     small = math.prod(out) < SMALL_MAP and len(x) * math.prod(out) < 2 * depth
+    if dilated.reaches_far(x.shape, shape, w):
+        return dilated.kernel_gradient(x, g, w, shape)
+    if max(w.rhs_dilation) > 1 and max(w.strides) == 1 and not narrow:
+        x, g = dilated.by_phases(x, g, w, window)
+        undilated = w._replace(padding=((0, 0),) * len(window), rhs_dilation=(1,) * len(window))
+        return _kernel_gradient(x, g, undilated, shape)
     if narrow or small or max(w.rhs_dilation) > 1:  # measured: XLA's own form is as fast or faster
         return transpose(lambda kernel: lax_conv(x, kernel, w), jax.ShapeDtypeStruct(shape, g.dtype), g)
 
@@ -223,7 +221,7 @@ def _phases(x, window, out, w: Window):
     """Sorts the padded input's pixels by their position modulo the strides: `[*strides, C, N, *spatial / strides]`."""
     count = [o + (k - 1) // s for o, k, s in zip(out, window, w.strides, strict=True)]
     sizes = zip(x.shape[1:-1], w.padding, count, w.strides, strict=True)
-    x = _pad(x, [(low, q * s - n - low) for n, (low, _), q, s in sizes])
+    x = pad(x, [(low, q * s - n - low) for n, (low, _), q, s in sizes])
     split = x.reshape(len(x), *(m for pair in zip(count, w.strides, strict=True) for m in pair), x.shape[-1])
     rank = len(window)
     return split.transpose(*range(2, 2 * rank + 1, 2), 2 * rank + 1, 0, *range(1, 2 * rank, 2))
@@ -259,7 +257,7 @@ def _per_channel(x, kernel, w: Window):
     if multiplier > 1:
         x = jnp.repeat(x, multiplier, axis=-1)
     taps = kernel.reshape(-1, *(1,) * (x.ndim - 1), kernel.shape[-1])
-    return x, list(taps), _out_size(x.shape, kernel.shape, w)
+    return x, list(taps), out_size(x.shape, kernel.shape, w)
 
 
 def _shifted_sum(x, taps, window, out, w: Window):
@@ -277,8 +275,8 @@ def _depthwise_by_input(x, kernel, w: Window, _=None):
     canvas: Any = 0
     for place, tap in zip(product(*map(range, window)), taps, strict=True):
         high = [t * d for t, d in zip(place, w.rhs_dilation, strict=True)]
-        canvas += _pad(x * tap, [(r - h, h) for r, h in zip(reach, high, strict=True)])
-    return _pad(canvas, [(low - r, high - r) for (low, high), r in zip(w.padding, reach, strict=True)])
+        canvas += pad(x * tap, [(r - h, h) for r, h in zip(reach, high, strict=True)])
+    return pad(canvas, [(low - r, high - r) for (low, high), r in zip(w.padding, reach, strict=True)])
 
 
 def _depthwise_by_kernel(x, kernel, w: Window, _=None):
@@ -298,7 +296,7 @@ def _in_pieces(fn, x, out, window, w: Window, bytes_per_position: int):
     reach = (band - 1) * w.strides[0] + dilated_size(window[0], w.rhs_dilation[0])
     bands = rows // band
     if bands > 1:
-        x = _pad(x, (w.padding[0],) + ((0, 0),) * (len(out) - 1))
+        x = pad(x, (w.padding[0],) + ((0, 0),) * (len(out) - 1))
         w = w._replace(padding=((0, 0), *w.padding[1:]))
         step = band * w.strides[0]
         x = jnp.stack([lax.slice_in_dim(x, i * step, i * step + reach, axis=1) for i in range(bands)], axis=1)
@@ -320,7 +318,7 @@ def _subpixel(x, kernel, w: Window, spatial: Convolve):
     size, window = x.shape[1:-1], kernel.shape[:-2]
     dense = w._replace(lhs_dilation=(1,) * len(size))
     dilated = tuple(map(dilated_size, size, w.lhs_dilation))
-    out = _out_size((x.shape[0], *dilated, 1), kernel.shape, dense)
+    out = out_size((x.shape[0], *dilated, 1), kernel.shape, dense)
     count = [-(-o // f) for o, f in zip(out, w.lhs_dilation, strict=True)]
 
     def phase(place):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+Shape = tuple[int, ...]
 
 
 class Window(NamedTuple):
@@ -27,6 +30,21 @@ def dimension_numbers_of(rank: int) -> lax.ConvDimensionNumbers:
 def dilated_size(size: int, dilation: int) -> int:
     """Returns the extent of `size` elements that stand `dilation` apart."""
     return (size - 1) * dilation + 1 if size else 0
+
+
+def out_size(x_shape, k_shape, w: Window) -> Shape:
+    """Returns the spatial size of the output of an undilated input."""
+    return tuple(
+        (n + sum(p) - dilated_size(k, d)) // s + 1
+        for n, k, s, p, d in zip(x_shape[1:-1], k_shape, w.strides, w.padding, w.rhs_dilation, strict=False)
+    )
+
+
+def pad(x, padding):
+    """Pads the spatial dimensions with zeros; negative amounts crop."""
+    if not any(low or high for low, high in padding):
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
 
 
 def lax_conv(x: jax.Array, kernel: jax.Array, w: Window, precision: lax.PrecisionLike = None) -> jax.Array:

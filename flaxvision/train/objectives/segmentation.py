@@ -38,13 +38,14 @@ def segmentation(
 
     Args:
         loss: `(logits [N, H, W, K], labels [N, H, W]) -> [N]`, used instead of the cross-entropy and averaged over the
-            images, such as `losses.soft_dice`. It does not see weights.
+            images, such as `losses.soft_dice`. The batch must not hold weights, which it does not see.
         class_weights: K factors of the pixels of each class, as in torch's `CrossEntropyLoss`.
         aux_weight: Weight of the loss of each auxiliary head (torchvision: 0.5).
         ignore: Label of pixels that do not count.
 
     Returns:
-        The objective. When traced it raises ValueError for labels or weights of the wrong shape.
+        The objective. When traced it raises ValueError for labels or weights of the wrong shape, and for weights
+        together with `loss`.
 
     Raises:
         ValueError: `class_weights` or another `ignore` than 255 are given together with `loss`.
@@ -56,6 +57,8 @@ def segmentation(
 
     def mean_loss(logits: jax.Array, batch: dict[str, Any], mask: jax.Array) -> fm.Mean:
         if loss is not None:
+            if "weight" in batch:
+                raise ValueError("batch must not hold weight with a loss, which does not see it; got weight")
             return fm.Mean.of(loss(logits, batch["label"]), mask)
         if class_weights is not None and len(class_weights) != logits.shape[-1]:
             raise ValueError(
