@@ -153,9 +153,9 @@ def _count(found: np.ndarray, truth: np.ndarray, unknown: np.ndarray, gap: int) 
         inside = sparse.csr_array((table[2][real].astype(np.float64), (row[real], column[real])))
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 if all segments are single pixels
             rand = metrics.adapted_rand_error(table=inside)
-    if table.size:
-        blank = np.zeros((1, 1), int)  # it is not read; scikit-image compares the shapes of the images it is given
+    if table.size:  # some pixel is known
         whole = sparse.csr_array((table[2] / table[2].sum(), (row, column)))
+        blank = np.zeros((1, 1), int)  # it is not read; scikit-image compares the shapes of the images it is given
         split, merge = metrics.variation_of_information(blank, blank, table=whole)
         information = [abs(split), abs(merge)]  # not -0.0
     segments = score_segments(table, segment_table(found[unknown], truth[unknown]))

@@ -174,9 +174,8 @@ def score_segments(known: np.ndarray, unknown: np.ndarray, kind: int | None = No
     void: dict[int, int] = {}
     for segment, size in zip(unknown[0].tolist(), unknown[2].tolist(), strict=True):
         void[segment] = void.get(segment, 0) + size
-    candidates = np.union1d(found, unknown[0])
     extra = sum(
-        segment not in matched and void.get(segment, 0) <= sizes.get(segment, 0)
-        for segment in candidates[mine(candidates)].tolist()
+        segment not in matched and void.get(segment, 0) <= sizes[segment]
+        for segment in found[mine(found)].tolist()  # one that is wholly unknown is none
     )
     return float(iou[match].sum()), len(matched), extra, int(mine(truth).sum()) - len(matched)

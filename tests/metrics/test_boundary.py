@@ -78,6 +78,8 @@ def test_padding_devices_and_order():
     split = [jnp.asarray(x)[:, None] for x in (FOUND, TRUTH, mask, index)]
     gathered = jax.tree.map(lambda x: x[0], jax.pmap(step, "data")(*split))
     np.testing.assert_array_equal(gathered.counts, whole.counts)
+    mapped = jax.jit(jax.vmap(lambda a, b, *row: BoundaryMetrics.of(a, b, K, *row, tolerance=1.0)))(*split)
+    np.testing.assert_array_equal(mapped.counts[:, 0], whole.counts)
     records = whole.to_host()
     assert len(records) == 6
     parts = [

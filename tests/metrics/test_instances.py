@@ -107,6 +107,23 @@ def test_unknown_pixels():
     assert figures["rand_error"] == pytest.approx(error, abs=1e-9)
 
 
+def test_a_tie_goes_to_the_lower_id():
+    truth = np.array([[1, 1, 2, 2]])
+    apart = lambda found: InstanceRecords.of(np.array([found]), truth).compute()["separated"]
+    assert apart([4, 9, 9, 9]) == 1  # 4 and 9 share one pixel each with 1
+    assert apart([4, 9, 4, 4]) == 0
+    assert apart([0, 9, 4, 4]) == 0  # the background is the lowest
+
+
+@pytest.mark.parametrize(("void", "extra"), [(1, 1), (2, 1), (3, 0), (4, 0)])
+def test_a_found_instance_that_is_mostly_unknown_is_no_false_positive(void, extra):
+    """It is one with exactly half of its pixels unknown, and none with all of them unknown."""
+    truth = np.array([[255] * void + [0] * (4 - void)])
+    records = InstanceRecords.of(np.full((1, 4), 7), truth, ignore=255)
+    assert records.counts[0, 5:9].tolist() == [0, 0, extra, 0]
+    assert np.isnan(records.compute()["vi"]) == (void == 4)  # no pixel is known
+
+
 def test_sets_of_images():
     """Figures are means over images or sums, whatever the order of the images."""
     images = [CASES[f"random {seed}"] for seed in range(5)]
