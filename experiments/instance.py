@@ -4,13 +4,14 @@ r"""Trains and evaluates detectors that predict the mask of each object.
     python experiments/instance.py --dataset instances --data-dir FOLDER --canvases 256 --batch-size 4
     python experiments/instance.py --dataset coco --data-dir FOLDER --model mask_rcnn_resnet50_fpn
 
-The first command needs no files and no GPU. The flags, the pictures and the files of a run are those of `detect.py`.
+The first command needs no files and no GPU. The flags, the pictures and the files of a run
+are the same as for `detect.py`.
 
-FOLDER has the layout of COCO, with its JSON files; or for `--dataset instances`, it holds `images` and `masks`, whose
-values are the numbers of the instances; see `flaxvision.data.load_detection`.
+For `--dataset coco`, FOLDER has the layout of COCO with its JSON files. For `--dataset instances`, it holds `images`
+and `masks`. The values of the masks are instance numbers; see `flaxvision.data.load_detection`.
 
-The best checkpoint is the one with the highest COCO AP50 of the masks. In training, masks are compared as they lie on
-their canvas; at the end of a run, they are compared in pixels of the original images.
+The best checkpoint is the one with the highest COCO AP50 of the masks. During training, masks are compared at the
+resolution of the canvas. At the end of a run, they are compared in pixels of the original images.
 
 `--help --model NAME` shows the defaults of a recipe.
 """

@@ -16,8 +16,8 @@ The first command needs no files and no GPU. With seed 0 it took 17 minutes of o
 0.831 on the 500 test images.
 
 FOLDER holds `images` and `masks`, or the same in a folder for each split; see `flaxvision.data.load_segmentation`. At
-the end, a run prints the metrics of each class, draws the best, the middling and the worst images in its work
-directory, and writes `weights.safetensors` for `flaxvision predict`.
+the end, a run prints the metrics of each class, draws the best, middle and worst images in its work directory, and
+writes `weights.safetensors` for `flaxvision predict`.
 
 `--help --recipe NAME` shows the defaults of a recipe.
 """
@@ -41,7 +41,7 @@ from segment_recipes import RECIPES, Recipe
 import flaxvision as fv
 
 _LOSSES = {"dice": fv.losses.soft_dice, "lovasz": fv.losses.lovasz_softmax}
-# What the splits train and val are called elsewhere.
+# Names of the splits train and val in other data sets.
 _SPLITS = {
     "ade20k": {"train": "training", "val": "validation"},
     "oxford_iiit_pet": {"val": "test"},
@@ -70,30 +70,31 @@ class Config(Recipe, fv.train.RunSettings):
     """shapes (drawn, needs no files), folder (images and masks), voc or ade20k (their layouts), or a TFDS name:
     oxford_iiit_pet, cityscapes or scene_parse150."""
     data_dir: str | None = None
-    """Folder of the data set. For a TFDS name, the directory of prepared sets; default: that of TFDS."""
+    """Folder of the data set. For a TFDS name, the directory of prepared sets; default: the directory of TFDS."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "val"
-    """Split to evaluate on during training. val is also the one that a set calls validation, or else test."""
+    """Split to evaluate on during training. For val, the split validation is used, or test if the data set has none."""
     test_split: str | None = None
-    """Split for the final metrics. Default: test for shapes, else that of --eval-split."""
+    """Split for the final metrics. Default: test for shapes, else --eval-split."""
     classes: tuple[str, ...] = ()
-    """Class names of a folder. Default: those of its classes.txt."""
+    """Class names. Default: the classes of the data set; for a folder, the lines of its classes.txt."""
     values: tuple[str, ...] = ()
-    """Classes of the values of the masks, as VALUE:CLASS; 255 is unknown. Default: the values are the classes."""
+    """Class of each mask value, as VALUE:CLASS; class 255 is unknown. Default: the table of the data set; for a folder,
+    the values are the classes."""
     instances: bool = False
-    """The masks hold the numbers of instances. Class 0 is the background, and class 1 the instances."""
+    """The masks hold instance numbers. Class 0 is the background, and class 1 the instances."""
     components: str | None = None
     """Class whose connected parts are compared as instances in the final metrics. Default: the class of --instances."""
     border_weights: bool = False
-    """Weigh pixels between close instances as in the U-Net paper; only with --instances and --loss cross_entropy."""
+    """Weight pixels between close instances as in the U-Net paper; only with --instances and --loss cross_entropy."""
     channels: Literal[1, 3] = 3
-    """Channels of the images of a folder: 1 for grey."""
+    """Channels of the images: 3 for RGB, 1 for grey. Drawn shapes always have 3."""
     size: tuple[int, int] | None = None
-    """Height and width to which images are resized and padded. Needed if they differ in size."""
+    """Height and width to which images are resized and padded. Required if the images differ in size."""
     weights: str | None = None
-    """Weights to start from: a published tag or a file. A file of fcn32s_vgg16 starts fcn16s_vgg16 and fcn8s_vgg16 too,
-    and one of fcn16s_vgg16 starts fcn8s_vgg16."""
+    """Weights to start from: a published tag or a file. fcn16s_vgg16 can also start from a file of fcn32s_vgg16, and
+    fcn8s_vgg16 from a file of either."""
     source: str | None = None
     """Library that wrote the file of --weights or --backbone-weights. Default: flaxvision."""
     backbone_model: str | None = None
@@ -377,7 +378,7 @@ def _instances(records: list[fv.metrics.InstanceRecords]) -> dict[str, float]:
 
 
 def _loss(name: str, per_image: bool):
-    """Returns the loss of each image for `train.segmentation`, None for the cross-entropy alone."""
+    """Returns the loss of each image for `train.segmentation`, or None for the cross-entropy."""
     if name == "cross_entropy":
         return None
 

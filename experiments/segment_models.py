@@ -1,4 +1,4 @@
-"""The models of `segment.py`: fresh, from weights, or from the weights of a network that they extend."""
+"""Creates the models of `segment.py`: newly initialized, from weights, or from the weights of a coarser network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flaxvision.weights.load import load_weights
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A segmenter and what belongs to it.
+    """A segmenter with its name, fields, normalization and variables.
 
     Attributes:
         model: The module.
@@ -27,7 +27,7 @@ class Built:
         overrides: Overrides that create the module from that name. Checkpoints store them.
         mean: Mean of the pixels for each channel.
         std: Standard deviation of the pixels for each channel.
-        variables: Variables to start from; None for fresh ones.
+        variables: Variables to start from; None to initialize new ones.
     """
 
     model: Any
@@ -39,10 +39,10 @@ class Built:
 
 
 def build(config: Any, num_classes: int, channels: int) -> Built:
-    """Creates the segmenter of the flags, with the variables of `--weights` or `--backbone-weights`.
+    """Creates the segmenter that the flags select, with the variables of `--weights` or `--backbone-weights`.
 
-    The weights of a coarser FCN on VGG start a finer one, and those of a whole VGG start any of them (Shelhamer et al.
-    2017, section 4.2). What starts fresh is printed.
+    An FCN on VGG can start from the weights of a coarser FCN or of a VGG (Shelhamer et al. 2017, section 4.2). The
+    names of its newly initialized layers are printed.
 
     Raises:
         ValueError: The weights do not fit the model or the classes.
@@ -60,7 +60,7 @@ def build(config: Any, num_classes: int, channels: int) -> Built:
         overrides["aux_heads"] = config.aux_heads
     overrides |= config.model_overrides(fields, num_classes)
     variables = None
-    rng, _ = jax.random.split(jax.random.key(config.seed))  # the one that initializes the state
+    rng, _ = jax.random.split(jax.random.key(config.seed))  # the key that initializes the state
     coarser = None if config.eval_only or not config.weights else _coarser(name, config.weights)
     if coarser is not None:
         loaded = load_weights(coarser, config.weights)
@@ -84,11 +84,11 @@ def build(config: Any, num_classes: int, channels: int) -> Built:
 
 
 def _coarser(name: str, weights: str) -> str | None:
-    """Returns the FCN in a file of flaxvision's if it has fewer skips than `name`, else None."""
+    """Returns the name of the FCN in a weights file of flaxvision if it has fewer skips than `name`, else None."""
     path, model = Path(weights).expanduser(), fv.create_model(name)
     if not isinstance(model, fv.models.FCNVGG) or path.suffix != ".safetensors" or not path.is_file():
         return None
-    if not path.with_suffix(".json").is_file():  # not flaxvision's
+    if not path.with_suffix(".json").is_file():  # a file of another library
         return None
     stored = fv.weights.read_card(path)["model"]
     other = fv.create_model(stored) if stored in fv.list_models(task="segmentation") else None
@@ -96,10 +96,10 @@ def _coarser(name: str, weights: str) -> str | None:
 
 
 def _extended(model: Any, channels: int, rng: jax.Array, trained: Any, source: str) -> dict[str, Any]:
-    """Starts an FCN on VGG from trained variables, and prints what stays fresh."""
+    """Starts an FCN on VGG from trained variables, and prints the layers that are newly initialized."""
     fresh = jax.jit(lambda: model.init(rng, jnp.zeros((1, 32, 32, channels))))()
     params = start_from(fresh["params"], trained["params"])
     given = flatten_dict(trained["params"], sep="/")
     new = sorted({path.split("/")[0] for path in flatten_dict(params, sep="/") if path not in given} | {"upsample"})
-    fv.train.print_once(f"starts from {source}; fresh: {', '.join(name for name in new if name in params)}")
+    fv.train.print_once(f"starts from {source}; newly initialized: {', '.join(name for name in new if name in params)}")
     return {**fresh, "params": params}

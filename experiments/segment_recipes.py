@@ -10,12 +10,12 @@ import flaxvision as fv
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(fv.train.Recipe):
-    """A training recipe with augmentations. Crops, and what lies beyond an image, are made on the device."""
+    """A training recipe with augmentations. Crops and their padding are computed on the device."""
 
     crop: tuple[int, int] | None = None
     """Height and width of random crops for training. Default: whole images."""
     padding: int = 0
-    """Pixels by which images are mirrored on all sides before the crop; their labels are unknown."""
+    """Pixels by which images are mirrored on all sides before the crop. The labels of these pixels are unknown."""
     flip: bool = True
     """Augmentation: random horizontal flips."""
     vertical_flip: bool = False
@@ -37,17 +37,17 @@ class Recipe(fv.train.Recipe):
     loss: Literal["cross_entropy", "dice", "lovasz", "focal"] = "cross_entropy"
     """Loss. dice and lovasz are added to the cross-entropy."""
     per_image: bool = True
-    """dice and lovasz sum over each image; --no-per-image sums over the whole batch."""
+    """Compute dice and lovasz for each image; with --no-per-image, for the whole batch."""
     aux_heads: bool = False
     """Train the auxiliary head of the model, if it has one."""
 
 
-# Shelhamer et al. 2017: FCN-32s starts from VGG-16, FCN-16s from FCN-32s and FCN-8s from FCN-16s, each of the latter
-# two with a learning rate 100 times lower (section 4.2). SGD on single whole images with a momentum of 0.99 and no
-# augmentation (section 4.3), and fixed bilinear upsampling. The numbers are those of the authors' released solvers:
-# 100,000 steps on 8,498 images, and for the sum of the losses of all pixels a learning rate of 1e-10 and a weight decay
-# of 5e-4. Here the loss is the mean, so that the same step has the former times and the latter divided by the number of
-# pixels. The authors double the learning rate of biases; this recipe does not.
+# Shelhamer et al. 2017: FCN-32s starts from VGG-16, FCN-16s from FCN-32s, and FCN-8s from FCN-16s. Each of the latter
+# two lowers the learning rate by a factor of 100 (section 4.2). Training is SGD on single whole images with a momentum
+# of 0.99, no augmentation (section 4.3) and fixed bilinear upsampling. The authors' released solvers take 100,000 steps
+# on 8,498 images. They sum the loss over the pixels, with a learning rate of 1e-10 and a weight decay of 5e-4. Here the
+# loss is the mean over the pixels. For the same steps, the learning rate is multiplied by the number of pixels, and the
+# weight decay is divided by it. The authors double the learning rate of biases; this recipe does not.
 _PIXELS = 375 * 500
 _FCN = Recipe(
     epochs=12.0, batch_size=1, optimizer="momentum", momentum=0.99, learning_rate=1e-10 * _PIXELS, schedule="constant",
@@ -80,5 +80,5 @@ RECIPES = {
     "fcn16s": dataclasses.replace(_FCN, learning_rate=1e-12 * _PIXELS),
     "fcn8s": dataclasses.replace(_FCN, learning_rate=1e-14 * _PIXELS),
 }  # fmt: skip
-# The default model: a U-Net whose stages are narrow, the first one above all.
+# The default model: a U-Net with narrow stages, especially the first.
 SMALL = {"features": (8, 24, 64, 96, 128), "decoder_features": (96, 64, 24, 8)}

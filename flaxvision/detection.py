@@ -163,7 +163,7 @@ def select_detections(
     scores = jnp.where(valid[..., None] & large & (scores > score_threshold), scores, -jnp.inf)
     names = None
     if class_agnostic:
-        # Treat the candidates as one class: shared boxes with their best labels, or the boxes of all classes.
+        # Merge the classes into one. Keep the best label of a shared box, or list the boxes of all classes.
         if boxes.ndim == 3:
             names, scores = lax.argmax(scores, 2, jnp.int32), jnp.max(scores, axis=2, keepdims=True)
         else:
@@ -175,7 +175,7 @@ def select_detections(
     rows = jnp.moveaxis(scores, 2, 1)
     place, label, found = _greedy(boxes, rows if soft_sigma else lax.stop_gradient(rows), max_detections, lower)
     exists = found > -jnp.inf
-    if soft_sigma is None:  # taken from the scores, which have gradients, and not from the loop
+    if soft_sigma is None:  # read from the scores, because the loop has no gradient
         found = jax.vmap(lambda row, p, k: row[k, p])(rows, place, label)
     chosen = jax.vmap(lambda b, p, k: b[p] if b.ndim == 2 else b[k, p])(boxes, place, label)
     label = label if names is None else jnp.take_along_axis(names, place, axis=1)
@@ -188,7 +188,7 @@ def select_detections(
 
 
 def _lowered(row, iou, threshold, soft_sigma, score_threshold):
-    """Returns the scores `row [A]` of a class after one of its boxes was taken; `iou [A]` is the IoU with that box."""
+    """Returns the scores `row [A]` of a class after one of its boxes was selected; `iou [A]` is the IoU with it."""
     if soft_sigma is None:
         return jnp.where(iou > threshold, -jnp.inf, row)
     row = row * jnp.exp(-jnp.square(iou) / soft_sigma)

@@ -1,4 +1,4 @@
-"""Losses that Optax lacks. Each returns one value per example; the objective applies masks and takes means."""
+"""Losses that Optax lacks. Each returns one value per example, pixel or region. The objective averages them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import optax
 from jax import lax
 
 IGNORED = 255
-"""Label of pixels whose class is not known."""
+"""Label of pixels whose class is unknown."""
 
 
 def lenet_map(logits: jax.Array, targets: jax.Array, *, rejection: float = 10.0) -> jax.Array:
     """Computes LeNet-5's maximum a posteriori criterion (LeCun et al. 1998, equation 9).
 
-    It is the distance of the correct class plus a log-sum that increases the distances of the others. The term
+    It is the distance of the correct class plus a log-sum that increases the distances of the other classes. The term
     `exp(-j)` keeps classes that are already far away from being pushed further.
 
     Args:
@@ -57,12 +57,12 @@ def margin(
 def pixel_weights(
     labels: jax.Array, *, class_weights: Sequence[float] | None = None, ignore: int = IGNORED
 ) -> jax.Array:
-    """Returns the weight of every pixel: that of its class, and 0 where the class is not known.
+    """Returns the weight of every pixel: the weight of its class, or 0 if its class is unknown.
 
     Args:
         labels: Class indices of any shape, such as `[N, H, W]`.
-        class_weights: K factors; None for 1. The weight of a label outside [0, K) is 1.
-        ignore: Label of pixels whose class is not known.
+        class_weights: K factors; None for 1. Other labels outside [0, K) have the weight 1.
+        ignore: Label of pixels whose class is unknown.
 
     Returns:
         Weights of the shape of `labels`, float32.
@@ -78,16 +78,15 @@ def pixel_weights(
 def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORED) -> jax.Array:
     """Computes the softmax cross-entropy of every pixel.
 
-    The mean of torch's `CrossEntropyLoss(weight, ignore_index)` is the mean of these losses weighted by
-    `pixel_weights`.
+    The mean of these losses, weighted by `pixel_weights`, equals torch's `CrossEntropyLoss(weight, ignore_index)`.
 
     Args:
         logits: `[..., K]`.
         labels: Class indices `[...]`.
-        ignore: Label of pixels whose class is not known; their loss and gradient are 0.
+        ignore: Label of pixels whose class is unknown. Their loss and gradient are 0.
 
     Returns:
-        Losses `[...]`. The loss of another label outside [0, K) is NaN, without a gradient.
+        Losses `[...]`. Any other label outside [0, K) has a loss of NaN and a gradient of 0.
     """
     known, inside, labels = _known(labels, logits.shape[-1], ignore)
     loss = optax.softmax_cross_entropy_with_integer_labels(_real(logits, inside), labels)
@@ -104,18 +103,18 @@ def focal(
 ) -> jax.Array:
     """Computes the focal loss of every pixel (Lin et al. 2017, equation 5) for softmax probabilities.
 
-    `-w (1 - p)^gamma log p` for the probability `p` and the weight `w` of the true class. With one logit per pixel
-    (K = 1), `p` is its sigmoid for label 1 and 1 minus that for label 0.
+    The loss is `-w (1 - p)^gamma log p`, where `p` is the probability and `w` the weight of the true class. With one
+    logit per pixel (K = 1), `p` is `sigmoid(logit)` for label 1 and `1 - sigmoid(logit)` for label 0.
 
     Args:
         logits: `[..., K]`.
         labels: Class indices `[...]`; 0 and 1 if K is 1.
         gamma: Exponent; 0 gives the cross-entropy.
         class_weights: The paper's alpha for each class; two values if K is 1. None for 1.
-        ignore: Label of pixels whose class is not known; their loss and gradient are 0.
+        ignore: Label of pixels whose class is unknown. Their loss and gradient are 0.
 
     Returns:
-        Losses `[...]`. The loss of another label without a class is NaN, without a gradient.
+        Losses `[...]`. Any other label that is not a class has a loss of NaN and a gradient of 0.
     """
     if logits.shape[-1] == 1:
         logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
@@ -140,29 +139,29 @@ def soft_dice(
 ) -> jax.Array:
     """Computes the soft Dice loss (Milletari et al. 2016, section 3) of every image, averaged over the classes.
 
-    `1 - (2 sum p t + smooth) / (sum p^2 + sum t^2 + smooth)` over the pixels, for the probability `p` of a class and
-    its target `t`, 0 or 1.
+    The loss of a class is `1 - (2 sum p t + smooth) / (sum p^2 + sum t^2 + smooth)`. The sums are over the pixels, `p`
+    is the probability of the class, and `t` is its target, 0 or 1.
 
     Args:
         logits: `[N, H, W, K]`.
         labels: Class indices `[N, H, W]`.
-        smooth: Added to both parts of the fraction; the paper has none.
-        squared: Whether the denominator has the squares of the paper, or `p` and `t`.
-        background: Whether class 0 counts.
-        per_image: Whether the sums are over the pixels of each image, as in the paper, or of the whole batch. Under
-            `jax.pmap`, the batch is that of one device.
-        ignore: Label of pixels whose class is not known; they do not count.
+        smooth: Added to the numerator and the denominator; 0 in the paper.
+        squared: Whether the denominator sums `p^2 + t^2`, as in the paper, or `p + t`.
+        background: Whether the average includes class 0.
+        per_image: True sums over the pixels of each image, as in the paper, and False over the pixels of the batch.
+            Under `jax.pmap`, each device has its own batch.
+        ignore: Label of pixels whose class is unknown. These pixels are excluded.
 
     Returns:
-        Losses `[N]`; 0 for an image without known pixels, NaN for one with another label outside [0, K). Without
-        `per_image`, every entry is the loss of the batch.
+        Losses `[N]`: 0 for an image without known pixels, and NaN for an image with any other label outside [0, K).
+        Without `per_image`, every entry is the loss of the batch.
     """
     probabilities, targets, wrong = _dense(logits, labels, ignore, per_image)
     first = 0 if background else 1
     p, t = probabilities[..., first:], targets[..., first:]
     part = jnp.sum(p * t, axis=1)
     whole = jnp.sum(jnp.square(p) + t if squared else p + t, axis=1)
-    # Without a known pixel and without `smooth`, nothing is wrong.
+    # Without known pixels and with `smooth` 0, the fraction is 0 / 0; the loss is then 0.
     empty = whole + smooth == 0
     overlap = jnp.where(empty, 1.0, (2 * part + smooth) / jnp.where(empty, 1.0, whole + smooth))
     return _rows(jnp.where(wrong, jnp.nan, jnp.mean(1 - overlap, axis=-1)), len(labels))
@@ -171,20 +170,20 @@ def soft_dice(
 def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, per_image: bool = True, ignore: int = IGNORED) -> jax.Array:
     """Computes the Lovasz-softmax loss (Berman et al. 2018, equation 11 and algorithm 1) of every image.
 
-    It is the mean, over the classes that occur in the labels of the image, of the Lovasz extension of the Jaccard loss
-    of the errors.
+    The loss of a class is the Lovasz extension of its Jaccard loss, at the errors `|t - p|` of the pixels. It is
+    averaged over the classes that occur in the labels of the image.
 
     Args:
         logits: `[N, H, W, K]`.
         labels: Class indices `[N, H, W]`.
-        per_image: Whether the pixels and classes are those of each image, or of the whole batch. The former
-            approximates the mean IoU over images, the latter that of a data set (section 3). Under `jax.pmap`, the
-            batch is that of one device.
-        ignore: Label of pixels whose class is not known; they do not count.
+        per_image: True treats each image by itself and approximates the IoU averaged over images. False treats the
+            pixels of the batch as one image and approximates the IoU of a data set (section 3). Under `jax.pmap`, each
+            device has its own batch.
+        ignore: Label of pixels whose class is unknown. These pixels are excluded.
 
     Returns:
-        Losses `[N]`; 0 for an image without known pixels, NaN for one with another label outside [0, K). Without
-        `per_image`, every entry is the loss of the batch.
+        Losses `[N]`: 0 for an image without known pixels, and NaN for an image with any other label outside [0, K).
+        Without `per_image`, every entry is the loss of the batch.
     """
     probabilities, targets, wrong = _dense(logits, labels, ignore, per_image)
     errors = jnp.abs(targets - probabilities)
@@ -194,7 +193,7 @@ def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, per_image: bool = Tr
         errors, truth = errors[order], truth[order]
         total = jnp.sum(truth)
         jaccard = 1 - (total - jnp.cumsum(truth)) / jnp.maximum(total + jnp.cumsum(1 - truth), 1e-12)
-        # The gradient of the Jaccard loss along the sorted errors. Pixels that do not count have an error of 0.
+        # The gradient of the Jaccard loss along the sorted errors. Excluded pixels have an error of 0.
         slope = lax.stop_gradient(jnp.diff(jaccard, prepend=0.0))
         return jnp.sum(errors * slope)
 
@@ -207,8 +206,8 @@ def lovasz_softmax(logits: jax.Array, labels: jax.Array, *, per_image: bool = Tr
 def instance_mask(logits: jax.Array, targets: jax.Array, classes: jax.Array) -> jax.Array:
     """Computes Mask R-CNN's mask loss of every region (He et al. 2017, section 3).
 
-    It is the mean binary cross-entropy over the pixels of the mask of the true class. The masks of other classes have
-    no loss, so the classes do not compete. The paper averages over the regions that are not background.
+    The loss is the binary cross-entropy of the mask of the true class, averaged over its pixels. The masks of other
+    classes have no loss, so the classes do not compete. The paper averages over the regions that are not background.
 
     Args:
         logits: One mask for each class, `[..., h, w, K]`.
@@ -216,14 +215,14 @@ def instance_mask(logits: jax.Array, targets: jax.Array, classes: jax.Array) -> 
         classes: Class of each region, `[...]`.
 
     Returns:
-        Losses `[...]`. The loss of a class outside [0, K) is NaN.
+        Losses `[...]`. A class in [-K, 0) counts from the end. Any other class outside [0, K) has a loss of NaN.
     """
     own = jnp.take_along_axis(logits, classes[..., None, None, None], axis=-1)[..., 0]
     return optax.sigmoid_binary_cross_entropy(own, targets).mean((-2, -1))
 
 
 def _known(labels: jax.Array, classes: int, ignore: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns which labels are known, which are classes too, and labels that are all classes."""
+    """Returns whether labels are known, whether they lie in [0, K), and the labels with 0 in place of all others."""
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     known = labels != ignore
     inside = known & (labels >= 0) & (labels < classes)
@@ -231,21 +230,22 @@ def _known(labels: jax.Array, classes: int, ignore: int) -> tuple[jax.Array, jax
 
 
 def _real(logits: jax.Array, inside: jax.Array) -> jax.Array:
-    """Sets the logits of pixels that do not count to 0, so that their gradient is 0 even if they are not finite."""
+    """Sets the logits of excluded pixels to 0, so that their gradient is 0 even if the logits are not finite."""
     return jnp.where(inside[..., None], logits, jnp.zeros((), logits.dtype))
 
 
 def _rows(losses: jax.Array, rows: int) -> jax.Array:
-    """Repeats the loss of a batch `[1]` for every row; leaves losses of images `[N]` as they are."""
+    """Repeats the loss of a batch `[1]` for every row. Returns losses of images `[N]` unchanged."""
     return jnp.broadcast_to(losses, (rows,))
 
 
 def _dense(
     logits: jax.Array, labels: jax.Array, ignore: int, per_image: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns probabilities and targets `[N, H * W, K]`, 0 where the class is not known, and wrong images `[N]`.
+    """Returns probabilities and targets `[N, H * W, K]`, and whether an image has an invalid label `[N]`.
 
-    Without `per_image`, the batch is one image: `[1, N * H * W, K]` and `[1]`.
+    Probabilities and targets are 0 where the class is unknown. Without `per_image`, the batch is one image, and the
+    shapes are `[1, N * H * W, K]` and `[1]`.
     """
     rows, classes = labels.shape[0] if per_image else 1, logits.shape[-1]
     known, inside, labels = _known(labels, classes, ignore)

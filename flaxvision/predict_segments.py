@@ -1,4 +1,4 @@
-"""Segmenters in `flaxvision predict`: labels the pixels of image files and writes a table, JSON or overlays."""
+"""`flaxvision predict` for segmenters: labels the pixels of image files, and writes a table, JSON or overlays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flaxvision.segmentation import segment
 def segment_files(
     model: Any, variables: Any, transform: Callable[[Any], np.ndarray], paths: Sequence[Path], **options: Any
 ) -> list[dict[str, Any]]:
-    """Labels the pixels of image files. It compiles once for each size.
+    """Labels the pixels of image files. Compiles once for each image size.
 
     Args:
         model: The segmenter.
@@ -29,8 +29,8 @@ def segment_files(
         **options: Options of `flaxvision.segment`.
 
     Returns:
-        A dict for each file: `path`; `image`, uint8 `[H, W, 3]`; and `labels` `[H, W]`, the classes of the pixels of
-        that image. The probabilities are resized bilinearly to it.
+        A dict for each file: `path`; `image`, uint8 `[H, W, 3]`; and `labels`, the class of every pixel, int32
+        `[H, W]`. Probabilities are resized bilinearly to `[H, W]` before the class is chosen.
 
     Raises:
         ValueError: A file is not a readable image.
@@ -55,7 +55,7 @@ def segment_files(
 
 
 def table(results: Sequence[dict[str, Any]], names: Sequence[str] | None) -> str:
-    """Returns one line per image and class, with the share of the image that the class covers, largest first."""
+    """Returns one line per image and class, with the share of the pixels in that class. The largest share is first."""
     lines = []
     for result in results:
         for label, pixels in _counts(result["labels"]):
@@ -78,13 +78,13 @@ def to_json(results: Sequence[dict[str, Any]], names: Sequence[str] | None) -> s
 
 
 def draw(results: Sequence[dict[str, Any]], names: Sequence[str] | None, out: Path) -> list[Path]:
-    """Draws every image under the colours of its classes.
+    """Draws every image overlaid with the colours of its classes.
 
     Args:
         results: Result of `segment_files`.
-        names: Names of the classes; None for their numbers. A first class `background` stays uncoloured.
-        out: File to write if there is one image and the path has a suffix. Otherwise a folder, which gets one picture
-            per image, with the name of the image.
+        names: Names of the classes; None for their numbers. Class 0 is not coloured if its name is `background`.
+        out: File to write, if there is one image and the path has a suffix. Otherwise a folder. One picture per image
+            is written to the folder, named after the image.
 
     Returns:
         Paths of the pictures.

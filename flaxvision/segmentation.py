@@ -1,4 +1,4 @@
-"""`segment`: labels of every pixel of images of any size, in one pass or tile by tile."""
+"""`segment` labels every pixel of images of any size, in one pass or tile by tile."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ def segment(
     """Labels every pixel of images. A pure function that can be compiled with `jax.jit`.
 
     With `tile`, the network sees one square of the images at a time (the overlap-tile strategy, Ronneberger et al.
-    2015, figure 2), so the memory beyond images and result does not grow with their size. The result equals that of the
-    whole image if half of `overlap` is at least the radius of the receptive field, and `tile`, `overlap / 2` and the
-    size of the images are multiples of the stride of the network. The receptive field of a network that pools over the
-    image, such as DeepLabv3, is unbounded.
+    2015, figure 2). Apart from the images and the result, the memory does not depend on the size of the images. Tiles
+    give the same result as whole images under two conditions: half of `overlap` is at least the radius of the receptive
+    field, and `tile`, `overlap / 2` and the size of the images are multiples of the stride of the network. A network
+    that pools over the whole image, such as DeepLabv3, has an unbounded receptive field.
 
-    A network without padding, such as `unet`, gives no logits for a margin of its input. Its images are mirrored at the
-    borders, and tiles need no `overlap`.
+    A network without padding, such as `unet`, gives no logits at the margin of its input. `segment` then mirrors the
+    images at their borders, and tiles need no `overlap`.
 
     Args:
         model: A model of the task segmentation.
         variables: Its variables.
         images: Normalized images `[N, H, W, C]`.
         tile: Height and width of the squares in pixels; None for whole images.
-        overlap: Pixels that neighbouring tiles share, an even number. Each of them contributes the half next to it.
-        scales: Factors by which the images are resized; the probabilities are averaged over them.
-        flip: Whether to average over the images and their mirror images too.
+        overlap: Number of pixels that neighbouring tiles share; even. Each tile supplies the half nearer to its center.
+        scales: Factors by which the images are resized. Probabilities are averaged over the factors.
+        flip: Whether to average also over the horizontally mirrored images.
         probabilities: Whether to return the probabilities of the classes instead of the labels.
 
     Returns:
         Labels `[N, H, W]` int32, or probabilities `[N, H, W, K]`.
 
     Raises:
-        ValueError: `images` is not of rank 4; the network does not take squares of size `tile`; `overlap` is negative,
-            odd or too large for `tile`; or `scales` is empty, not positive, or not 1 for a network without padding.
+        ValueError: `images` is not of rank 4; the network does not accept squares of size `tile`; `overlap` is
+            negative, odd, too large for `tile`, or given without `tile`; or `scales` is empty, not positive, or not
+            `(1.0,)` for a network without padding.
     """
     if images.ndim != 4:
         raise ValueError(f"images must have the shape [N, H, W, C] (images[None] for one image); got {images.shape}")
@@ -80,15 +81,15 @@ def segment(
 
 
 def _tiled(infer: Any, model: Segmenter, images: jax.Array, tile: int, overlap: int) -> jax.Array:
-    """Infers one tile at a time and writes its pixels into the result."""
+    """Applies `infer` to one tile at a time and writes its pixels into the result."""
     margin, size = model.margin, images.shape[1:3]
     if overlap < 0 or overlap % 2 or overlap >= tile - 2 * margin:
         raise ValueError(f"overlap must be an even number from 0 to below {tile - 2 * margin}; got {overlap}")
     if margin and model.input_extent(tile - 2 * margin) != tile:
         right = model.input_extent(max(1, tile - 2 * margin))
         raise ValueError(f"tile must be a size that the network takes, such as {right}; got {tile}")
-    # Without a margin, tiles stay within the image. With one, they are mirrored at the borders, and start at multiples
-    # of the network's stride, as the maps of the whole image do.
+    # Without a margin, tiles stay within the image. With a margin, tiles may reach beyond the image, which is mirrored
+    # there. They start at multiples of the network's stride, so that their feature maps align with those of the image.
     shape = (tile, tile) if margin else (min(tile, size[0]), min(tile, size[1]))
     given = (shape[0] - 2 * margin, shape[1] - 2 * margin)
     stride = list(model.backbone.strides.values())[-1] if margin else 1
@@ -104,8 +105,8 @@ def _tiled(infer: Any, model: Segmenter, images: jax.Array, tile: int, overlap: 
         if not margin:
             places = [jnp.minimum(place, full - n) for place, full, n in zip(places, size, given, strict=True)]
         found = infer(_window(images, [place - margin for place in places], shape))
-        # A tile that reaches beyond the image is written as far as the image goes. The first half of an overlap stays
-        # that of the tile before.
+        # Only the part of a tile within the image is written. The first half of an overlap keeps the values of the
+        # previous tile.
         starts = [jnp.minimum(place, full - n) for place, full, n in zip(places, size, block, strict=True)]
         old = lax.dynamic_slice(result, (0, *starts, *[0] * (result.ndim - 3)), (len(images), *block, *like.shape[3:]))
         new, keep = found, []
@@ -120,7 +121,7 @@ def _tiled(infer: Any, model: Segmenter, images: jax.Array, tile: int, overlap: 
 
 
 def _window(images: jax.Array, corner: Sequence[Any], shape: Sequence[int]) -> jax.Array:
-    """Cuts a window of images, which are mirrored beyond their borders without repeating the last pixel.
+    """Cuts a window out of images. Beyond their borders, images are mirrored without repeating the last pixel.
 
     Args:
         images: `[N, H, W, C]`.
@@ -138,7 +139,7 @@ def _window(images: jax.Array, corner: Sequence[Any], shape: Sequence[int]) -> j
 def _averaged(
     model: Segmenter, variables: Mapping[str, Any], images: jax.Array, scales: Sequence[float], flip: bool
 ) -> jax.Array:
-    """Returns the mean of the probabilities `[N, H', W', K]` over scales and mirror images."""
+    """Returns the probabilities `[N, H, W, K]`, averaged over scales and mirror images."""
     found = []
     for scale in scales:
         scaled = resize_bilinear(images, [max(1, round(extent * scale)) for extent in images.shape[1:3]])

@@ -156,7 +156,7 @@ def test_a_coarser_fcn_starts_a_finer_one(tmp_path, capsys):
     trained = narrow_fcn32s(tmp_path / "coarse.safetensors")
     flags = ["--weights", f"{tmp_path}/coarse.safetensors", "--recipe", "fcn16s", "--model"]
     built = segment.segment_models.build(segment.parse([*flags, "fcn16s_vgg16"]), 2, 3)
-    fresh = "fresh: score_stage4, upsample, upsample_stage4"
+    fresh = "newly initialized: score_stage4, upsample, upsample_stage4"
     assert f"starts from fcn32s_vgg16 in {tmp_path}/coarse.safetensors; {fresh}" in capsys.readouterr().out
     assert (built.model.hidden_features, built.model.skips) == (4, ("stage4",))
     assert fv.create_model(built.name, **built.overrides) == built.model
@@ -181,7 +181,7 @@ def test_training_in_stages(cells, tmp_path):
         flags += ["--dataset", "folder", "--data-dir", cells, "--classes", "background", "cell", "--instances"]
         flags += ["--epochs", 1, "--batch-size", 8, "--eval-batch-size", 8, "--learning-rate", 0.01, "--no-progress"]
         printed = run(*flags, "--workdir", tmp_path / str(stride))
-        assert f"in {weights}; fresh: {new}" in printed
+        assert f"in {weights}; newly initialized: {new}" in printed
         weights = tmp_path / str(stride) / "weights.safetensors"
         card = fv.weights.read_card(weights)
         assert (card["model"], card["overrides"]["hidden_features"]) == (f"fcn{stride}s_vgg16", 4)

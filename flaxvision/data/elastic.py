@@ -1,4 +1,4 @@
-"""Elastic deformation of an image and of the labels of its pixels."""
+"""Elastic deformation of images and their label maps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from jax.scipy.ndimage import map_coordinates
 
 from flaxvision.data.pixels import shape_of
 
-_MOVED = {"label": 0, "instances": 0, "weight": 1}  # and the order of their interpolation
+_MOVED = {"label": 0, "instances": 0, "weight": 1}  # interpolation order of the maps that move with the image
 
 
 def displacements(key: Array, height: int, width: int, *, grid: int = 3, sigma: float = 10.0) -> Array:
     """Draws a smooth displacement of every pixel (Ronneberger et al. 2015, section 3.1).
 
-    Vectors on a coarse grid, whose outer points lie at the corners of the image, are normally distributed. Bicubic
-    interpolation gives those of the pixels.
+    Vectors are drawn from a normal distribution on a coarse grid, whose outer points lie on the borders of the image.
+    Bicubic interpolation gives the vector of every pixel.
 
     Args:
         key: PRNG key.
@@ -38,9 +38,9 @@ def displacements(key: Array, height: int, width: int, *, grid: int = 3, sigma: 
 def random_elastic(
     key: Array, example: Mapping[str, Any], *, grid: int = 3, sigma: float = 10.0, probability: float = 1.0
 ) -> dict[str, Any]:
-    """Deforms the image by a smooth random field; beyond the border it is mirrored, and so are its labels.
+    """Deforms an image and its label maps by a smooth random field. They are mirrored beyond their borders.
 
-    The image and `weight` [H, W] are interpolated bilinearly; `label` and `instances` [H, W] take the nearest pixel.
+    `image` and `weight` [H, W] are interpolated bilinearly, and `label` and `instances` [H, W] by nearest neighbour.
     See `displacements`.
 
     Args:
@@ -54,7 +54,8 @@ def random_elastic(
         The deformed example.
 
     Raises:
-        ValueError: `grid` is below 2, or the example holds boxes, masks or key points, which it does not move.
+        ValueError: `grid` is below 2, or the example holds `boxes`, `masks`, `keypoints` or `size`, which this op does
+            not move.
     """
     if grid < 2:
         raise ValueError(f"grid must be at least 2; got {grid}")

@@ -1,4 +1,4 @@
-"""Objects from maps of instances: a box and a mask for each."""
+"""Boxes and masks of the objects in instance maps."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from flaxvision.data.workers import bounded_map
 
 
 class InstanceSource:
-    """The instances of a segmentation source as the objects of a detection source.
+    """A detection source whose objects are the instances of a segmentation source.
 
     `source[i]` is a dict with `image` uint8 [H, W, C], `boxes` float32 [M, 4] xyxy in pixels, `labels` int32 [M],
-    `valid`, `crowd` and `difficult` bool [M] and, if requested, `masks` uint8 [M, H, W]. A box is the tightest around
-    the pixels of its instance. The label is the class of the instance, counted from the class after the background.
+    `valid`, `crowd` and `difficult` bool [M] and, if requested, `masks` uint8 [M, H, W]. A box is the smallest
+    one that contains all pixels of its instance. Labels do not count the background: class k has the label k - 1. An
+    instance whose pixels have several classes, or class 0, raises ValueError.
 
     Args:
-        source: A source whose examples have `label` and `instances` [H, W]; 0 is the background in both. The pixels of
-            an instance must have one class.
+        source: A source whose examples have `label` and `instances` [H, W]. In both, 0 is the background.
         masks: Whether the examples have `masks`.
 
     Attributes:
@@ -65,7 +65,7 @@ class InstanceSource:
     def _objects(self, example: dict[str, Any], index: int) -> dict[str, np.ndarray]:
         numbers, label = example["instances"], example["label"]
         found = np.unique(numbers[numbers > 0])
-        # The bounds of all instances in one pass over their pixels.
+        # Compute the bounds of all instances in one pass over their pixels.
         place = np.searchsorted(found, numbers[numbers > 0])
         rows, columns = np.nonzero(numbers)
         boxes = np.empty((len(found), 4), np.float32)

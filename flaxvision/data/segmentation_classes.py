@@ -1,4 +1,4 @@
-"""Class names of segmentation data sets, and the classes of the values in their masks."""
+"""Class names of segmentation data sets, and tables from mask values to classes."""
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -8,17 +8,17 @@ VOC_CLASSES = (
 # The values 1, 2 and 3 of the trimaps (Parkhi et al. 2012).
 PET_CLASSES = ("pet", "background", "border")
 
-# The 19 classes that are evaluated (Cordts et al. 2016).
+# The 19 classes of the benchmark (Cordts et al. 2016).
 CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
     *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
 )
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# The files have 34 ids; those that are not evaluated are unknown.
+# The masks have the values 0 to 33. Values outside the benchmark are unknown.
 CITYSCAPES_VALUES = {id: _CITYSCAPES_IDS.index(id) if id in _CITYSCAPES_IDS else 255 for id in range(34)}
 
-# The scene parsing benchmark (Zhou et al. 2017): the first of the names of each class in its objectInfo150.txt. The
-# masks have the values 1 to 150, and 0 for other things.
+# The scene parsing benchmark (Zhou et al. 2017), with the first name of each class in its objectInfo150.txt. The masks
+# have the values 1 to 150 for the classes, and 0 for everything else.
 ADE20K_CLASSES = (
     *("wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet"),
     *("sidewalk", "person", "earth", "door", "table", "mountain", "plant", "curtain", "chair", "car", "water"),
@@ -37,6 +37,7 @@ ADE20K_CLASSES = (
     *("bulletin board", "shower", "radiator", "glass", "clock", "flag"),
 )
 ADE20K_VALUES = {0: 255} | {k + 1: k for k in range(150)}
+# The 50 classes without instances.
 _STUFF = (
     *("wall", "building", "sky", "floor", "tree", "ceiling", "road", "grass", "sidewalk", "earth", "mountain"),
     *("plant", "water", "house", "sea", "rug", "field", "rock", "base", "sand", "skyscraper", "grandstand", "path"),
@@ -44,5 +45,5 @@ _STUFF = (
     *("escalator", "buffet", "poster", "stage", "conveyer belt", "canopy", "swimming pool", "waterfall", "tent"),
     *("cradle", "tank", "lake", "blanket", "pier", "crt screen", "shower"),
 )
-# The 100 of them that the benchmark of instances has, in the order of its instanceInfo100_train.txt.
+# The 100 classes of the instance segmentation benchmark, in the order of its instanceInfo100_train.txt.
 ADE20K_INSTANCE_CLASSES = tuple(name for name in ADE20K_CLASSES if name not in _STUFF)

@@ -24,7 +24,7 @@ _MASKS = ("masks", "mask", "labels", "label", "annotations", "trimaps", "Segment
 
 
 class ShapesMaps:
-    """The drawn shapes of `ShapesSource` as a segmentation set: class 0 is the background.
+    """The drawn shapes of `ShapesSource` as a segmentation data set. Class 0 is the background.
 
     `source[i]` is a dict with `image` uint8 [96, 96, 3], padded with 0, and `label` int32 [96, 96], 255 in the padding.
 
@@ -88,24 +88,25 @@ def load_segmentation(
         name: One of
 
             * "shapes": the drawn shapes, which need no files; see `ShapesMaps`;
-            * "folder": a folder with a folder of images and one of masks, whose files have the same names apart from
-              their endings: `images` and `masks` or `labels`. They may lie in a folder for each split. Otherwise a file
-              `SPLIT.txt` with one name per line, or `index.csv` with the columns `name` and `split`, lists a split; or
-              it is "all", in natural order. A part of a split is "train[:80]" or "all[24:]";
-            * "voc": the layout of PASCAL VOC: `JPEGImages`, `SegmentationClass` and optionally
-              `ImageSets/Segmentation/SPLIT.txt`; classes are those of VOC;
+            * "folder": a folder with the subfolders `images` and `masks`, or other common names such as `labels`. An
+              image and its mask have the same file name apart from the suffix. Each split may have its own folder with
+              these subfolders. Otherwise, a file `SPLIT.txt` with one name per line lists a split, or `index.csv` with
+              the columns `name` and `split`. The split "all" holds all images in natural order. "train[:80]" and
+              "all[24:]" are parts of a split;
+            * "voc": the layout and classes of PASCAL VOC: `JPEGImages`, `SegmentationClass` and optionally
+              `ImageSets/Segmentation/SPLIT.txt`;
             * "ade20k": the layout of the archive ADEChallengeData2016: `images/SPLIT` and `annotations/SPLIT` for the
               splits "training" and "validation", with the 150 classes of the scene parsing benchmark;
             * "oxford_iiit_pet": a prepared TFDS set, with the classes pet, background and border;
-            * "cityscapes": a prepared TFDS set, with the 19 classes that are evaluated. TFDS prepares it from files
-              that are downloaded by hand;
-            * "scene_parse150": a prepared TFDS set. Despite its name, TFDS prepares it from ADE20K's annotations of
-              instances, whose red channel has 100 of the 150 classes. All other pixels are unknown.
+            * "cityscapes": a prepared TFDS set, with the 19 classes of the benchmark. Its files must be downloaded by
+              hand before TFDS can prepare it;
+            * "scene_parse150": a prepared TFDS set. Despite its name, TFDS prepares it from the instance annotations
+              of ADE20K, which have only 100 of the 150 classes. All other pixels are unknown.
         split: Name of the split.
         data_dir: The folder. For a TFDS name, the directory of prepared sets; None for the default of TFDS. Preparing
             needs TensorFlow, reading does not.
-        classes: Class names, for "folder" and, together with `values`, for "ade20k" and TFDS. None for those of the
-            set; for "folder", one per line of `classes.txt`, with or without their numbers.
+        classes: Class names, for "folder"; for "ade20k" and TFDS only together with `values`. None for the classes of
+            the data set; for "folder", the lines of `classes.txt`, with or without leading numbers.
         **options: Options of `SegmentationSource`: `values`, `colours`, `instances`, `weight`, `size`, `channels` and
             `cache`. For "shapes", only `instances` and `cache`; for TFDS, `values`, `size`, `channels` and `cache`.
 
@@ -113,7 +114,7 @@ def load_segmentation(
         The source.
 
     Raises:
-        ValueError: The set or split does not exist, a file is missing, or an image has no mask or a mask no image.
+        ValueError: The data set or split does not exist, a file is missing, an image has no mask, or a mask no image.
         RuntimeError: The TFDS set is not prepared.
     """
     if name == "shapes":

@@ -1,4 +1,4 @@
-"""Images with a class for every pixel, from files of images and masks."""
+"""Segmentation data from image files and mask files."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ class SegmentationSource:
     """Image files with mask files, decoded on access.
 
     `source[i]` is a dict with `image` uint8 [H, W, C], `label` int32 [H, W] and, if requested, `instances` int32 [H, W]
-    and `weight` float32 [H, W].
+    and `weight` float32 [H, W]. It raises ValueError if a file is not readable, an image and its mask differ in size,
+    or a value or colour of the mask has no class.
 
     Args:
         images: The image files.
         masks: The mask file of each image.
         classes: Class names.
         name: Name of the source.
-        values: Class of each value of the masks; 255 for pixels without a known class. None for the value itself.
-        colours: Class of each RGB colour, for masks in colour. None for masks of indices: palette or grey images.
-        instances: Whether the values are the numbers of instances. Their pixels have class 1, and those of value 0 have
-            class 0.
+        values: Maps each value of the masks to a class, or to 255 for an unknown class. None if the values are classes.
+            Ignored with `colours` or `instances`.
+        colours: Maps each RGB colour to a class, for masks in colour. None for palette and grey images.
+        instances: Whether the values of the masks are instance numbers. In `label`, pixels of instances have class 1,
+            and pixels of value 0 have class 0.
         weight: Function that computes the weight of every pixel from the instances, such as `border_weights`.
-        size: Height and width to which images are resized, as far as their aspect ratio allows, and then padded at the
-            bottom and right, with 255 in the label. None for the size of the files.
+        size: Height and width of the examples. Images are resized with their aspect ratio, and padded at the bottom and
+            right. The label of the padding is 255. None keeps the size of the files.
         channels: 3 for RGB, 1 for grey images.
         cache: Whether to keep the examples in memory.
 
     Raises:
-        ValueError: There are no images, or not as many masks; `values` or `colours` give an unknown class; or there
-            is a `weight` without `instances`.
+        ValueError: `images` is empty, or `masks` differs in length; `values` or `colours` give a class that does not
+            exist; or `weight` is given without `instances`.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class SegmentationSource:
         cache: bool = False,
     ):
         if not images or len(images) != len(masks):
-            raise ValueError(f"masks must be as many as images, at least 1; got {len(masks)} and {len(images)}")
+            raise ValueError(f"images and masks must have one length of at least 1; got {len(images)} and {len(masks)}")
         if weight is not None and not instances:
             raise ValueError("weight must be None without instances, from which it is computed; got a function")
         checked_values(values or {}, classes)
@@ -109,7 +111,7 @@ class SegmentationSource:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the names, sizes and options."""
+        """Hexadecimal digest of the names and sizes of the files, and of the options."""
         return self._digest
 
     @cached_property
@@ -123,7 +125,11 @@ class SegmentationSource:
 
 
 def checked_values(table: Mapping[Any, int], classes: Sequence[str], option: str = "values") -> Mapping[Any, int]:
-    """Returns a table from values of masks to classes, or raises ValueError for one without a class."""
+    """Returns `table`, which maps values of masks to classes.
+
+    Raises:
+        ValueError: An entry is neither an index of `classes` nor 255.
+    """
     for value, index in table.items():
         if index != IGNORED and not 0 <= index < len(classes):
             raise ValueError(f"{option} must give classes below {len(classes)} or 255; got {index} for {value}")
@@ -131,7 +137,7 @@ def checked_values(table: Mapping[Any, int], classes: Sequence[str], option: str
 
 
 def labels_of(raw: np.ndarray, where: str, classes: Sequence[str], values: Mapping[int, int] | None) -> np.ndarray:
-    """Returns the classes of the values of a mask, int32 [H, W]; `values` None for the values themselves.
+    """Maps the values of a mask to classes, int32 [H, W]. If `values` is None, the values are the classes.
 
     Raises:
         ValueError: A value has no class.
@@ -156,15 +162,16 @@ def read_mask(path: str | os.PathLike[str], *, colours: Colours | None = None, i
 
     Args:
         path: The file.
-        colours: Class of each RGB colour. None for a mask of indices: a palette image or a grey one.
-        instances: Whether the mask may have 16 bits.
+        colours: Maps each RGB colour to a class. None for a palette or grey image.
+        instances: Whether the mask may have 16 or 32 bits.
 
     Returns:
-        The index of every pixel [H, W], or with `colours` its class; uint8, or int32 for instances.
+        The value of every pixel [H, W], int32 with `instances` and uint8 otherwise. With `colours`, the class of every
+        pixel, uint8.
 
     Raises:
-        ValueError: The file is not a readable image; it has colours where indices are expected, or the reverse; it has
-            16 bits; or a colour is not in the table.
+        ValueError: The file is not a readable image; it is a colour image without `colours`, or a grey image with
+            `colours`; it has 16 or 32 bits without `instances`; or a colour is not in `colours`.
     """
     from PIL import Image
 
@@ -176,12 +183,12 @@ def read_mask(path: str | os.PathLike[str], *, colours: Colours | None = None, i
         raise ValueError(f"{path} is not a readable image: {error}") from error
     if colours is None:
         if mode.startswith("I") and not instances:
-            raise ValueError(f"{path} must be a mask of 8 bits; got {mode}, of 16 or 32 bits")
+            raise ValueError(f"{path} must be an 8-bit mask; got {mode}, of 16 or 32 bits")
         if mode not in ("P", "L", "1") and not mode.startswith("I"):
             raise ValueError(f"{path} must be a palette or grey image of indices; got {mode}; pass colours to read it")
         return pixels.astype(np.int32) if instances else pixels.astype(np.uint8)
     if mode not in ("RGB", "RGBA", "P"):
-        raise ValueError(f"{path} must be an RGB image, because colours are given; got {mode}")
+        raise ValueError(f"{path} must be an RGB or palette image, because colours are given; got {mode}")
     if mode == "P":
         with Image.open(path) as opened:
             pixels = np.asarray(opened.convert("RGB"))
@@ -197,15 +204,16 @@ def read_mask(path: str | os.PathLike[str], *, colours: Colours | None = None, i
 
 
 def fitted(example: Mapping[str, np.ndarray], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Resizes an example to fill a size as far as its aspect ratio allows, and pads it at the bottom and right.
+    """Resizes an example to fit into a size, keeping its aspect ratio, and pads it at the bottom and right.
 
     Args:
-        example: `image` uint8 [H, W, C], resized bilinearly with antialiasing and padded with 0; `label` [H, W] and
-            optionally `instances` [H, W], resized by nearest neighbour and padded with 255 and 0.
+        example: `image` uint8 [H, W, C], `label` [H, W] and optionally `instances` [H, W]. The image is resized
+            bilinearly with antialiasing, and padded with 0. The others are resized by nearest neighbour; `label` is
+            padded with 255, and `instances` with 0.
         size: Height and width of the result.
 
     Returns:
-        The example of that size.
+        The resized and padded example.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""TFDS sets with a class for every pixel, read from array records without TensorFlow."""
+"""Segmentation data sets of TFDS, read from array records without TensorFlow."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from flaxvision.data.segmentation_source import IGNORED, checked_values, fitted,
 class _Set(NamedTuple):
     image: str
     mask: str
-    mode: str  # of the mask files; the class is the first channel
+    mode: str  # mode of the mask files; the first channel holds the values
     classes: tuple[str, ...]
     values: Mapping[int, int]
-    source: str  # where its files come from
+    source: str  # how to obtain the files
 
 
 SETS = {
@@ -35,8 +35,8 @@ SETS = {
     ),
     "cityscapes": _Set(
         *("image_left", "segmentation_label", "grey", CITYSCAPES_CLASSES, CITYSCAPES_VALUES),
-        "download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip by hand, after a registration at "
-        "cityscapes-dataset.com, into the manual_dir of TFDS",
+        "download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com, which needs a "
+        "registration, into the manual_dir of TFDS",
     ),
     "scene_parse150": _Set(
         *("image", "annotation", "RGB", ADE20K_INSTANCE_CLASSES),
@@ -52,9 +52,9 @@ class TfdsSegmentationSource:
     Args:
         records: TFDS data source with encoded images.
         features: Names of the image feature and of the mask feature.
-        mode: "grey" for masks of indices, "RGB" for masks with the index in the red channel.
+        mode: "grey" for palette and grey masks, "RGB" for masks whose red channel holds the values.
         classes: Class names.
-        values: Class of each value of the masks; 255 for pixels without a known class.
+        values: Maps each value of the masks to a class, or to 255 for an unknown class.
         name: Name of the source.
         version: Full TFDS name of the set, with its version.
         size: As in `SegmentationSource`.
@@ -144,8 +144,8 @@ def load_tfds_segmentation(
         name: "oxford_iiit_pet", "cityscapes" or "scene_parse150", optionally with a config or version.
         split: TFDS split, such as "train", "validation" or "test[:100]".
         data_dir: Directory of prepared sets; None for the default of TFDS.
-        classes: Class names; None for those of the set.
-        values: Class of each value of the masks; None for that of the set. With `classes`, it must be given.
+        classes: Class names; None for the classes of the data set. Must be given together with `values`.
+        values: Maps each value of the masks to a class; None for the mapping of the data set.
         size: As in `SegmentationSource`.
         channels: As in `SegmentationSource`.
         cache: As in `SegmentationSource`.

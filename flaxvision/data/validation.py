@@ -1,4 +1,4 @@
-"""The check of a data source before training: one clear error instead of a failure inside a compiled step."""
+"""Checks data sources before training: a clear error instead of a failure inside a compiled step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -28,16 +28,17 @@ def validate(
 
     * `classification`: `label`, an integer in [0, K).
     * `multilabel`: `label` [K], zeros and ones.
-    * `regression`: `label`, a finite number or numbers [D], equally many in every example.
+    * `regression`: `label`, a finite number or a vector [D] with the same D in every example.
     * `segmentation`: `label` [H, W], integers in [0, K), or 255 where the class is unknown. Optionally `weight` [H, W],
       finite floats that are not negative.
     * `detection`: `boxes` [M, 4], xyxy within the image with x1 < x2 and y1 < y2, `labels` [M] in [0, K) and `valid`
-      [M], zeros and ones; rows with `valid` 0 are padding and may hold anything. Optionally `crowd` and `difficult`
+      [M], zeros and ones. Rows with `valid` 0 are padding and may hold anything. Optionally `crowd` and `difficult`
       [M], zeros and ones; `masks` [M, h, w], zeros and ones with at least one 1; and `size` [2], the height and width
       of the part of the image that holds the boxes.
 
-    An `ArraySource` is checked completely. Of other sources, up to 64 evenly spaced examples are checked, all class
-    indices if the source has an attribute `label`, and all files if it has a method `verify`.
+    An `ArraySource` is checked completely. For other sources, this function checks up to 64 evenly spaced examples. It
+    also checks all class indices for classification if the source has an attribute `label`, and all files if the source
+    has a method `verify`.
 
     Args:
         source: The source.
@@ -49,9 +50,9 @@ def validate(
             processes, all of them must call it.
 
     Raises:
-        ValueError: The first fault: the source is empty, an image or a target is not as described, a pixel is not
-            finite, or a file cannot be decoded.
-        OSError: The file system fails, which says nothing about a file.
+        ValueError: The source is empty, an image or a target is not as described, a pixel is not finite, or a file
+            cannot be decoded. The message describes the first fault.
+        OSError: The file system fails. The files may be valid.
     """
     if task not in _TARGETS:
         raise ValueError(f"task must be one of {', '.join(_TARGETS)}; got {task!r}")

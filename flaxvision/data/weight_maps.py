@@ -1,4 +1,4 @@
-"""The pixel weights of U-Net, which separate objects that touch."""
+"""The pixel weights of U-Net, which emphasize the borders between close objects."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import numpy as np
 def border_weights(instances: np.ndarray, *, w0: float = 10.0, sigma: float = 5.0, balance: bool = True) -> np.ndarray:
     """Computes U-Net's weight map (Ronneberger et al. 2015, equation 2).
 
-    `w(x) = w_c(x) + w0 exp(-(d1(x) + d2(x))^2 / (2 sigma^2))` for background pixels, where d1 and d2 are the distances
-    to the nearest and to the second nearest object, in pixels. Pixels of objects have `w_c` alone.
+    Background pixels have the weight `w(x) = w_c(x) + w0 exp(-(d1(x) + d2(x))^2 / (2 sigma^2))`, where d1 and d2 are
+    the distances to the nearest and the second nearest object in pixels. Pixels of objects have the weight `w_c`. With
+    fewer than two objects, the second term is 0.
 
     Args:
-        instances: Number of the object of every pixel [H, W], integers; 0 for the background.
+        instances: Object number of every pixel, integers [H, W]; 0 for the background.
         w0: Weight of the borders.
         sigma: Width of the borders in pixels.
-        balance: Whether `w_c` balances background and objects: half of the pixels divided by the number of those of
-            its class. False gives 1. The paper does not say how it balances the classes.
+        balance: Whether `w_c` balances background and objects. It is then the number of pixels divided by twice the
+            number of pixels of the same class. False sets it to 1. The paper does not say how it balances the classes.
 
     Returns:
         Weights [H, W], float32.
 
     Raises:
-        ValueError: `instances` is not of rank 2, or `sigma` is not positive.
+        ValueError: `instances` is not of rank 2 or not of integers, or `sigma` is not positive.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -38,7 +39,7 @@ def border_weights(instances: np.ndarray, *, w0: float = 10.0, sigma: float = 5.
         weights = np.where(inside, inside.size / (2 * count), inside.size / (2 * (inside.size - count)))
     numbers = np.unique(instances[inside])
     if len(numbers) > 1:
-        # The two smallest distances so far, from one object after another.
+        # Keep the two smallest distances of each pixel to the objects so far.
         near = np.full((2, *instances.shape), np.inf)
         for number in numbers:
             distance = np.asarray(distance_transform_edt(instances != number))

@@ -10,13 +10,13 @@ from jax.image import scale_and_translate
 
 
 def resize_bilinear(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) -> jax.Array:
-    """Resizes feature maps by bilinear interpolation, without a low-pass filter where they shrink.
+    """Resizes feature maps by bilinear interpolation, without antialiasing.
 
     Args:
         x: `[N, H, W, C]`.
         size: Height and width of the result.
-        align_corners: Whether the centers of the corner pixels stay in place (TensorFlow's option of that name), or the
-            outer edges of the image (torch's default).
+        align_corners: True aligns the centers of the corner pixels, as TensorFlow's option of this name does. False
+            aligns the outer edges of the image, as torch does by default.
 
     Returns:
         `[N, *size, C]`, of the dtype of `x`.
@@ -32,14 +32,14 @@ def resize_bilinear(x: jax.Array, size: Sequence[int], *, align_corners: bool = 
         return x
     factors, shifts = [], []
     for old, new in zip(x.shape[1:3], size, strict=True):
-        # Pixel i lies at i + 0.5, so a resize that keeps the first center shifts by (1 - factor) / 2. A result of one
-        # pixel takes the first one.
+        # The center of pixel i is at i + 0.5, so aligned first centers need a shift of (1 - factor) / 2. If the result
+        # has one pixel, it is the first one.
         factor = (new - 1) / (old - 1) if align_corners and min(old, new) > 1 else new / old
         factor = 1.0 if align_corners and (new == 1 or old == 1) else factor
         factors.append(factor)
         shifts.append((1 - factor) / 2 if align_corners else 0.0)
     shape = (x.shape[0], *size, x.shape[3])
-    dtype = jnp.promote_types(x.dtype, jnp.float32)  # that of the weights
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # dtype of the interpolation weights
     scale, translation = jnp.asarray(factors, dtype), jnp.asarray(shifts, dtype)
     if align_corners:
         # A map of one row or column has no second center to interpolate with.

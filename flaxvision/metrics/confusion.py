@@ -16,8 +16,7 @@ from flaxvision.metrics.accumulator import Accumulator
 class ConfusionMatrix(Accumulator):
     """Counts of examples or pixels by label and prediction.
 
-    On the device the counts are int32: exact up to 2^31 - 1 for each cell between two records. On the host they are
-    int64.
+    Counts are int32 on the device, so a cell overflows above 2^31 - 1. They are int64 on the host.
 
     Attributes:
         counts: `[K, K]` integers; rows are labels, columns are predictions.
@@ -32,7 +31,7 @@ class ConfusionMatrix(Accumulator):
 
     @classmethod
     def init(cls, num_classes: int) -> ConfusionMatrix:
-        """Returns the matrix of nothing yet.
+        """Creates an empty matrix.
 
         Args:
             num_classes: K.
@@ -51,13 +50,14 @@ class ConfusionMatrix(Accumulator):
         """Counts a batch.
 
         Args:
-            predictions: Integers in [0, K), of any shape, such as `[N]` or `[N, H, W]`.
-            labels: Integers of the same shape. A label outside [0, K), such as 255 in segmentation, is not counted.
-            mask: `[N]`, or the shape of the labels: only examples or pixels with a mask above 0 are counted. None
-                counts all.
+            predictions: Integers of any shape, such as `[N]` or `[N, H, W]`.
+            labels: Integers of the same shape. An entry is not counted if its label or its prediction lies outside
+                [0, K), such as a label of 255 in segmentation.
+            mask: `[N]`, or other leading dimensions of `labels`. Only entries with a mask above 0 are counted. None
+                counts all entries.
 
         Returns:
-            The matrix of everything seen.
+            The matrix with the counts of the batch added.
 
         Raises:
             ValueError: The shapes do not fit.
@@ -75,12 +75,12 @@ class ConfusionMatrix(Accumulator):
 
     @property
     def accuracy(self) -> float:
-        """Share of the examples whose prediction is the label; NaN without examples."""
+        """Share of the examples that are predicted correctly; NaN without examples."""
         return _ratio(np.trace(self._counts), self._counts.sum())
 
     @property
     def iou(self) -> np.ndarray:
-        """Intersection over union of each class, `[K]`; NaN for a class that was neither label nor prediction."""
+        """Intersection over union of each class, `[K]`; NaN for a class without labels and predictions."""
         counts = self._counts
         intersection = np.diagonal(counts)
         union = counts.sum(0) + counts.sum(1) - intersection
@@ -88,7 +88,7 @@ class ConfusionMatrix(Accumulator):
 
     @property
     def dice(self) -> np.ndarray:
-        """Dice coefficient (F1) of each class, `[K]`; NaN for a class that was neither label nor prediction."""
+        """Dice coefficient (F1) of each class, `[K]`; NaN for a class without labels and predictions."""
         return 2 * self.iou / (1 + self.iou)
 
     @property
@@ -105,7 +105,7 @@ class ConfusionMatrix(Accumulator):
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean over the classes of the share of their examples that were found; NaN if there are none."""
+        """Mean recall of the classes that have examples; NaN if there are none."""
         counts = self._counts
         totals = counts.sum(1)
         found = np.diagonal(counts)[totals > 0] / totals[totals > 0]
@@ -118,7 +118,7 @@ class ConfusionMatrix(Accumulator):
         return _ratio(float(np.sum(totals * np.nan_to_num(self.iou))), totals.sum())
 
     def compute(self) -> dict[str, float]:
-        """Returns the accuracy and the mean IoU; the properties give the other figures."""
+        """Returns the accuracy and the mean IoU. The other metrics are properties."""
         return {"accuracy": self.accuracy, "mean_iou": self.mean_iou}
 
     @property

@@ -129,11 +129,11 @@ class CocoMaskAP(DetectionAP):
     """COCO's average precision of masks, computed by pycocotools: `CocoMaskAP.of(batch, found, num_classes)`.
 
     The batch must hold `masks` [N, M, H, W], which cover the canvas at its resolution, and `found` must have masks. The
-    names of the metrics are those of `CocoAP`.
+    metrics have the same names as in `CocoAP`.
 
-    Masks are compared in pixels of the original image. A detected mask is pasted there at a threshold of 0.5. If the
-    image was resized, which `scale` tells, the masks of the batch are resized back by nearest neighbour, and thin
-    objects differ from the original ones. `DetectionRecords.with_truth` replaces them by the masks of the data set.
+    Masks are compared in pixels of the original image. Detected masks are pasted into it at a threshold of 0.5. If
+    `scale` is given, the masks of the batch are resized back to it by nearest neighbour. Thin objects then differ from
+    the original ones. `DetectionRecords.with_truth` replaces the resized masks with the masks of the data set.
     """
 
     @classmethod
@@ -150,10 +150,10 @@ class CocoMaskAP(DetectionAP):
 class VocAP(DetectionAP):
     """PASCAL VOC's mean average precision at an IoU of 0.5: `VocAP.of(batch, found, num_classes)`.
 
-    Detections that match a difficult object are not counted. `compute` returns `map50`. It is the area under the
-    precision-recall curve (VOC 2010 and later), or with `protocol="voc_11"` the mean over eleven points of the curve
-    (VOC 2007), averaged over the classes with objects. The width of a box is x2 - x1, whereas VOC's devkit adds a pixel
-    to the width and height.
+    Detections that match a difficult object are not counted. `compute` returns `map50`, the average precision averaged
+    over the classes with objects. The average precision is the area under the precision-recall curve (VOC 2010 and
+    later). With `protocol="voc_11"`, it is the mean of the curve at eleven points (VOC 2007). The width of a box is
+    x2 - x1, whereas VOC's devkit adds a pixel to the width and height.
     """
 
     @classmethod
@@ -270,9 +270,9 @@ class DetectionRecords:
         ]
 
     def per_class(self, classes: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Returns the metrics of each class: `name`, `objects`, COCO's `ap` and `ap50`, and `voc`, the area of VOC.
+        """Returns the metrics of each class: `name`, `objects`, COCO's `ap` and `ap50`, and `voc`, VOC's area.
 
-        For the protocol "coco_masks", `ap` and `ap50` are those of masks, and there is no `voc`.
+        For the protocol "coco_masks", `ap` and `ap50` are computed from masks, and there is no `voc`.
 
         Args:
             classes: Names of the classes; None for their numbers.
@@ -292,8 +292,8 @@ class DetectionRecords:
         Images are drawn with replacement. Each metric is averaged over the classes that have objects in the resample.
 
         Args:
-            figure: The metric: COCO's "ap" or "ap50", of masks for the protocol "coco_masks", or PASCAL VOC's "map50"
-                by the area. None for "ap50" with a protocol of COCO and "map50" otherwise.
+            figure: The metric: COCO's "ap" or "ap50", computed from masks for the protocol "coco_masks", or PASCAL
+                VOC's "map50", computed as an area. None for "ap50" with a COCO protocol, and "map50" otherwise.
             resamples: Number of resamples.
             level: Confidence level: the fraction of the resamples within the interval.
             seed: Seed of the resampling.

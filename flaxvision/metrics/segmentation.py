@@ -1,4 +1,4 @@
-"""Metrics of semantic segmentation: one confusion matrix per image, from which all figures and their intervals follow.
+"""Metrics of semantic segmentation and their bootstrap intervals, computed from one confusion matrix per image.
 
 `SegmentationMetrics.of(predictions, labels, num_classes)` counts the pixels of one batch on the device. `to_host` turns
 it into `SegmentationRecords`, which keeps the matrix of every image.

@@ -31,16 +31,16 @@ from flaxvision.registry import register
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling with image-level features (section 3.3, figure 5).
 
-    Parallel branches see the input: a 1x1 convolution, an atrous 3x3 convolution for each rate, and the mean over the
-    image followed by a 1x1 convolution. A 1x1 convolution maps their concatenation to the output. Each convolution is
-    followed by a normalization and ReLU.
+    Parallel branches process the input: a 1x1 convolution, an atrous 3x3 convolution for each rate, and the mean over
+    the image followed by a 1x1 convolution. A 1x1 convolution maps their concatenation to the output. Each convolution
+    is followed by a normalization and ReLU.
 
     Attributes:
         rates: Dilations of the atrous branches.
         features: Channels of each branch and of the output.
-        dropout_rate: Rate of the dropout of the output.
-        pool_first: Whether the image-level branch is the first in the concatenation (TensorFlow) or the last
-            (torchvision).
+        dropout_rate: Rate of the dropout on the output.
+        pool_first: Whether the image-level branch comes first in the concatenation, as in TensorFlow's release, or
+            last, as in torchvision.
         conv: Makes a convolution without bias.
         norm: Makes a normalization; for training, `partial(BatchNorm, use_running_average=False)`.
     """
@@ -74,7 +74,7 @@ class ASPP(nn.Module):
 class DeepLabV3(Segmenter):
     """DeepLabv3 on the last stage of a backbone with an output stride.
 
-    The other fields are those of `Segmenter`.
+    For the other fields, see `Segmenter`.
 
     Attributes:
         rates: Dilations of the atrous branches of `ASPP`; choose them for the output stride of the backbone.
@@ -146,7 +146,7 @@ register(
     std=(0.229, 0.224, 0.225),
     **_PAPER,
 )
-# Images in [-1, 1], as TensorFlow's release trains.
+# TensorFlow's release expects pixels in [-1, 1].
 register(
     DeepLabV3,
     "deeplabv3_mobilenet_v2",

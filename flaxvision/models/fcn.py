@@ -4,9 +4,9 @@ E. Shelhamer, J. Long, T. Darrell, "Fully convolutional networks for semantic se
 authors' released network on VGG-16 with one, two or three prediction strides: FCN-32s, FCN-16s and FCN-8s (figure 3).
 `FCN` is torchvision's: a ResNet with an output stride of 8, and a head of two convolutions.
 
-Details of the released `FCNVGG` that the paper leaves out: the first convolution pads by 100 pixels, pools round up,
-and the upsampled scores are cropped to the image. Scores of the finer stages can be scaled (`score_scales`), as in the
-network that the authors train at once; they are 1 for training in stages.
+The released `FCNVGG` has details that the paper leaves out: the first convolution pads by 100 pixels, pools round up,
+and the upsampled scores are cropped to the image. `score_scales` scales the maps of the finer stages before they are
+scored, as the authors do to train all stages at once. Training in stages does not scale them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from flaxvision.registry import register
 
 linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-# Zeros around the image, so that images smaller than the window of fc6 have scores too.
+# Zero padding of the image in pixels. With it, images smaller than the window of fc6 have scores too.
 _PADDING = 100
 
 
@@ -61,7 +61,7 @@ class FCNHead(nn.Module):
 class FCN(Segmenter):
     """torchvision's FCN: an `FCNHead` on the last stage of a backbone, and bilinear upsampling.
 
-    The other fields are those of `Segmenter`.
+    For the other fields, see `Segmenter`.
 
     Attributes:
         aux_heads: Whether there is a second `FCNHead`, on the stage before the last. It runs in training only and sows
@@ -92,25 +92,26 @@ class FCN(Segmenter):
 
 
 class FCNVGG(Segmenter):
-    """FCN-32s, FCN-16s or FCN-8s on the five stages of a `VGGBackbone` with `ceil_mode`. Images of any size.
+    """FCN-32s, FCN-16s or FCN-8s on the five stages of a `VGGBackbone` with `ceil_mode`, for images of any size.
 
-    Fully connected layers become the convolutions `fc6` (7x7) and `fc7`. A 1x1 convolution scores their output, and
-    one more scores the pooled stage 4 (FCN-16s) and stage 3 (FCN-8s). Coarser scores are upsampled by 2 and added; the
-    sum is upsampled to the image (section 4.2). The other fields are those of `Segmenter`.
+    Fully connected layers become the convolutions `fc6` (7x7) and `fc7`. A 1x1 convolution scores their output. Further
+    1x1 convolutions score the pooled stage 4 (FCN-16s and FCN-8s) and stage 3 (FCN-8s). Coarser scores are upsampled by
+    2 and added to the finer ones. The sum is upsampled to the image (section 4.2). For the other fields, see
+    `Segmenter`.
 
     Attributes:
         skips: Stages whose pooled maps are scored besides `fc7`, coarsest first: none, `("stage4",)` or
             `("stage4", "stage3")`.
-        learned_upsampling: Whether the upsampling kernels `[k, k, K, K]` are parameters, which start as bilinear
-            interpolation. False keeps bilinear interpolation, as the authors' training does (a learning rate of 0).
-        score_scales: Factors of the maps of `skips` before they are scored; None for 1. The authors use 0.01 and 0.0001
-            if they train at once.
+        learned_upsampling: Whether the upsampling kernels `[k, k, K, K]` are parameters, initialized to bilinear
+            interpolation. False keeps bilinear interpolation, as the authors do with a learning rate of 0.
+        score_scales: Factors by which the maps of `skips` are multiplied before they are scored; None for 1. The
+            authors use 0.01 and 0.0001 to train all stages at once.
         hidden_features: Channels of `fc6` and `fc7`.
         dropout_rate: Rate of the dropout after each of them.
 
     Raises:
-        ValueError: `skips` has another value, `score_scales` has not one entry for each of them, or the backbone does
-            not return them and the last stage, or does not round pools up.
+        ValueError: `skips` has another value, `score_scales` does not have one entry per skip, or the backbone has no
+            `ceil_mode` or does not return `stage5` and the stages in `skips`.
     """
 
     skips: tuple[str, ...] = ()
@@ -134,7 +135,7 @@ class FCNVGG(Segmenter):
     def features(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Maps images `[N, H, W, C]`, padded by 100 pixels, to the stages of the backbone."""
         check_images(images)
-        around = _PADDING - 1  # the first convolution pads the last pixel
+        around = _PADDING - 1  # the first convolution itself pads by one pixel
         images = jnp.pad(images, ((0, 0), (around, around), (around, around), (0, 0)))
         return self.backbone(images, train=train)
 
@@ -157,7 +158,7 @@ class FCNVGG(Segmenter):
         for name, window in (("fc6", (7, 7)), ("fc7", (1, 1))):
             x = nn.relu(conv(self.hidden_features, window, kernel_init=nn.initializers.normal(0.01), name=name)(x))
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        # New scores start at 0, so that a net begins with the predictions of the coarser one (section 4.2).
+        # New scores start at 0, so that training starts with the predictions of the coarser network (section 4.2).
         score = functools.partial(conv, self.num_classes, (1, 1), kernel_init=nn.initializers.zeros)
         x = as_float32(score(name="score")(x))
         stride = 32
@@ -183,8 +184,8 @@ class FCNVGG(Segmenter):
         return jnp.moveaxis(y.reshape(*maps.shape[:2], *y.shape[1:3]), 1, -1)
 
 
-# Because of the padding of 100, scores have more rows and columns at the top and left: those of a pooled stage than the
-# upsampled coarser ones, and those that are upsampled last, by their stride, than the image.
+# Rows and columns to crop at the top and left, which the padding of 100 pixels adds: from the scores of a pooled stage
+# before the coarser scores are added, and from the final scores by the stride of the final upsampling.
 _OFFSETS = {"stage4": 5, "stage3": 9}
 _CROPS = {32: 19, 16: 27, 8: 31}
 
@@ -211,25 +212,26 @@ def _bilinear_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float3
 def start_from(params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """Starts an `FCNVGG` from a trained VGG, or from an `FCNVGG` with fewer skips (section 4.2).
 
-    The authors train in stages: FCN-32s, then FCN-16s from it, then FCN-8s. The new score starts at 0. With bilinear
-    upsampling, the finer network then computes exactly the scores that the coarser one upsamples, and upsamples them by
-    2 and by half the stride instead of once. So before the first step its logits are
+    The authors train in stages: FCN-32s, then FCN-16s from FCN-32s, then FCN-8s from FCN-16s. New scores start at 0, so
+    both networks compute the same scores. With bilinear upsampling, the coarser network upsamples them once. The finer
+    network upsamples them by 2, and then by half the stride. Before the first training step, its logits compare to the
+    logits of the coarser network as follows, along each axis:
 
-    * equal, up to rounding, in the middle half of the space between two scores, along each axis;
-    * elsewhere different, because the second step cuts the corner of the first at each score: along an axis, by
-      `max(0, 1 / 8 - d / 2)` times the second difference of the scores there, at a distance of `d` scores.
+    * In the middle half of the interval between two scores, they are equal up to rounding.
+    * Near a score, the second upsampling smooths the kink of the first. At a distance of `d` scores, the logits differ
+      by `max(0, 1 / 8 - d / 2)` times the second difference of the scores.
 
     Args:
-        params: Fresh parameters of the `FCNVGG`.
-        trained: Parameters of the trained network. The dense layers `fc6` and `fc7` of a VGG become convolutions. Its
-            `head` is dropped.
+        params: Newly initialized parameters of the `FCNVGG`.
+        trained: Parameters of the trained network. The dense layers `fc6` and `fc7` of a VGG become convolutions.
+            Parameters that `params` does not have, such as the `head` of a VGG, are dropped.
 
     Returns:
-        `params`, with the values of `trained` where both have a parameter. The final upsampling, whose stride differs,
-        stays as it is.
+        `params`, with the values of `trained` for all common parameters except those of the final upsampling, whose
+        stride differs.
 
     Raises:
-        ValueError: A parameter has another size, or there is none in common.
+        ValueError: A common parameter differs in size, or there are no common parameters.
     """
     fresh: dict[str, Any] = dict(flatten_dict(dict(params), sep="/"))
     given: dict[str, Any] = dict(flatten_dict(dict(trained), sep="/"))
@@ -237,7 +239,8 @@ def start_from(params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[st
     wrong = [path for path in sorted(shared) if np.size(given[path]) != np.size(fresh[path])]
     if wrong or not shared:
         named = ", ".join(f"{path} {np.shape(given[path])} for {np.shape(fresh[path])}" for path in wrong)
-        raise ValueError(f"trained must be the parameters of a VGG or FCNVGG that fits params; got {named or 'others'}")
+        named = named or "none in common"
+        raise ValueError(f"trained must be the parameters of a VGG or FCNVGG that fits params; got {named}")
     return unflatten_dict(
         {path: jnp.reshape(given[path], fresh[path].shape) if path in shared else fresh[path] for path in fresh},
         sep="/",

@@ -2,12 +2,11 @@
 
 K. He, G. Gkioxari, P. Dollár, R. Girshick, "Mask R-CNN", ICCV 2017, with the feature pyramid (figure 4, right).
 
-The definition is torchvision's. It differs from the paper in the points that `faster_rcnn.py` lists. Besides:
+The definition is torchvision's. `faster_rcnn.py` lists its differences from the paper. In addition, RoIAlign does not
+shift its samples by half a pixel. As in the paper, masks are predicted for the detections that NMS keeps, at most 100
+by default.
 
-* RoIAlign does not shift its samples by half a pixel.
-* The masks are predicted for the detections that NMS keeps, as in the paper; all of them, at most 100 by default.
-
-`mask_rcnn_resnet50_fpn` has frozen BatchNorm, as `faster_rcnn_resnet50_fpn`.
+`mask_rcnn_resnet50_fpn` has frozen BatchNorm, like `faster_rcnn_resnet50_fpn`.
 """
 
 from __future__ import annotations
@@ -62,11 +61,11 @@ class MaskHead(nn.Module):
 class MaskRCNN(FasterRCNN):
     """Mask R-CNN on any backbone: Faster R-CNN and a mask head.
 
-    `losses` returns `mask` beside the losses of Faster R-CNN. `flaxvision.detect` returns `masks`.
+    `losses` returns `mask` and the losses of Faster R-CNN. `flaxvision.detect` returns `masks`.
 
     Attributes:
         mask_pool_size: Number of bins of RoIAlign along each side, for the mask head. Masks have twice as many pixels
-            along each side: 28.
+            along each side, 28 by default.
         mask_features: Channels of each 3x3 convolution of the mask head.
     """
 
@@ -118,8 +117,8 @@ class MaskRCNN(FasterRCNN):
     ) -> dict[str, jax.Array]:
         """Computes the five losses of each image.
 
-        The loss `mask` is the mean binary cross-entropy over the pixels of the mask of the true class, over all sampled
-        proposals that are not background (He et al. 2017, section 3).
+        The loss `mask` is the binary cross-entropy of the mask of the true class. It is averaged over the pixels of the
+        mask, and over all sampled proposals that are not background (He et al. 2017, section 3).
 
         Args:
             batch: As for `Detector.losses`, and the truth masks `masks [N, M, h, w]`, zeros and ones of any dtype. They

@@ -14,8 +14,8 @@ from flaxvision.models.backbone import Backbone, as_float32
 class Segmenter(nn.Module):
     """A backbone and a head that gives logits for every pixel.
 
-    `__call__` applies `features`, then `head`, whose logits have the size of the images. Both halves can be called on
-    their own: `model.apply(variables, images, method="features")` and
+    `__call__` applies `features`, then `head`. The logits have the size of the images, less `margin` on each side. Both
+    methods can be called on their own: `model.apply(variables, images, method="features")` and
     `model.apply(variables, features, method="head", size=(H, W))`. A family defines `apply_head`.
 
     Attributes:
@@ -77,10 +77,10 @@ class Segmenter(nn.Module):
 
     @nn.nowrap
     def stage(self, features: dict[str, jax.Array], last: int = 1) -> jax.Array:
-        """Returns the stage that the backbone computes last, or the one `last - 1` before it.
+        """Returns the `last`-th stage of the backbone, counted from the end.
 
         Raises:
-            ValueError: The backbone was not asked for so many stages, or `features` lacks the stage.
+            ValueError: The backbone returns fewer than `last` stages, or `features` lacks the stage.
         """
         names = list(self.backbone.strides)
         if len(names) < last:
@@ -91,6 +91,6 @@ class Segmenter(nn.Module):
 
 
 def resized(logits: jax.Array, size: Sequence[int] | None, *, align_corners: bool = False) -> jax.Array:
-    """Resizes logits `[N, H', W', K]` bilinearly to `[N, *size, K]`, float32 or wider; not if `size` is None."""
+    """Casts logits `[N, H', W', K]` to float32 or wider, and resizes them to `[N, *size, K]` unless `size` is None."""
     logits = as_float32(logits)
     return logits if size is None else resize_bilinear(logits, size, align_corners=align_corners)

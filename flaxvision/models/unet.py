@@ -2,9 +2,9 @@
 
 O. Ronneberger, P. Fischer, T. Brox, "U-Net: convolutional networks for biomedical image segmentation", MICCAI 2015.
 
-`unet` is the paper's network: convolutions without padding, so that an image of 572x572 pixels gives logits of 388x388,
-skips that are cropped, and dropout at the end of the contracting path. The paper does not say where the dropout is;
-here it follows the last two stages, with a rate of 0.5, as in the authors' release.
+`unet` is the paper's network, with cropped skips and with dropout at the end of the contracting path. Its convolutions
+have no padding, so an image of 572x572 pixels gives logits of 388x388. The paper does not specify the dropout further.
+Here it follows each of the last two stages, with a rate of 0.5, as in the authors' release.
 
 The other names are variants that are common today: padded convolutions with BatchNorm, and logits of the size of the
 image. `unet_same` keeps the paper's stages and upsampling. `UNetSame` takes any backbone as its encoder. With
@@ -36,12 +36,12 @@ _he_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 class UNetBackbone(Backbone):
     """The contracting path: stages of two 3x3 convolutions with ReLU, and 2x2 max-pools between the stages.
 
-    The other fields are those of `Backbone`.
+    For the other fields, see `Backbone`.
 
     Attributes:
         features: Channels of each stage.
-        padded: Whether the convolutions keep the size and have BatchNorm instead of biases, and pools round up. False
-            is the paper.
+        padded: Whether convolutions keep the size and have BatchNorm instead of biases, and pools round up. The paper
+            does not pad.
         dropout_rate: Rate of the dropout after each of the last two stages.
         epsilon: Epsilon of BatchNorm.
         momentum: Decay of BatchNorm's running statistics.
@@ -63,7 +63,7 @@ class UNetBackbone(Backbone):
         """Yields the output of the second convolution of each stage, after dropout.
 
         Raises:
-            ValueError: The size of the images does not give even maps before every pool, if not `padded`.
+            ValueError: `padded` is False, and the images are too small, or their size gives an odd map before a pool.
         """
         if not self.padded:
             for extent in x.shape[1:3]:
@@ -87,7 +87,7 @@ class UNetBackbone(Backbone):
 class UNet(Segmenter):
     """The paper's U-Net on a `UNetBackbone`: logits are smaller than the images by 184 pixels at five stages.
 
-    The logits belong to the central pixels of the image. The other fields are those of `Segmenter`.
+    The logits belong to the central pixels of the image. For the fields, see `Segmenter`.
     """
 
     @property
@@ -125,14 +125,14 @@ class UNetSame(Segmenter):
     """A U-Net whose encoder is any backbone, and whose logits have the size of the images.
 
     From coarse to fine, the maps are upsampled by 2, cropped to the next stage, concatenated with it and convolved
-    twice. Where the finest stage is coarser than the image, there are further steps without a skip. The other fields
-    are those of `Segmenter`.
+    twice. If the finest stage is coarser than the image, further steps without a skip follow. For the other fields,
+    see `Segmenter`.
 
     Attributes:
         decoder_features: Channels of each step of the decoder, coarsest first.
         upsampling: `"transpose"` for a 2x2 transposed convolution to `decoder_features`, as in the paper, or
             `"nearest"` for nearest neighbour.
-        head_window: Height and width of the window of the convolution that gives the logits.
+        head_window: Kernel size of the convolution that computes the logits.
 
     Raises:
         ValueError: `upsampling` has another value, the strides of the stages are not successive powers of 2, or
@@ -185,7 +185,7 @@ class UNetSame(Segmenter):
                 x = upsample_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
             if i < len(skips):
                 x = _corner(x, skips[i].shape[1:3])
-                # The order of the channels is that of the paper's figure, or of segmentation_models_pytorch.
+                # The skip comes first as in the paper's figure, or last as in segmentation_models_pytorch.
                 x = jnp.concatenate([skips[i], x] if self.upsampling == "transpose" else [x, skips[i]], axis=-1)
             for number in (1, 2):
                 x = unit(width, name=f"{name}_conv{number}")(x)
@@ -214,10 +214,10 @@ def _center(x: jax.Array, size: Sequence[int]) -> jax.Array:
 
 
 def _extents(stages: int) -> tuple[int, int, int]:
-    """Returns period, offset and least value of the heights and widths that the paper's network takes.
+    """Returns the period, the offset and the minimum of the heights and widths that the paper's network accepts.
 
-    The convolutions of the contracting path take `offset` pixels and leave a multiple of `period` for the pools. From
-    `least` on, the expansive path leaves a row of logits.
+    The convolutions of the contracting path consume `offset` pixels. The rest must be a multiple of `period` for the
+    pools. Below the minimum, the expansive path would leave no logits.
     """
     period, offset = 2 ** (stages - 1), 4 * (2**stages - 1)
     return period, offset, offset + period * (int(4 - 4 / period) + 1)
@@ -230,8 +230,8 @@ def _check_extent(extent: int, stages: int) -> None:
     below = max(least, extent - (extent - offset) % period)
     right = f"{below} or {below + period}" if extent > least else str(least)
     raise ValueError(
-        f"images must have a height and a width of {offset % period} + {period} n pixels, {least} or more, for a U-Net"
-        f" of {stages} stages without padding; got {extent}; the nearest is {right}"
+        f"images must have a height and a width of {offset % period} + {period} n pixels, {least} or more (nearest:"
+        f" {right}), for a U-Net of {stages} stages without padding; got {extent}"
     )
 
 
@@ -248,7 +248,7 @@ for _name, _padded, _params in (("unet", False, 31_030_658), ("unet_same", True,
         channels=1,
         params=_params,
     )
-# The U-Nets of segmentation_models_pytorch, encoder by encoder.
+# The U-Nets of segmentation_models_pytorch, by encoder.
 for _name, _backbone, _fields, _params in (
     ("unet_resnet34", ResNetBackbone, {"stage_sizes": (3, 4, 6, 3), "bottleneck": False}, 24_436_514),
     ("unet_mobilenet_v2", MobileNetV2Backbone, {}, 6_629_090),

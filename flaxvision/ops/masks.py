@@ -1,6 +1,6 @@
-"""Pasting of instance masks, which a mask head predicts in the frame of their boxes, into images.
+"""Pastes instance masks into images. A mask head predicts each mask in the frame of its box.
 
-The rule is that of torchvision (and of Detectron). A mask is padded by one pixel of zeros on each side, and its box is
+Pasting follows torchvision and Detectron. A mask is padded by one pixel of zeros on each side, and its box is
 enlarged by the same factor. The corners of the enlarged box are truncated to whole pixels, and the box includes its
 last pixel. The padded mask is resized to the box by bilinear interpolation with half-pixel centers.
 """
@@ -19,7 +19,7 @@ from flaxvision.ops.boxes import rounded
 
 
 def paste_masks(masks: ArrayLike, boxes: ArrayLike, size: Sequence[int]) -> Array:
-    """Resizes masks to their boxes, and places them in images of one size.
+    """Resizes masks to their boxes, and pastes them into images of one size.
 
     The result needs `H * W` numbers per mask. `iter_masks` pastes one mask at a time, on the host.
 
@@ -29,7 +29,8 @@ def paste_masks(masks: ArrayLike, boxes: ArrayLike, size: Sequence[int]) -> Arra
         size: Height H and width W of the image.
 
     Returns:
-        `[..., H, W]`: probabilities, 0 outside of the boxes. The mask of an object is where they exceed 0.5.
+        Probabilities `[..., H, W]`, 0 outside of the boxes. A pixel belongs to the object if its probability exceeds
+        0.5.
 
     Raises:
         ValueError: The shapes do not fit, or `size` is not two numbers of at least 1.
@@ -52,7 +53,7 @@ def iter_masks(
 ) -> Iterator[np.ndarray]:
     """Pastes the masks of one image on the host, one at a time.
 
-    Beside the mask that it yields, it needs memory only for the box of this mask.
+    Apart from the mask that it yields, it only needs memory for the box of this mask.
 
     Args:
         masks: `[M, h, w]`, probabilities in the frame of the boxes.
@@ -69,7 +70,7 @@ def iter_masks(
     masks, boxes = np.asarray(masks), np.asarray(boxes)
     boxes = boxes.astype(np.result_type(boxes, np.float32))
     if masks.ndim != 3:
-        raise ValueError(f"masks must be [M, h, w], those of one image; got {masks.shape}")
+        raise ValueError(f"masks must be the masks [M, h, w] of one image; got {masks.shape}")
     extents = _checked(masks, boxes, size)
     return (_pasted(mask, box, extents, threshold) for mask, box in zip(masks, boxes, strict=True))
 
@@ -99,7 +100,7 @@ def _weights(corners: Any, pixels: np.ndarray, bins: int, numpy: Any) -> Any:
     start, end = corners
     length = numpy.maximum(end - start + 1, 1)
     place = pixels.reshape((1,) * (numpy.ndim(start) - 1) + (-1,)) - start
-    # The position in the padded mask, whose first and last row are zeros.
+    # Positions in the padded mask, whose first and last rows are zeros.
     source = numpy.maximum((place + 0.5) * ((bins + 2) / length) - 0.5, 0)[..., None]
     row = np.arange(1, bins + 1, dtype=pixels.dtype).reshape((1,) * (source.ndim - 1) + (-1,))
     inside = (place >= 0) & (place < length)

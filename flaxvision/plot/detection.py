@@ -20,7 +20,7 @@ _KIND_COLOURS = {
 }
 
 _OPACITY = 0.5  # of masks
-_NAMED = 20  # maximum number of objects with masks that have a text
+_NAMED = 20  # with more objects than this, masks have no text
 
 
 def detections(
@@ -36,8 +36,8 @@ def detections(
     Args:
         images: N images [H, W, 3] of any sizes, uint8 or floats in [0, 1].
         found: For each image `boxes` [D, 4] xyxy in pixels, `labels` and `scores` [D], and optionally `masks` bool
-            [D, H, W]. Objects with masks have a colour each, and no text if there are many; others have the colour of
-            their class.
+            [D, H, W]. With masks, each object has its own colour, and images with more than 20 objects have no text.
+            Without masks, a box has the colour of its class.
         truth: Ground truth: for each image `boxes` [M, 4], `labels` [M] and optionally `crowd` and `difficult` [M],
             which are drawn with dashed lines, and `masks` [M, H, W]. None draws the detections only.
         classes: Names of the classes; None for their numbers.
@@ -106,7 +106,7 @@ def precision_recall(
     axes = figure.subplots()
     for k, recall, precision in known:
         area = voc_average_precision(recall, precision)
-        # Extend the curve to the recall 0, and after the last detection down to the precision 0.
+        # Extend the curve to a recall of 0, and drop it to a precision of 0 after the last detection.
         x = np.concatenate([[0.0], recall, recall[-1:]])
         y = np.concatenate([precision[:1], precision, [0.0] if len(precision) else []])
         label = f"{k if classes is None else classes[k]} ({area:.3f})"
@@ -124,7 +124,7 @@ def precision_recall(
 def false_positives(
     counts: Mapping[str, np.ndarray], classes: Sequence[str] | None = None, path: PathLike | None = None
 ) -> "Figure":
-    """Draws the kinds of the best detections of each class as stacked bars (Hoiem et al. 2012).
+    """Draws how many of the best detections of each class are of each kind, as stacked bars (Hoiem et al. 2012).
 
     Args:
         counts: Number of detections of each class, [K], by kind, as from `DetectionRecords.false_positives`.

@@ -1,4 +1,4 @@
-"""Plots for segmentation: images under the colours of their classes, beside the ground truth, with a legend."""
+"""Plots for segmentation: images overlaid with the colours of their classes, next to the ground truth."""
 
 import math
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ def overlays(
     columns: int = 2,
     path: PathLike | None = None,
 ) -> "Figure":
-    """Draws images under the colours of their labels, and optionally the ground truth next to each.
+    """Draws images overlaid with the colours of their labels, and optionally the ground truth next to each.
 
-    Next to the ground truth, pixels whose label is wrong are drawn in black on a third picture. Labels of pixels whose
-    true class is not known are not drawn.
+    With the ground truth, a third picture shows wrongly labelled pixels in black. Pixels whose true class is unknown
+    are not coloured.
 
     Args:
         images: N images [H, W, 3] or [H, W] of any sizes, uint8 or floats in [0, 1].
-        labels: For each image the class of every pixel, [H, W] integers; 255 stays uncoloured.
+        labels: For each image the class of every pixel, [H, W] integers; 255 is not coloured.
         truth: Ground truth like `labels`; None draws the labels only.
         classes: Names of the classes; None for their numbers.
         titles: A title for each image; None for none.
-        background: Class that stays uncoloured and is not in the legend; None to colour all.
+        background: Class that is not coloured and not in the legend; None to colour all classes.
         opacity: Opacity of the colours, from 0 to 1.
         columns: Number of images per row; the pictures of one image count as one.
         path: File to write; None only returns the figure.
@@ -108,8 +108,8 @@ def coloured(image: np.ndarray, labels: np.ndarray, background: int | None = Non
 
     Args:
         image: [H, W, 3] or [H, W] floats in [0, 1].
-        labels: Class of every pixel, [H, W] integers; 255 stays uncoloured.
-        background: Class that stays uncoloured; None to colour all.
+        labels: Class of every pixel, [H, W] integers; 255 is not coloured.
+        background: Class that is not coloured; None to colour all classes.
         opacity: Opacity of the colours, from 0 to 1.
 
     Returns:
@@ -126,7 +126,7 @@ def coloured(image: np.ndarray, labels: np.ndarray, background: int | None = Non
 
 
 def colour_of(label: int) -> tuple[float, float, float]:
-    """Returns the colour of a class: PASCAL VOC's colour map, whose class 0 is grey here instead of black."""
+    """Returns the colour of a class in PASCAL VOC's colour map, except that class 0 is grey instead of black."""
     if label == 0:
         return (0.55, 0.55, 0.55)
     rgb = [0, 0, 0]

@@ -135,11 +135,11 @@ def test_the_layout_of_ade20k(tmp_path):
         (index_mask(4, 5) + 9, {}, r"must be a class below 3 or 255; got \d+ at row \d, column \d"),
         (np.full((4, 4), 8, np.uint8), {"values": {0: 0}}, r"must be in \[0\]; got 8 at row 0, column 0"),
         (np.zeros((4, 4, 3), np.uint8), {}, "must be a palette or grey image of indices; got RGB; pass colours"),
-        (np.zeros((4, 4), np.uint16), {}, "must be a mask of 8 bits; got I;16, of 16 or 32 bits"),
+        (np.zeros((4, 4), np.uint16), {}, "must be an 8-bit mask; got I;16, of 16 or 32 bits"),
         (
             np.zeros((4, 4), np.uint8),
             {"colours": {(0, 0, 0): 0}},
-            "must be an RGB image, because colours are given; got L",
+            "must be an RGB or palette image, because colours are given; got L",
         ),
         (
             np.full((4, 4, 3), (1, 2, 3), np.uint8),

@@ -188,9 +188,9 @@ def test_auxiliary_logits_have_the_size_of_the_images(name):
 @pytest.mark.parametrize(
     ("extent", "stages", "message"),
     [
-        (571, 5, r"12 \+ 16 n pixels, 188 or more, .*; got 571; the nearest is 556 or 572"),
-        (172, 5, r"got 172; the nearest is 188"),
-        (38, 3, r"0 \+ 4 n pixels, 44 or more, for a U-Net of 3 stages .*; got 38; the nearest is 44"),
+        (571, 5, r"12 \+ 16 n pixels, 188 or more \(nearest: 556 or 572\), .*; got 571"),
+        (172, 5, r"\(nearest: 188\), .*; got 172"),
+        (38, 3, r"0 \+ 4 n pixels, 44 or more \(nearest: 44\), for a U-Net of 3 stages .*; got 38"),
     ],
 )
 def test_the_size_of_images_for_the_paper_unet(extent, stages, message):
@@ -371,7 +371,7 @@ def test_dense_layers_of_vgg_become_convolutions():
     np.testing.assert_allclose(y[:, 0, 0], dense, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"trained must be the parameters .* got backbone/stage1_conv1/kernel"):
         start_from(fresh, {"backbone": {"stage1_conv1": {"kernel": jnp.zeros((3, 3, 3, 5))}}})
-    with pytest.raises(ValueError, match="got others"):
+    with pytest.raises(ValueError, match="got none in common"):
         start_from(fresh, {"other": {"kernel": jnp.zeros(3)}})
 
 

@@ -108,7 +108,7 @@ def test_errors():
         ops.paste_masks(masks, boxes[:5], SIZE)
     with pytest.raises(ValueError, match=r"size must be a height and a width of at least 1; got \(0, 3\)"):
         ops.paste_masks(masks, boxes, (0, 3))
-    with pytest.raises(ValueError, match=r"masks must be \[M, h, w\], those of one image; got \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"masks must be the masks \[M, h, w\] of one image; got \(4, 4\)"):
         ops.iter_masks(masks[0], boxes[0], SIZE)
     with pytest.raises(ValueError, match=r"masks must be \[M, H, W\] and indices \(6,\); got \(6, 4, 4\), \(5,\)"):
         ops.crop_masks(masks, boxes, np.zeros(5, int), 3)

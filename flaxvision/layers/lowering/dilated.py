@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flaxvision.layers.lowering.primitive import zeros_varying_as
 from flaxvision.layers.lowering.window import Shape, Window, out_size, pad
 
-SEEN = 0.7  # if the elements of a kernel see a smaller fraction of pixels, padding is not worth computing
+SEEN = 0.7  # below this share of products with pixels instead of padding, skipping the padding is faster
 
 
 def _seen(x_shape, k_shape, w: Window) -> list[list[tuple[int, int, int]]]:
-    """Returns the outputs that see a pixel through each element of the kernel, by dimension.
+    """Returns for each dimension and each element of the kernel the outputs whose input is a pixel and not padding.
 
-    An entry is the first output, the output after the last one, and the distance from an output to its pixel.
+    An entry is (first output, end of the outputs, offset from an output to its pixel).
     """
     seen = []
     for n, k, o, d, (low, _) in zip(
@@ -27,7 +27,7 @@ def _seen(x_shape, k_shape, w: Window) -> list[list[tuple[int, int, int]]]:
 
 
 def reaches_far(x_shape, k_shape, w: Window) -> bool:
-    """Whether a dilated kernel reaches so far beyond the map that its elements see much padding."""
+    """Whether a dilated kernel reaches so far beyond the map that it pays to skip the padding."""
     if max(w.rhs_dilation) == 1 or max(*w.strides, *w.lhs_dilation, w.groups) > 1:
         return False
     if not all(isinstance(n, int) for n in x_shape[1:-1]):
@@ -37,7 +37,7 @@ def reaches_far(x_shape, k_shape, w: Window) -> bool:
 
 
 def _elements(x_shape, k_shape, w: Window):
-    """Yields each element of the kernel that sees a pixel, with the slices of the outputs and of their pixels."""
+    """Yields each element of the kernel that covers a pixel, with the slices of its outputs and of their pixels."""
     for place in product(*(range(k) for k in k_shape[:-2])):
         ranges = [seen[t] for seen, t in zip(_seen(x_shape, k_shape, w), place, strict=True)]
         if all(stop > start for start, stop, _ in ranges):
@@ -46,7 +46,7 @@ def _elements(x_shape, k_shape, w: Window):
 
 
 def sum_of_elements(x, kernel, w: Window):
-    """Convolves by one matrix product for each element of the kernel, over the pixels that it sees."""
+    """Convolves with one matrix product for each element of the kernel, over the pixels that it covers."""
     out = out_size(x.shape, kernel.shape, w)
     y: Any = zeros_varying_as(x, (x.shape[0], *out, kernel.shape[-1]), x.dtype)
     for place, outputs, pixels in _elements(x.shape, kernel.shape, w):
@@ -58,7 +58,7 @@ def sum_of_elements(x, kernel, w: Window):
 
 def kernel_gradient(x, g, w: Window, shape: Shape):
     """Computes the gradient of the kernel of `sum_of_elements`."""
-    columns = jnp.moveaxis(g, -1, 0)  # both factors of the products are then stored by rows
+    columns = jnp.moveaxis(g, -1, 0)  # so that both factors of the products are row-major
     found = dict.fromkeys(product(*map(range, shape[:-2])), zeros_varying_as(x, (shape[-1], shape[-2]), x.dtype))
     for place, outputs, pixels in _elements(x.shape, shape, w):
         found[place] = columns[:, :, *outputs].reshape(shape[-1], -1) @ x[:, *pixels].reshape(-1, shape[-2])
@@ -66,10 +66,11 @@ def kernel_gradient(x, g, w: Window, shape: Shape):
 
 
 def by_phases(x, g, w: Window, window: Shape):
-    """Sorts pixels by their position modulo the dilation, into the batch: a dilated kernel becomes an undilated one.
+    """Moves the position of the pixels modulo the dilation d into the batch, which removes the dilation of the kernel.
 
     Returns:
-        The padded input `[N * d^n, *spatial / d, C]` and the gradient of the output, whose missing pixels are zeros.
+        The padded input `[N * d^n, *spatial / d, C]`, and the gradient of the output padded with zeros, in the same
+        layout.
     """
     rank, dilation = len(window), w.rhs_dilation
     count = [-(-o // d) for o, d in zip(g.shape[1:-1], dilation, strict=True)]

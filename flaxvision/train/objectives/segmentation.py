@@ -25,30 +25,30 @@ def segmentation(
 ) -> Objective:
     """Makes the objective of semantic segmentation.
 
-    `batch["label"]` holds class indices `[N, H, W]`, with `ignore` where the class is not known, and optionally
-    `batch["weight"]` a weight for every pixel `[N, H, W]`, such as `data.border_weights`. The loss is the cross-entropy
-    averaged over the pixels of the batch by their weights. The pixels of the global batch are averaged together, so the
-    result does not depend on the number of devices.
+    `batch["label"]` holds class indices `[N, H, W]`, with `ignore` where the class is unknown. `batch["weight"]` may
+    hold a weight for every pixel `[N, H, W]`, such as `data.border_weights`. The loss is the cross-entropy, averaged
+    over the pixels of the global batch with these weights. It does not depend on the number of devices.
 
-    If the logits are smaller than the labels, as those of `unet`, they belong to the central pixels, and the labels and
-    weights are cropped. Logits of auxiliary heads are resized to the labels.
+    If the logits are smaller than the labels, as for `unet`, they belong to the central pixels. The labels and weights
+    are then cropped. Logits of auxiliary heads are resized to the size of the labels.
 
-    The metrics are `loss`, `accuracy` (the share of the known pixels that are right) and, in evaluation,
-    `segmentation`, a `SegmentationMetrics`. They are NaN if a label is neither a class nor `ignore`.
+    The metrics are `loss`, `accuracy` (the share of the known pixels that are predicted correctly) and, in evaluation,
+    `segmentation`, a `SegmentationMetrics`. `accuracy` and the cross-entropy are NaN if a label is neither a class nor
+    `ignore`; `segmentation` does not count such pixels.
 
     Args:
         loss: `(logits [N, H, W, K], labels [N, H, W]) -> [N]`, used instead of the cross-entropy and averaged over the
-            images, such as `losses.soft_dice`. The batch must not hold weights, which it does not see.
-        class_weights: K factors of the pixels of each class, as in torch's `CrossEntropyLoss`.
+            images, such as `losses.soft_dice`. The batch must not hold weights, because `loss` would ignore them.
+        class_weights: K factors, one for the pixels of each class, as in torch's `CrossEntropyLoss`.
         aux_weight: Weight of the loss of each auxiliary head (torchvision: 0.5).
-        ignore: Label of pixels that do not count.
+        ignore: Label of pixels that are excluded.
 
     Returns:
         The objective. When traced it raises ValueError for labels or weights of the wrong shape, and for weights
         together with `loss`.
 
     Raises:
-        ValueError: `class_weights` or another `ignore` than 255 are given together with `loss`.
+        ValueError: `class_weights`, or an `ignore` other than 255, is given together with `loss`.
     """
     if loss is not None and class_weights is not None:
         raise ValueError("class_weights must be None with a loss; got both")
