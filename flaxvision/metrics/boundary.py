@@ -6,19 +6,35 @@ G. Csurka, D. Larlus, F. Perronnin, "What is a good evaluation measure for seman
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from flaxvision.metrics.accumulator import Accumulator
-from flaxvision.metrics.records import ImageRecords, known_mean
+from flaxvision.metrics.records import ImageMetrics, ImageRecords, check_label_maps, known_mean
+
+
+class BoundaryRecords(ImageRecords):
+    """The boundary pixels of every image and class, on the host.
+
+    `compute` returns `boundary_f`, the mean over the images of the mean over their classes, as in the paper. If only
+    the prediction or only the truth has boundary pixels of a class, the F of the class is 0 in that image. If neither
+    has any, the class is left out of the mean. `pooled_boundary_f` is the mean over the classes of the F that is
+    computed from the counts of all images together.
+
+    Attributes:
+        counts: `[N, K, 4]` int64; see `BoundaryMetrics`.
+        index: `[N]`, the position of each image in its data set, -1 if it is not known.
+    """
+
+    def _figures(self, counts: np.ndarray) -> dict[str, float]:
+        images = np.array([known_mean(row) for row in _f(counts)])
+        return {"boundary_f": known_mean(images), "pooled_boundary_f": known_mean(_f(counts.sum(0)))}
 
 
 @struct.dataclass
-class BoundaryMetrics(Accumulator):
+class BoundaryMetrics(ImageMetrics):
     """Counts of boundary pixels by image and class: `BoundaryMetrics.of(predictions, labels, num_classes)`.
 
     A boundary pixel of a class is a pixel of the class with a pixel of another class above, below, left or right of it.
@@ -35,9 +51,7 @@ class BoundaryMetrics(Accumulator):
         index: `[N]`, the position of each image in its data set, -1 if it is not known.
     """
 
-    counts: Any
-    mask: Any
-    index: Any
+    records = BoundaryRecords
 
     @classmethod
     def of(
@@ -64,15 +78,12 @@ class BoundaryMetrics(Accumulator):
         Raises:
             ValueError: The shapes do not fit, `num_classes` is below 1, or `tolerance` is negative or not finite.
         """
-        if predictions.shape != labels.shape or labels.ndim != 3:
-            raise ValueError(
-                f"predictions and labels must have one shape [N, H, W]; got {predictions.shape} and {labels.shape}"
-            )
+        check_label_maps(predictions, labels)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; got {num_classes}")
         if not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a finite number of at least 0; got {tolerance}")
-        rows, height, width = labels.shape
+        _, height, width = labels.shape
         radius = tolerance if tolerance >= 1 else tolerance * math.hypot(height, width)
         known = (labels >= 0) & (labels < num_classes)
 
@@ -81,44 +92,7 @@ class BoundaryMetrics(Accumulator):
             sums = [found & _near(truth, radius), found, truth & _near(found, radius), truth]
             return jnp.stack([x.sum((1, 2), dtype=jnp.int32) for x in sums], -1)
 
-        counts = jnp.moveaxis(jax.lax.map(count, jnp.arange(num_classes)), 0, 1)
-        real = jnp.ones(rows, bool) if mask is None else mask > 0
-        return cls(counts, real, jnp.full(rows, -1, jnp.int32) if index is None else index.astype(jnp.int32))
-
-    def merge(self, other: BoundaryMetrics) -> BoundaryMetrics:
-        """Appends the rows of another batch."""
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self, other)
-
-    def all_reduce(self, axis_name: str) -> BoundaryMetrics:
-        """Collects the rows of all devices, in the order of the devices."""
-        return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), self)
-
-    def to_host(self) -> BoundaryRecords:
-        """Copies the counts to the host and removes padding."""
-        counts, mask, index = (np.asarray(x) for x in jax.device_get((self.counts, self.mask, self.index)))
-        return BoundaryRecords(counts[mask].astype(np.int64), index[mask])
-
-    def compute(self) -> dict[str, float]:
-        """Computes the metrics of all rows on the host."""
-        return self.to_host().compute()
-
-
-class BoundaryRecords(ImageRecords):
-    """The boundary pixels of every image and class, on the host.
-
-    `compute` returns `boundary_f`, the mean over the images of the mean over their classes, as in the paper. If only
-    the prediction or only the truth has boundary pixels of a class, the F of the class is 0 in that image. If neither
-    has any, the class is left out of the mean. `pooled_boundary_f` is the mean over the classes of the F that is
-    computed from the counts of all images together.
-
-    Attributes:
-        counts: `[N, K, 4]` int64; see `BoundaryMetrics`.
-        index: `[N]`, the position of each image in its data set, -1 if it is not known.
-    """
-
-    def _figures(self, counts: np.ndarray) -> dict[str, float]:
-        images = np.array([known_mean(row) for row in _f(counts)])
-        return {"boundary_f": known_mean(images), "pooled_boundary_f": known_mean(_f(counts.sum(0)))}
+        return cls.of_counts(jnp.moveaxis(jax.lax.map(count, jnp.arange(num_classes)), 0, 1), mask, index)
 
 
 def _f(counts: np.ndarray) -> np.ndarray:
