@@ -35,7 +35,7 @@ RECIPES = {
     # He et al. 2017 use the recipe of Faster R-CNN; so does torchvision.
     "mask_rcnn": OF_DETECTION["faster_rcnn"],
 }
-# The default model: a pyramid of two levels with narrow stages, and few proposals.
+# The default model: narrow stages, a pyramid of four levels, and few proposals.
 SMALL = {
     "stage_sizes": (1, 1, 1),
     "features": (24, 48, 96),

@@ -311,8 +311,8 @@ class Run:
             matrix = fv.metrics.ConfusionMatrix.init(len(self.classes)).update(found, example["label"])
             counts.append(np.asarray(matrix.counts, np.int64))
             if part is not None:
-                truth = example.get("instances", fv.metrics.label_components(example["label"] == part))
-                parts = fv.metrics.label_components(found == part)
+                truth, parts = (fv.metrics.label_components(x == part) for x in (example["label"], found))
+                truth = example["instances"] if config.instances else truth
                 instances.append(fv.metrics.InstanceRecords.of(parts, truth, index=np.array([i])))
         records = fv.metrics.SegmentationRecords(np.stack(counts), np.arange(len(counts)))
         figures = records.compute()

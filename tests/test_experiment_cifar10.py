@@ -1,10 +1,8 @@
 """experiments/cifar10.py: its recipes, a run of a tiny net, an evaluation of given weights."""
 
 import dataclasses
-import importlib.util
 import os
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -16,19 +14,12 @@ import flaxvision as fv
 from flaxvision import registry
 from flaxvision.models.resnet import CifarResNet, CifarResNetBackbone
 from tests.models.smallest import filled
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "cifar10.py"
 
 
-def load_script():
-    found = importlib.util.spec_from_file_location("cifar10_experiment", SCRIPT)
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    return module
-
-
-cifar10 = load_script()
+cifar10 = load_script("cifar10")
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
 """experiments/detect.py: recipes, a run on two canvases that resumes exactly, and what it leaves behind."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -18,23 +15,9 @@ import flaxvision as fv
 from flaxvision import cli
 from flaxvision.data import shapes
 from tests.data import detection_files as files
+from tests.scripts import load_script
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        found = importlib.util.spec_from_file_location("detect_experiment", EXPERIMENTS / "detect.py")
-        module = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = module
-        found.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
-    return module
-
-
-detect = load_script()
+detect = load_script("detect")
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """experiments/imagenet.py: its recipes, runs of a tiny net on a folder, an evaluation of given weights."""
 
 import dataclasses
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -16,23 +14,12 @@ import flaxvision as fv
 from flaxvision import registry
 from flaxvision.models.resnet import CifarResNet, CifarResNetBackbone
 from tests.models.smallest import filled
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "imagenet.py"
 
 
-def load_script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        found = importlib.util.spec_from_file_location("imagenet_experiment", SCRIPT)
-        module = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = module
-        found.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
-
-
-imagenet = load_script()
+imagenet = load_script("imagenet")
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """experiments/instance.py: a run on a folder of instance maps, what it leaves behind, and prediction from it."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,24 +10,12 @@ from PIL import Image
 
 from flaxvision import cli
 from flaxvision.data import rle
+from tests.scripts import load_script
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RNG = np.random.default_rng(0)
 
 
-def load_script():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        found = importlib.util.spec_from_file_location("instance_experiment", EXPERIMENTS / "instance.py")
-        module = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = module
-        found.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
-    return module
-
-
-instance = load_script()
+instance = load_script("instance")
 TINY = {
     **instance.SMALL,
     "stage_sizes": (1, 1),

@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
-import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -19,23 +16,9 @@ import flaxvision as fv
 from flaxvision import cli
 from flaxvision.models.fcn import bilinear_kernel
 from tests.models.smallest import filled
+from tests.scripts import load_script
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        found = importlib.util.spec_from_file_location("segment_experiment", EXPERIMENTS / "segment.py")
-        module = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = module
-        found.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
-    return module
-
-
-segment = load_script()
+segment = load_script("segment")
 RNG = np.random.default_rng(0)
 
 

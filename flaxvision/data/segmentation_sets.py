@@ -14,7 +14,7 @@ import numpy as np
 
 from flaxvision.data.arrays import Source
 from flaxvision.data.segmentation_classes import ADE20K_CLASSES, ADE20K_VALUES, VOC_CLASSES
-from flaxvision.data.segmentation_source import IGNORED, SegmentationSource
+from flaxvision.data.segmentation_source import IGNORED, KeptExamples, SegmentationSource
 from flaxvision.data.segmentation_tfds import SETS, load_tfds_segmentation
 from flaxvision.data.shapes import ShapesSource
 
@@ -23,7 +23,7 @@ _IMAGES = ("images", "image", "JPEGImages")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "trimaps", "SegmentationClass")
 
 
-class ShapesMaps:
+class ShapesMaps(KeptExamples):
     """The drawn shapes of `ShapesSource` as a segmentation data set. Class 0 is the background.
 
     `source[i]` is a dict with `image` uint8 [96, 96, 3], padded with 0, and `label` int32 [96, 96], 255 in the padding.
@@ -38,21 +38,13 @@ class ShapesMaps:
 
     def __init__(self, split: str, *, instances: bool = False, cache: bool = False):
         self._shapes, self.instances = ShapesSource(split, masks=True), instances
-        self._kept: dict[int, dict[str, Any]] | None = {} if cache else None
+        super().__init__(cache)
         self.name = f"{self._shapes.name}/maps"
 
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        index = int(index) % len(self)
-        if self._kept is None:
-            return self._draw(index)
-        if index not in self._kept:
-            self._kept[index] = self._draw(index)
-        return {key: value.copy() for key, value in self._kept[index].items()}
-
-    def _draw(self, index: int) -> dict[str, Any]:
+    def _read(self, index: int) -> dict[str, Any]:
         drawn = self._shapes[index]
         numbers = np.arange(1, len(drawn["labels"]) + 1)[:, None, None]
         height, width = drawn["image"].shape[:2]

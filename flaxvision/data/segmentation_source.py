@@ -17,7 +17,32 @@ IGNORED = 255
 Colours = Mapping[tuple[int, int, int], int]
 
 
-class SegmentationSource:
+class KeptExamples:
+    """Base class of sources that can keep their examples in memory. A subclass defines `_read` and `__len__`.
+
+    Args:
+        cache: Whether to keep them.
+    """
+
+    def __init__(self, cache: bool):
+        self._kept: dict[int, dict[str, np.ndarray]] | None = {} if cache else None
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        index = int(index) % len(self)
+        if self._kept is None:
+            return self._read(index)
+        if index not in self._kept:
+            self._kept[index] = self._read(index)
+        return {key: value.copy() for key, value in self._kept[index].items()}
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} must define __len__")
+
+    def _read(self, index: int) -> dict[str, np.ndarray]:
+        raise NotImplementedError(f"{type(self).__name__} must define _read")
+
+
+class SegmentationSource(KeptExamples):
     """Image files with mask files, decoded on access.
 
     `source[i]` is a dict with `image` uint8 [H, W, C], `label` int32 [H, W] and, if requested, `instances` int32 [H, W]
@@ -70,18 +95,10 @@ class SegmentationSource:
         self.classes, self.name = tuple(classes), name
         self.values, self.colours, self.instances, self.weight = values, colours, instances, weight
         self.size, self.channels = size, channels
-        self._kept: dict[int, dict[str, np.ndarray]] | None = {} if cache else None
+        super().__init__(cache)
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        index = int(index) % len(self)
-        if self._kept is None:
-            return self._read(index)
-        if index not in self._kept:
-            self._kept[index] = self._read(index)
-        return {key: value.copy() for key, value in self._kept[index].items()}
 
     def _read(self, index: int) -> dict[str, np.ndarray]:
         path = self.masks[index]

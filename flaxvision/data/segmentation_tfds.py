@@ -17,7 +17,7 @@ from flaxvision.data.segmentation_classes import (
     CITYSCAPES_VALUES,
     PET_CLASSES,
 )
-from flaxvision.data.segmentation_source import IGNORED, checked_values, fitted, labels_of
+from flaxvision.data.segmentation_source import IGNORED, KeptExamples, checked_values, fitted, labels_of
 
 
 class _Set(NamedTuple):
@@ -46,7 +46,7 @@ SETS = {
 }
 
 
-class TfdsSegmentationSource:
+class TfdsSegmentationSource(KeptExamples):
     """A prepared TFDS split of images with masks, decoded on access; see `load_segmentation`.
 
     Args:
@@ -79,18 +79,10 @@ class TfdsSegmentationSource:
         self._records, self._features, self._mode = records, features, mode
         self.classes, self.values = tuple(classes), checked_values(values, classes)
         self.name, self.version, self.size, self.channels = name, version, size, channels
-        self._kept: dict[int, dict[str, np.ndarray]] | None = {} if cache else None
+        super().__init__(cache)
 
     def __len__(self) -> int:
         return len(self._records)
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        index = int(index) % len(self)
-        if self._kept is None:
-            return self._read(index)
-        if index not in self._kept:
-            self._kept[index] = self._read(index)
-        return {key: value.copy() for key, value in self._kept[index].items()}
 
     def __repr__(self) -> str:
         return f"TfdsSegmentationSource({self.name!r}, {len(self)} images of {len(self.classes)} classes)"
