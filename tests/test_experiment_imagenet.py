@@ -16,9 +16,6 @@ from flaxvision.models.resnet import CifarResNet, CifarResNetBackbone
 from tests.models.smallest import filled
 from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "imagenet.py"
-
-
 imagenet = load_script("imagenet")
 
 
